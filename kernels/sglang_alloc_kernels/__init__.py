@@ -1,0 +1,1 @@
+"""Budgeted routing kernels: each beside its torch twin."""

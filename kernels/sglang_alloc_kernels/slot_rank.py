@@ -1,0 +1,18 @@
+"""Rank of every routed slot within its token, the common first step of all modes."""
+
+from __future__ import annotations
+
+import torch
+
+
+def slot_rank_torch(scores: torch.Tensor) -> torch.Tensor:
+    """Rank each slot of a token by descending score; ties go to the earlier slot.
+
+    scores: (T, K) float. Returns (T, K) int64 holding a permutation of 0..K-1 per row. A NaN score
+    ranks last, so that it can only be kept when everything is. Runs without a host sync.
+    """
+    comparable = torch.where(torch.isnan(scores), float("-inf"), scores)
+    order = comparable.argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order)
+    columns = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    return rank.scatter_(1, order, columns)

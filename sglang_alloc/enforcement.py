@@ -1,0 +1,64 @@
+"""Data story: what an implementation of the budget must do inside one worker process.
+
+`enforcement_host.py` serves eager CPU execution, `enforcement_device.py` accelerators and graphs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from sglang_alloc.worker_settings import Mode
+
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, Phase] = ("prefill", "decode")
+
+
+class RoutedSlots(NamedTuple):
+    """What the router chose: weights (T, K) float and ids (T, K) int, routed columns first.
+
+    `num_shared` trailing columns belong to shared experts and are never dropped.
+    """
+
+    weights: torch.Tensor
+    ids: torch.Tensor
+    num_shared: int
+
+
+class PhaseRows(NamedTuple):
+    """The table's rows of one phase: quotas (N, L) int, thresholds and gains (N, L) or None."""
+
+    quotas: np.ndarray
+    thresholds: np.ndarray | None
+    gains: np.ndarray | None
+
+
+class EnforcementTables(NamedTuple):
+    """Everything an implementation reads; arrays are views into the shared table."""
+
+    mode: Mode
+    top_k: int
+    budget_min: int
+    budget_max: int
+    prefill: PhaseRows
+    decode: PhaseRows
+    saliency: np.ndarray | None  # (L, E), mean output norm of each expert
+
+
+class Enforcement(Protocol):
+    """Applies the budget in force to the slots of each MoE layer."""
+
+    def set_budgets(self, prefill_budget: int, decode_budget: int) -> None:
+        """Take the budgets, in activations per token, that the following forwards obey."""
+
+    def begin_forward(self, phase: Phase | None) -> None:
+        """Start a forward of this phase; None (draft models, idle) leaves routing alone."""
+
+    def drops_slots(self) -> bool:
+        """Return whether the forward under way may hold dropped slots."""
+
+    def apply(self, layer_index: int, slots: RoutedSlots) -> RoutedSlots:
+        """Return the slots with those beyond the budget dropped; the same object when none is."""

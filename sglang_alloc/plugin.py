@@ -1,0 +1,311 @@
+"""Data story: every seam between SGLang and the budget, in this one file.
+
+SGLang calls `register` in each of its processes and only logs what it raises. A plugin that is
+configured but not in place would serve without its budget, so a problem found here ends the process
+(`SystemExit` passes SGLang's handler) or fails the load of the model, which stops the server.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import pkgutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sglang_alloc.budget_follower import BudgetChange
+from sglang_alloc.compatibility import unsupported_version, verify_seams
+from sglang_alloc.cpu_moe import forward_kept_slots
+from sglang_alloc.enforcement import RoutedSlots
+from sglang_alloc.errors import AllocError, UnsupportedServerError
+from sglang_alloc.model_identity import identity_from_config
+from sglang_alloc.server_check import check_server
+from sglang_alloc.shared_table import SharedTable
+from sglang_alloc.worker import ServedModel, Worker, check_fits, make_enforcement
+from sglang_alloc.worker_settings import WorkerSettings, settings_from_environment
+from sglang_alloc.worker_tables import choose_mode
+
+if TYPE_CHECKING:
+    from sglang_alloc.enforcement import Phase
+    from sglang_alloc.worker_metrics import WorkerMetrics
+
+logger = logging.getLogger("sglang_alloc")
+
+SELECT_EXPERTS = "sglang.srt.layers.moe.topk.select_experts"
+LOAD_MODEL = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
+INITIALIZE = "sglang.srt.model_executor.model_runner.ModelRunner.initialize"
+FORWARD = "sglang.srt.model_executor.model_runner.ModelRunner.forward"
+RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
+PULL_REQUESTS = f"{RECEIVER}._pull_raw_reqs"
+RECEIVE_REQUESTS = f"{RECEIVER}.recv_requests"
+CPU_EXPERTS = "sglang.srt.layers.moe.fused_moe_native.moe_forward_native"
+TRITON_EXPERTS = (
+    "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe._fused_moe_kernel_sequence"
+)
+
+
+@dataclass
+class _Process:
+    """What this SGLang process knows: nothing while inert, a worker once a model is bound."""
+
+    settings: WorkerSettings | None = None
+    worker: Worker | None = None
+    layer_index_of: dict[int, int] = field(default_factory=dict)  # by id of a TopKConfig
+
+
+_process = _Process()
+
+
+def register() -> None:
+    """SGLang's plugin entry point: put the hooks in place, or end the process saying why not."""
+    try:
+        _process.settings = settings_from_environment()
+        if _process.settings is None:
+            return  # inert: no table is configured
+        _check_before_hooks(_process.settings)
+    except AllocError as error:
+        raise SystemExit(_refusal(error)) from error
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    for target, hook, kind in _hooks():
+        HookRegistry.register(target, hook, kind)
+
+
+def _check_before_hooks(settings: WorkerSettings) -> None:
+    """Refuse another SGLang, a missing seam or a broken table before anything is patched."""
+    problems = unsupported_version(importlib.metadata.version("sglang"))
+    problems = problems or verify_seams(pkgutil.resolve_name)
+    if problems:
+        raise UnsupportedServerError("; ".join(problems))
+    table = SharedTable.open(settings.table_path)
+    choose_mode(settings.mode, table)
+    table.close()
+
+
+def _hooks() -> list[tuple[str, Callable[..., Any], Any]]:
+    from sglang.srt.plugins.hook_registry import HookType
+
+    return [
+        (LOAD_MODEL, _after_load_model, HookType.AFTER),
+        (INITIALIZE, _after_initialize, HookType.AFTER),
+        (PULL_REQUESTS, _after_pull_requests, HookType.AFTER),
+        (RECEIVE_REQUESTS, _after_receive_requests, HookType.AFTER),
+        (FORWARD, _before_forward, HookType.BEFORE),
+        (SELECT_EXPERTS, _after_select_experts, HookType.AFTER),
+        (CPU_EXPERTS, _around_cpu_experts, HookType.AROUND),
+        (TRITON_EXPERTS, _before_triton_experts, HookType.BEFORE),
+    ]
+
+
+def _after_load_model(result: object, model_runner: Any, *args: Any, **kwargs: Any) -> None:
+    """Bind the table to the loaded model, before memory is sized and graphs are captured."""
+    if not model_runner.is_draft_worker:
+        _or_refuse(_bind, model_runner)
+
+
+def _after_initialize(result: object, model_runner: Any, *args: Any, **kwargs: Any) -> None:
+    """Prove on a real layer that routing obeys the budget, and say so in one line."""
+    if not model_runner.is_draft_worker:
+        _or_refuse(_prove, model_runner)
+
+
+def _or_refuse(step: Callable[[Any], None], model_runner: Any) -> None:
+    """Run a step of the start-up; what it refuses fails the load, which stops the server."""
+    try:
+        step(model_runner)
+    except AllocError as error:
+        message = _refusal(error)
+        logger.error(message)
+        raise RuntimeError(message) from error
+
+
+def _bind(model_runner: Any) -> None:
+    assert _process.settings is not None
+    missing = [target for target, hook, _ in _hooks() if not _is_hooked(target, hook)]
+    if missing:
+        raise UnsupportedServerError(f"these hooks did not take effect: {', '.join(missing)}")
+    device_type = str(model_runner.device)
+    layers = list(_moe_layers(model_runner.model))
+    check_server(model_runner.server_args, device_type, layers)
+    worker = Worker(_process.settings)
+    model = _served_model(model_runner, layers, device_type)
+    check_fits(worker.table, model)
+    enforcement = make_enforcement(worker.table, worker.mode, device_type)
+    worker.bind(model, enforcement, _metrics(model_runner.server_args, model.rank))
+    _process.layer_index_of.update({id(layer.topk_config): i for i, layer in enumerate(layers)})
+    _process.worker = worker
+
+
+def _prove(model_runner: Any) -> None:
+    assert _process.worker is not None
+    assert _process.settings is not None
+    model = _process.worker.model
+    _prove_routing(_process.worker, next(_moe_layers(model_runner.model)), model)
+    logger.info(
+        "sglang-alloc is in force: model %s, %d MoE layers, %d experts, top-%d, table %s, mode %s, "
+        "rank %d, %d hooks verified",
+        *(model.name, len(model.layer_ids), model.num_experts, model.top_k),
+        *(_process.settings.table_path, _process.worker.mode, model.rank, len(_hooks())),
+    )
+
+
+def _served_model(model_runner: Any, layers: list[Any], device_type: str) -> ServedModel:
+    from sglang.srt.distributed import get_tensor_model_parallel_rank
+
+    identity = identity_from_config(model_runner.model_config.hf_config.to_dict())
+    return ServedModel(
+        name=str(model_runner.server_args.served_model_name or model_runner.server_args.model_path),
+        fingerprint=identity.fingerprint(),
+        layer_ids=tuple(layer.layer_id for layer in layers),
+        top_k=layers[0].topk_config.top_k - _num_shared(layers[0].topk_config),
+        num_experts=identity.num_experts,
+        rank=get_tensor_model_parallel_rank(),
+        device_type=device_type,
+    )
+
+
+def _moe_layers(model: torch.nn.Module) -> Iterator[Any]:
+    """Yield the routers of the target model in the order of their layers."""
+    from sglang.srt.layers.moe.topk import TopK
+
+    routers = [module for module in model.modules() if isinstance(module, TopK)]
+    yield from sorted(routers, key=lambda router: int(router.layer_id))
+
+
+def _metrics(server_args: Any, rank: int) -> WorkerMetrics | None:
+    if not server_args.enable_metrics:
+        return None
+    if rank != 0 and not getattr(server_args, "enable_metrics_for_all_schedulers", False):
+        return None
+    from sglang_alloc.worker_metrics import WorkerMetrics
+
+    return WorkerMetrics(rank)
+
+
+def _prove_routing(worker: Worker, layer: Any, model: ServedModel) -> None:
+    """Route three made-up tokens through a real layer at the smallest budget.
+
+    Proves that the layer's own call reaches the hook and that slots are dropped: a stale binding
+    or a backend that routes elsewhere shows here, before the server is ready.
+    """
+    shape = worker.table.shape
+    hidden_states = torch.zeros(3, 8, device=model.device_type)
+    logits = torch.linspace(-1, 1, 3 * model.num_experts, device=model.device_type)
+    worker.enforcement.set_budgets(shape.budget_min, shape.budget_min)
+    worker.enforcement.begin_forward("decode")
+    output = layer(hidden_states, logits.view(3, model.num_experts))
+    worker.enforcement.begin_forward(None)
+    worker.enforcement.set_budgets(shape.budget_max, shape.budget_max)
+    ids = getattr(output, "topk_ids", None)
+    if ids is None:
+        raise UnsupportedServerError(
+            f"the MoE backend routes inside its kernel ({type(output).__name__}), so no slot can "
+            "be dropped: start SGLang with --moe-runner-backend triton"
+        )
+    if model.top_k > 1 and not bool((ids < 0).any()):
+        raise UnsupportedServerError(
+            "a layer's routing at the smallest budget dropped no slot: the hook on "
+            f"{SELECT_EXPERTS} is registered but not reached"
+        )
+
+
+def _after_pull_requests(requests: list[Any] | None, *args: Any, **kwargs: Any) -> None:
+    """On the leading rank (the one that holds a list), let a change join the broadcast."""
+    if _process.worker is None or requests is None:
+        return
+    change = _process.worker.poll(time.monotonic_ns())
+    if change is not None:
+        requests.append(change)
+
+
+def _after_receive_requests(requests: list[Any], *args: Any, **kwargs: Any) -> list[Any] | None:
+    """On every rank, take the change out of the broadcast and put it in force."""
+    if _process.worker is None or not requests:
+        return None
+    changes = [request for request in requests if isinstance(request, BudgetChange)]
+    if not changes:
+        return None
+    _process.worker.apply(changes[-1])
+    return [request for request in requests if not isinstance(request, BudgetChange)]
+
+
+def _before_forward(model_runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
+    if _process.worker is None:
+        return
+    phase = None if model_runner.is_draft_worker else _phase(forward_batch.forward_mode)
+    _process.worker.begin_forward(phase, len(forward_batch.input_ids))
+
+
+def _phase(forward_mode: Any) -> Phase | None:
+    """Prefill for extends (a mixed batch counts as prefill), decode for decodes and verifies."""
+    if forward_mode.is_decode() or forward_mode.is_target_verify():
+        return "decode"
+    return "prefill" if forward_mode.is_extend() else None
+
+
+def _after_select_experts(output: Any, *args: Any, **kwargs: Any) -> Any:
+    """Drop the slots beyond the budget from the routing of one layer."""
+    if _process.worker is None:
+        return None
+    topk_config = kwargs["topk_config"] if "topk_config" in kwargs else args[2]
+    layer_index = _process.layer_index_of.get(id(topk_config))
+    if layer_index is None:
+        return None  # a draft model's layer
+    slots = RoutedSlots(output.topk_weights, output.topk_ids, _num_shared(topk_config))
+    kept = _process.worker.route(layer_index, slots)
+    if kept is slots:
+        return None
+    return output._replace(topk_weights=kept.weights, topk_ids=kept.ids)
+
+
+def _around_cpu_experts(
+    original: Callable[..., torch.Tensor],
+    layer: Any,
+    x: torch.Tensor,
+    topk_output: Any,
+    moe_runner_config: Any,
+) -> torch.Tensor:
+    """Give the engine's CPU function only the kept slots; a full budget goes straight through."""
+    if _process.worker is None or not _process.worker.enforcement.drops_slots():
+        return original(layer, x, topk_output, moe_runner_config)
+
+    def expert_forward(
+        rows: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+    ) -> torch.Tensor:
+        one_slot = topk_output._replace(topk_weights=weights, topk_ids=ids)
+        return original(layer, rows, one_slot, moe_runner_config)
+
+    return forward_kept_slots(expert_forward, x, topk_output.topk_weights, topk_output.topk_ids)
+
+
+def _before_triton_experts(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """Let the Triton kernels skip blocks of id -1 even when all experts are local."""
+    if _process.worker is not None:
+        kwargs["filter_expert"] = True
+    return args, kwargs
+
+
+def _num_shared(topk_config: Any) -> int:
+    """Return the number of trailing shared-expert columns, under either of SGLang's names."""
+    if hasattr(topk_config, "num_shared_topk_slots"):
+        return int(topk_config.num_shared_topk_slots)
+    return int(getattr(topk_config, "num_fused_shared_experts", 0) or 0)
+
+
+def _is_hooked(target: str, hook: Callable[..., Any]) -> bool:
+    """Return whether the object at `target` now calls `hook`, by walking its chain of wrappers."""
+    function = pkgutil.resolve_name(target)
+    while function is not None:
+        cells = getattr(function, "__closure__", None) or ()
+        if any(cell.cell_contents is hook for cell in cells):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def _refusal(error: AllocError) -> str:
+    return f"sglang-alloc refuses to serve: {error}"

@@ -1,0 +1,176 @@
+"""Data story: one SGLang scheduler process following the shared table, with no SGLang import.
+
+`plugin.py` calls these methods from the engine's seams; docs/life-of-a-budget-change.md tells in
+which order.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from sglang_alloc.budget_follower import BudgetChange, BudgetFollower
+from sglang_alloc.enforcement_device import DeviceEnforcement
+from sglang_alloc.enforcement_host import HostEnforcement
+from sglang_alloc.errors import ModelMismatchError, UnsupportedServerError
+from sglang_alloc.shared_table import Selection, SharedTable, WorkerCounters
+from sglang_alloc.step_record import StepRecord
+from sglang_alloc.worker_statistics import WorkerStatistics
+from sglang_alloc.worker_tables import choose_mode, enforcement_tables
+
+if TYPE_CHECKING:
+    from sglang_alloc.enforcement import Enforcement, Phase, RoutedSlots
+    from sglang_alloc.worker_metrics import WorkerMetrics
+    from sglang_alloc.worker_settings import Mode, WorkerSettings
+
+SOURCE_CODES = {"controller": 1, "override": 2, "fallback": 3}
+REPORT_EVERY_NS = 500_000_000  # counters and metrics are for people and scrapers: twice a second
+
+
+class ServedModel(NamedTuple):
+    """The model as this rank serves it: what the table has to fit."""
+
+    name: str
+    fingerprint: str
+    layer_ids: tuple[int, ...]  # of the MoE layers, ascending
+    top_k: int  # routed experts per token
+    num_experts: int
+    rank: int  # slot of this process in the shared table
+    device_type: str  # "cpu", "cuda", ...
+
+
+class Worker:
+    """State of one rank: the budget in force, its enforcement, and what it measured."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self.settings = settings
+        self.table = SharedTable.open(settings.table_path)
+        self.mode: Mode = choose_mode(settings.mode, self.table)
+        self._follower = BudgetFollower(self.table, settings.stale_after_seconds, settings.fallback)
+        full = self.table.shape.budget_max
+        self.in_force = Selection("fallback", 0, full, full)
+        self.steps = 0
+        self.fallbacks = 0
+        self._reported_ns = 0
+
+    def bind(
+        self, model: ServedModel, enforcement: Enforcement, metrics: WorkerMetrics | None
+    ) -> None:
+        """Attach to the loaded model. Call once, after `check_fits`."""
+        self.model = model
+        self.enforcement = enforcement
+        self.metrics = metrics
+        self.statistics = WorkerStatistics(model.num_experts)
+        self._slot = self.table.worker_slot(model.rank)
+        self._record = (
+            StepRecord(self.settings.step_record, model.rank) if self.settings.step_record else None
+        )
+        self.report(time.monotonic_ns())
+
+    def poll(self, now_ns: int) -> BudgetChange | None:
+        """Leading rank, once per scheduler iteration: return a change for all ranks, or None."""
+        return self._follower.poll(now_ns)
+
+    def apply(self, change: BudgetChange) -> None:
+        """Every rank, before the batch that follows: put the change in force."""
+        selection = change.selection
+        if selection.source == "fallback" and self.in_force.source != "fallback":
+            self.fallbacks += 1
+        self.in_force = selection
+        self.enforcement.set_budgets(selection.prefill_budget, selection.decode_budget)
+        self.report(time.monotonic_ns())
+
+    def begin_forward(self, phase: Phase | None, num_tokens: int) -> None:
+        """Every rank, at the start of each forward; phase None leaves routing alone."""
+        self.enforcement.begin_forward(phase)
+        if phase is None:
+            return
+        if self.model.device_type == "cpu":  # measuring reads tensors: never on an accelerator
+            self.statistics.begin_forward(phase, num_tokens)
+        self.steps += 1
+        if self._record is not None:
+            self._record.add(self.steps, self.in_force, phase, num_tokens)
+        now_ns = time.monotonic_ns()
+        if now_ns - self._reported_ns > REPORT_EVERY_NS:
+            self.report(now_ns)
+
+    def route(self, layer_index: int, slots: RoutedSlots) -> RoutedSlots:
+        """Apply the budget to one layer's routing."""
+        kept = self.enforcement.apply(layer_index, slots)
+        if self.statistics.samples_this_forward():
+            self.statistics.observe(slots, kept)
+        return kept
+
+    def quotas(self, phase: Phase, budget: int) -> list[int]:
+        """Return the table's quota of each MoE layer at `budget`."""
+        rows = enforcement_tables(self.table, self.mode)
+        quotas = rows.prefill.quotas if phase == "prefill" else rows.decode.quotas
+        return [int(quota) for quota in quotas[budget - rows.budget_min]]
+
+    def report(self, now_ns: int) -> None:
+        """Write this rank's counters to the shared table and its metrics to the engine's."""
+        self._reported_ns = now_ns
+        self._slot.store(self._counters(now_ns))
+        if self.metrics is not None:
+            self.metrics.export(self)
+
+    def _counters(self, now_ns: int) -> WorkerCounters:
+        prefill, decode = (self.statistics.by_phase[phase] for phase in ("prefill", "decode"))
+        mass = prefill.mass + decode.mass
+        kept_ratio = (prefill.kept_mass + decode.kept_mass) / mass if mass else 1.0
+        return WorkerCounters(
+            pid=os.getpid(),
+            rank=self.model.rank,
+            acknowledged_generation=self.in_force.generation,
+            acknowledged_source=SOURCE_CODES[self.in_force.source],
+            prefill_budget=self.in_force.prefill_budget,
+            decode_budget=self.in_force.decode_budget,
+            steps=self.steps,
+            fallbacks=self.fallbacks,
+            sampled_prefill_tokens=prefill.tokens,
+            sampled_prefill_activations=prefill.activations,
+            sampled_decode_tokens=decode.tokens,
+            sampled_decode_activations=decode.activations,
+            sampled_decode_steps=decode.sampled_forwards,
+            distinct_experts=decode.distinct_experts,
+            last_step_ns=now_ns,
+            kept_mass_millionths=round(kept_ratio * 1e6),
+        )
+
+
+def check_fits(table: SharedTable, model: ServedModel) -> None:
+    """Raise ModelMismatchError when the table was made for another model than `model`."""
+    shape = table.shape
+    found = {
+        "MoE layers": (shape.num_layers, len(model.layer_ids)),
+        "top-k": (shape.top_k, model.top_k),
+        "experts": (shape.num_experts, model.num_experts),
+        "MoE layer ids": (tuple(int(i) for i in table.layer_ids), model.layer_ids),
+        "model fingerprint": (table.fingerprint, model.fingerprint),
+    }
+    wrong = [
+        f"{what}: table {ours}, model {theirs}"
+        for what, (ours, theirs) in found.items()
+        if ours != theirs
+    ]
+    if wrong:
+        raise ModelMismatchError(
+            f"the budget table was made for {table.model_id!r} and does not fit the served model "
+            f"{model.name!r} ({'; '.join(wrong)}). Publish a table made for this model."
+        )
+
+
+def make_enforcement(table: SharedTable, mode: Mode, device_type: str) -> Enforcement:
+    """Build the enforcement of a device, or raise UnsupportedServerError for what it cannot do."""
+    tables = enforcement_tables(table, mode)
+    if device_type == "cpu":
+        return HostEnforcement(tables)
+    if mode == "token":
+        raise UnsupportedServerError(
+            f"mode 'token' is not available on {device_type!r}: its selection across tokens would "
+            "wait for the device in every layer. Use SGLANG_ALLOC_MODE=threshold or layer."
+        )
+    return DeviceEnforcement(tables, torch.device(device_type))

@@ -1,0 +1,99 @@
+"""Data story, step 0: what the environment tells a worker process about its budget table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+from sglang_alloc.errors import ConfigurationError
+from sglang_alloc.shared_table import Fallback
+
+TABLE_VARIABLE = "SGLANG_ALLOC_TABLE"
+MODE_VARIABLE = "SGLANG_ALLOC_MODE"
+STALE_AFTER_VARIABLE = "SGLANG_ALLOC_STALE_AFTER_SECONDS"
+FALLBACK_VARIABLE = "SGLANG_ALLOC_FALLBACK"
+STEP_RECORD_VARIABLE = "SGLANG_ALLOC_STEP_RECORD"
+
+Mode = Literal["layer", "token", "threshold"]
+MODES: tuple[str, ...] = get_args(Mode)
+
+# Ten controller ticks of one second: long enough for a restart, short against a shift.
+DEFAULT_STALE_AFTER_SECONDS = 10.0
+FULL_QUALITY = Fallback("full", 0, 0)
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """How one SGLang process follows the shared table.
+
+    `mode` None means the best the table supports: `threshold` where it holds thresholds, else
+    `layer`. `stale_after_seconds` is the heartbeat age after which `fallback` replaces the
+    controller.
+    `step_record` is a folder that receives one (step, generation) log per rank, or None.
+    """
+
+    table_path: Path
+    mode: Mode | None = None
+    stale_after_seconds: float = DEFAULT_STALE_AFTER_SECONDS
+    fallback: Fallback = FULL_QUALITY
+    step_record: Path | None = None
+
+
+def settings_from_environment(environment: Mapping[str, str] = os.environ) -> WorkerSettings | None:
+    """Return the settings, or None when no table is configured and the plugin stays inert.
+
+    Raises ConfigurationError naming the variable, its value and what it may hold.
+    """
+    table = environment.get(TABLE_VARIABLE, "").strip()
+    if not table:
+        return None
+    record = environment.get(STEP_RECORD_VARIABLE, "").strip()
+    return WorkerSettings(
+        table_path=Path(table),
+        mode=_mode(environment.get(MODE_VARIABLE, "").strip()),
+        stale_after_seconds=_seconds(environment.get(STALE_AFTER_VARIABLE)),
+        fallback=parse_fallback(environment.get(FALLBACK_VARIABLE, "full")),
+        step_record=Path(record) if record else None,
+    )
+
+
+def parse_fallback(text: str) -> Fallback:
+    """Parse `full`, `hold` or a budget in activations per token."""
+    word = text.strip().lower()
+    if word == "full":
+        return FULL_QUALITY
+    if word == "hold":
+        return Fallback("hold", 0, 0)
+    if word.isdigit() and int(word) > 0:
+        return Fallback("budget", int(word), int(word))
+    raise ConfigurationError(
+        f"{FALLBACK_VARIABLE}={text!r} is not a fallback: use 'full', 'hold', "
+        "or a budget in activations per token, for example 26"
+    )
+
+
+def _mode(text: str) -> Mode | None:
+    if not text:
+        return None
+    if text not in MODES:
+        raise ConfigurationError(
+            f"{MODE_VARIABLE}={text!r} is not a mode of allocation: use one of {', '.join(MODES)}"
+        )
+    return cast(Mode, text)
+
+
+def _seconds(text: str | None) -> float:
+    if text is None or not text.strip():
+        return DEFAULT_STALE_AFTER_SECONDS
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0.0 < seconds < float("inf"):
+        raise ConfigurationError(
+            f"{STALE_AFTER_VARIABLE}={text!r} is not a positive number of seconds, for example 10"
+        )
+    return seconds

@@ -1,0 +1,137 @@
+"""Both implementations of the budget: what they keep, and that they agree with each other."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_alloc.enforcement import Enforcement, EnforcementTables, PhaseRows, RoutedSlots
+from sglang_alloc.enforcement_device import DeviceEnforcement
+from sglang_alloc.enforcement_host import HostEnforcement
+
+LAYERS, TOP_K, EXPERTS, TOKENS = 3, 4, 16, 24
+BUDGET_MIN, BUDGET_MAX = LAYERS, LAYERS * TOP_K
+CPU = torch.device("cpu")
+
+
+def _make_tables(mode: str, *, gains: bool = False, saliency: bool = False) -> EnforcementTables:
+    """Quotas as even as the budget allows; thresholds that fall as the budget grows."""
+    budgets = np.arange(BUDGET_MIN, BUDGET_MAX + 1)
+    quotas = (budgets[:, None] + np.arange(LAYERS)) // LAYERS
+    falling = np.linspace(0.5, 0.0, len(budgets), dtype=np.float32)
+    thresholds = np.repeat(falling[:, None], LAYERS, axis=1)
+    rows = PhaseRows(
+        quotas.astype(np.int16), thresholds, np.full_like(thresholds, 1.5) if gains else None
+    )
+    per_expert = np.linspace(0.5, 1.5, EXPERTS, dtype=np.float32)
+    return EnforcementTables(
+        mode=mode,  # type: ignore[arg-type]
+        top_k=TOP_K,
+        budget_min=BUDGET_MIN,
+        budget_max=BUDGET_MAX,
+        prefill=rows,
+        decode=rows,
+        saliency=np.stack([per_expert] * LAYERS) if saliency else None,
+    )
+
+
+def _make_slots(num_shared: int = 0) -> RoutedSlots:
+    generator = torch.Generator().manual_seed(7)
+    logits = torch.randn(TOKENS, EXPERTS, generator=generator)
+    weights, ids = logits.softmax(dim=1).topk(TOP_K, dim=1)
+    if num_shared:
+        weights = torch.cat([weights, torch.ones(TOKENS, num_shared)], dim=1)
+        ids = torch.cat([ids, torch.full((TOKENS, num_shared), EXPERTS)], dim=1)
+    return RoutedSlots(weights, ids.int(), num_shared)
+
+
+def _kept(enforcement: Enforcement, budget: int, slots: RoutedSlots) -> torch.Tensor:
+    enforcement.set_budgets(budget, budget)
+    enforcement.begin_forward("decode")
+    return enforcement.apply(0, slots).ids >= 0
+
+
+@pytest.mark.parametrize("mode", ["layer", "token", "threshold"])
+def test_a_full_budget_on_the_host_returns_the_same_object(mode: str) -> None:
+    enforcement, slots = HostEnforcement(_make_tables(mode)), _make_slots()
+    enforcement.begin_forward("prefill")
+    assert enforcement.apply(0, slots) is slots
+    assert not enforcement.drops_slots()
+
+
+@pytest.mark.parametrize("mode", ["layer", "threshold"])
+@pytest.mark.parametrize("gains", [False, True])
+def test_a_full_budget_on_a_device_changes_no_bit(mode: str, gains: bool) -> None:
+    enforcement = DeviceEnforcement(_make_tables(mode, gains=gains), CPU)
+    slots = _make_slots()
+    enforcement.begin_forward("decode")
+    after = enforcement.apply(1, slots)
+    assert torch.equal(after.weights, slots.weights)
+    assert torch.equal(after.ids, slots.ids)
+
+
+@pytest.mark.parametrize("mode", ["layer", "threshold"])
+@pytest.mark.parametrize("saliency", [False, True])
+def test_host_and_device_keep_the_same_slots_at_every_budget(mode: str, saliency: bool) -> None:
+    tables, slots = _make_tables(mode, saliency=saliency), _make_slots()
+    host, device = HostEnforcement(tables), DeviceEnforcement(tables, CPU)
+    for budget in range(BUDGET_MIN, BUDGET_MAX + 1):
+        assert torch.equal(_kept(host, budget, slots), _kept(device, budget, slots))
+
+
+@pytest.mark.parametrize("mode", ["layer", "token"])
+def test_the_mean_of_kept_slots_is_the_quota(mode: str) -> None:
+    enforcement, slots = HostEnforcement(_make_tables(mode)), _make_slots()
+    assert int(_kept(enforcement, 2 * LAYERS, slots).sum()) == 2 * TOKENS
+
+
+def test_prefill_and_decode_obey_their_own_budgets() -> None:
+    enforcement, slots = HostEnforcement(_make_tables("layer")), _make_slots()
+    enforcement.set_budgets(prefill_budget=LAYERS, decode_budget=3 * LAYERS)
+    enforcement.begin_forward("prefill")
+    prefill = enforcement.apply(0, slots).ids
+    enforcement.begin_forward("decode")
+    decode = enforcement.apply(0, slots).ids
+    assert ((prefill >= 0).sum(dim=1) == 1).all()
+    assert ((decode >= 0).sum(dim=1) == 3).all()
+
+
+@pytest.mark.parametrize("make", [HostEnforcement, lambda t: DeviceEnforcement(t, CPU)])
+def test_shared_expert_columns_are_never_dropped(make: type[HostEnforcement]) -> None:
+    slots = _make_slots(num_shared=2)
+    enforcement = make(_make_tables("layer"))
+    enforcement.set_budgets(BUDGET_MIN, BUDGET_MIN)
+    enforcement.begin_forward("decode")
+    after = enforcement.apply(0, slots)
+    assert torch.equal(after.ids[:, TOP_K:], slots.ids[:, TOP_K:])
+    assert torch.equal(after.weights[:, TOP_K:], slots.weights[:, TOP_K:])
+    assert ((after.ids[:, :TOP_K] >= 0).sum(dim=1) == 1).all()
+
+
+@pytest.mark.parametrize("make", [HostEnforcement, lambda t: DeviceEnforcement(t, CPU)])
+def test_gains_scale_the_kept_weights(make: type[HostEnforcement]) -> None:
+    slots = _make_slots()
+    enforcement = make(_make_tables("layer", gains=True))
+    enforcement.set_budgets(BUDGET_MIN, BUDGET_MIN)
+    enforcement.begin_forward("decode")
+    after = enforcement.apply(0, slots)
+    kept = after.ids >= 0
+    assert torch.allclose(after.weights[kept], slots.weights[kept] * 1.5)
+
+
+@pytest.mark.parametrize("make", [HostEnforcement, lambda t: DeviceEnforcement(t, CPU)])
+def test_a_forward_without_a_phase_is_left_alone(make: type[HostEnforcement]) -> None:
+    enforcement, slots = make(_make_tables("layer")), _make_slots()
+    enforcement.set_budgets(BUDGET_MIN, BUDGET_MIN)
+    enforcement.begin_forward(None)
+    assert enforcement.apply(0, slots) is slots
+
+
+def test_the_device_buffer_keeps_its_address_through_changes() -> None:
+    enforcement = DeviceEnforcement(_make_tables("layer"), CPU)
+    enforcement.begin_forward("decode")
+    before = enforcement.buffer_address()
+    enforcement.set_budgets(BUDGET_MIN, BUDGET_MIN + 1)
+    enforcement.begin_forward("prefill")
+    assert enforcement.buffer_address() == before

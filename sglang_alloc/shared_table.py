@@ -1,0 +1,52 @@
+"""Contract 1, where the data and the control story meet: the public names of the shared table.
+
+The byte layout and the ordering rules are the docstring of `shared_table_layout`.
+"""
+
+from sglang_alloc.shared_table_layout import TableShape
+from sglang_alloc.shared_table_publish import publish_shared_table
+from sglang_alloc.shared_table_reader import OVERRIDE_MAX_NS, SharedTable
+from sglang_alloc.shared_table_words import (
+    SOURCE_CONTROLLER,
+    SOURCE_FALLBACK,
+    SOURCE_NONE,
+    SOURCE_OVERRIDE,
+    SOURCES,
+    Fallback,
+    Override,
+    Selection,
+    Selector,
+    WorkerCounters,
+    WorkerSlot,
+    is_newer_generation,
+    next_generation,
+    pack_word,
+    parse_fallback,
+    unpack_word,
+)
+from sglang_alloc.shared_table_writer import SelectorWriter, lock_path
+
+__all__ = [
+    "OVERRIDE_MAX_NS",
+    "SOURCES",
+    "SOURCE_CONTROLLER",
+    "SOURCE_FALLBACK",
+    "SOURCE_NONE",
+    "SOURCE_OVERRIDE",
+    "Fallback",
+    "Override",
+    "Selection",
+    "Selector",
+    "SelectorWriter",
+    "SharedTable",
+    "TableShape",
+    "WorkerCounters",
+    "WorkerSlot",
+    "is_newer_generation",
+    "lock_path",
+    "next_generation",
+    "pack_word",
+    "parse_fallback",
+    "publish_shared_table",
+    "unpack_word",
+]

@@ -1,0 +1,295 @@
+"""Data story, first step: what budget is in force? Also home of the words that anyone may set."""
+
+import contextlib
+import fcntl
+import mmap
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sglang_alloc import shared_table_layout as layout
+from sglang_alloc.errors import SharedTableError
+from sglang_alloc.shared_table_open import open_checked
+from sglang_alloc.shared_table_words import (
+    Fallback,
+    Override,
+    Selection,
+    Selector,
+    WorkerCounters,
+    WorkerSlot,
+    next_generation,
+    pack_word,
+    unpack_word,
+)
+
+# Clocks of one machine agree: a heartbeat further ahead than this was left by another boot.
+_FUTURE_TOLERANCE_NS = 1_000_000_000
+# No override is longer, so a later deadline was left by another boot.
+OVERRIDE_MAX_NS = 24 * 3600 * 1_000_000_000
+_NO_SELECTION = (0, Selection("fallback", 0, 0, 0))
+
+
+class SharedTable:
+    """An open shared table: constant sections, current budgets, and the words anyone may set.
+
+    The payload is read once, checked against its SHA-256 and kept in private memory, so its arrays
+    stay right whatever happens to the file later. Only pages 0 to 3 are mapped. Like every mapped
+    file it must not be shortened in place while it is open; replacing it by rename is safe, and
+    `is_current` tells that it happened.
+    """
+
+    def __init__(self, path: Path, *, writable: bool = True) -> None:
+        """Open `path`; see `open`."""
+        descriptor, header, payload = open_checked(path, writable=writable)
+        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+        try:
+            self._mapping = mmap.mmap(descriptor, layout.MAPPED_BYTES, access=access)
+        except OSError as error:
+            os.close(descriptor)
+            raise SharedTableError(
+                f"Cannot map the shared table {path}: {error.strerror}. Put it on a file system "
+                "that allows shared mappings, such as /dev/shm."
+            ) from error
+        self._bytes = memoryview(self._mapping)
+        self._words = self._bytes.cast("Q")
+        self._descriptor = descriptor
+        self._header = header
+        self._payload = payload
+        self._decoded = _NO_SELECTION
+        self.path = path
+        self.writable = writable
+        self.shape = header.shape
+        self.fingerprint = header.fingerprint.hex()
+        self.publication_id = header.publication_id.hex()
+        self.model_id = header.model_id
+        self.mode_note = header.mode_note
+        self.published_ns = header.published_ns
+        self.layer_ids = self.section("layer_ids")
+
+    @classmethod
+    def open(cls, path: Path, *, writable: bool = True) -> "SharedTable":
+        """Open and check the table at `path`; pass `writable=False` to look only.
+
+        Raises:
+            SharedTableError: it is missing, foreign, of another version, truncated, corrupt, or
+                not permitted to this user; the message says which and what to do.
+        """
+        return cls(path, writable=writable)
+
+    def section(self, name: str) -> npt.NDArray[Any]:
+        """Return the read-only array `name` of the payload; it outlives `close`.
+
+        Raises:
+            SharedTableError: the table was published without it.
+        """
+        for entry in self._header.sections:
+            if entry.name == name:
+                flat: npt.NDArray[Any] = np.frombuffer(
+                    self._payload,
+                    dtype=entry.dtype,
+                    count=entry.nbytes // np.dtype(entry.dtype).itemsize,
+                    offset=entry.offset - layout.PAYLOAD_OFFSET,
+                )
+                return flat.reshape(entry.shape)
+        raise SharedTableError(
+            f"The shared table {self.path} has no section {name!r}, only "
+            f"{', '.join(entry.name for entry in self._header.sections)}. Publish budget tables "
+            "that hold it, or choose a mode that does not need it."
+        )
+
+    def has_section(self, name: str) -> bool:
+        """Tell whether the table was published with the array `name`."""
+        return any(entry.name == name for entry in self._header.sections)
+
+    def selector_word(self) -> int:
+        """Return the selector's u64: the cheapest way to see that nothing changed."""
+        return self._words[layout.SELECTOR_WORD]
+
+    def selector(self) -> Selector:
+        """Return the budgets that the controller asked for last."""
+        return unpack_word(self._words[layout.SELECTOR_WORD])
+
+    def heartbeat_ns(self) -> int:
+        """Return the monotonic time of the controller's last beat, 0 when there was none."""
+        return self._words[layout.HEARTBEAT_WORD]
+
+    def writer_epoch(self) -> int:
+        """Return how many writers this publication has had."""
+        return self._words[layout.WRITER_EPOCH_WORD]
+
+    def writer_pid(self) -> int:
+        """Return the last writer's pid in its own namespace, 0 when there was none."""
+        return self._words[layout.WRITER_PID_WORD]
+
+    def selection(self, now_ns: int, stale_after_ns: int, fallback: Fallback) -> Selection:
+        """Decide the budgets for a step at `now_ns` (monotonic).
+
+        An override in force comes first, then the selector while the heartbeat is at most
+        `stale_after_ns` old, then `fallback`. A heartbeat that never was, or that lies over a
+        second ahead, is stale; a selector that names no row counts as no controller.
+        """
+        words = self._words
+        if words[layout.OVERRIDE_DEADLINE_WORD] > now_ns:
+            override = self.override(now_ns)
+            if override is not None:
+                return Selection("override", override.generation, *override[:2])
+        word = words[layout.SELECTOR_WORD]
+        heartbeat_ns = words[layout.HEARTBEAT_WORD]
+        if heartbeat_ns and -_FUTURE_TOLERANCE_NS <= now_ns - heartbeat_ns <= stale_after_ns:
+            decoded_word, selection = self._decoded
+            if word == decoded_word:
+                return selection
+            selector = unpack_word(word)
+            if self._has_rows(selector):
+                selection = Selection("controller", *selector)
+                self._decoded = (word, selection)
+                return selection
+        return self._fallen_back(unpack_word(word), fallback)
+
+    def override(self, now_ns: int) -> Override | None:
+        """Return the override in force at `now_ns` (monotonic), if there is one."""
+        words = self._words
+        word, deadline_ns, check = words[layout.OVERRIDE_WORD : layout.OVERRIDE_WORD + 3]
+        actor = self._actor_bytes()
+        if not now_ns < deadline_ns <= now_ns + OVERRIDE_MAX_NS:
+            return None
+        generation, prefill_budget, decode_budget = selector = unpack_word(word)
+        if check != _override_check(word, deadline_ns, actor) or not self._has_rows(selector):
+            return None
+        text = layout.padded_text(actor)
+        return Override(prefill_budget, decode_budget, generation, deadline_ns, text)
+
+    def set_override(
+        self, prefill_budget: int, decode_budget: int, deadline_ns: int, actor: str
+    ) -> None:
+        """Put a person's budgets in force until `deadline_ns` (monotonic), replacing any other.
+
+        `actor` is cut to 64 bytes of UTF-8.
+
+        Raises:
+            SharedTableError: a budget has no row, or the table was opened to look only.
+        """
+        self.check_budget("prefill", prefill_budget)
+        self.check_budget("decode", decode_budget)
+        with self._exclusive() as words:
+            generation = next_generation(words[layout.OVERRIDE_WORD] >> 32)
+            word = pack_word(generation, prefill_budget, decode_budget)
+            name = _cut_to_bytes(actor, layout.OVERRIDE_ACTOR_BYTES)
+            start = layout.OVERRIDE_ACTOR_OFFSET
+            self._bytes[start : start + layout.OVERRIDE_ACTOR_BYTES] = name
+            words[layout.OVERRIDE_WORD] = word
+            words[layout.OVERRIDE_CHECK_WORD] = _override_check(word, deadline_ns, name)
+            words[layout.OVERRIDE_DEADLINE_WORD] = deadline_ns
+
+    def clear_override(self) -> None:
+        """End the override now; its generation is kept so that the next one is newer.
+
+        Raises:
+            SharedTableError: the table was opened to look only.
+        """
+        with self._exclusive() as words:
+            words[layout.OVERRIDE_DEADLINE_WORD] = 0
+
+    def worker_slot(self, rank: int) -> WorkerSlot:
+        """Return the slot that tensor-parallel rank `rank`, and nobody else, writes.
+
+        Raises:
+            SharedTableError: there is no slot for that rank, or the table was opened to look only.
+        """
+        self._require_writable()
+        if not 0 <= rank < layout.MAX_WORKERS:
+            raise SharedTableError(
+                f"Rank {rank} asked for a worker slot of {self.path}, which has slots for ranks 0 "
+                f"to {layout.MAX_WORKERS - 1}. Give each node a table of its own."
+            )
+        return WorkerSlot(self._slot_words(rank))
+
+    def worker_counters(self) -> list[WorkerCounters]:
+        """Return the counters of every rank that has claimed its slot, by rank."""
+        loaded = (WorkerCounters(*self._slot_words(rank)) for rank in range(layout.MAX_WORKERS))
+        return [counters for counters in loaded if counters.pid]
+
+    def check_budget(self, phase: str, budget: int) -> None:
+        """Raise `SharedTableError` unless the table has a row for `budget`."""
+        if not self.shape.budget_min <= budget <= self.shape.budget_max:
+            raise SharedTableError(
+                f"A {phase} budget of {budget} activations per token was asked of {self.path}, "
+                f"which has rows for {self.shape.budget_min} to {self.shape.budget_max}. Choose "
+                "one in that range."
+            )
+
+    def is_current(self) -> bool:
+        """Tell whether the path still holds this publication, at the cost of one stat."""
+        mine = os.fstat(self._descriptor)
+        try:
+            there = os.stat(self.path)
+        except OSError:
+            return False
+        return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
+
+    def close(self) -> None:
+        """Unmap the words; arrays from `section` stay valid, worker slots do not."""
+        if self._descriptor < 0:
+            return
+        self._words.release()
+        self._bytes.release()
+        # A worker slot that is still held keeps the mapping until it goes.
+        with contextlib.suppress(BufferError):
+            self._mapping.close()
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    def control_words(self) -> memoryview:
+        """Return the u64 words of pages 0 to 3, for the selector's one writer; release it."""
+        return self._words[:]
+
+    def _fallen_back(self, selector: Selector, fallback: Fallback) -> Selection:
+        full = self.shape.budget_max
+        budgets = (full, full)
+        if fallback.kind == "hold" and self._has_rows(selector):
+            budgets = (selector.prefill_budget, selector.decode_budget)
+        elif fallback.kind == "budget":
+            budgets = (fallback.prefill_budget, fallback.decode_budget)
+        return Selection("fallback", selector.generation, *budgets)
+
+    def _has_rows(self, selector: Selector) -> bool:
+        low, high = self.shape.budget_min, self.shape.budget_max
+        return low <= selector.prefill_budget <= high and low <= selector.decode_budget <= high
+
+    def _slot_words(self, rank: int) -> memoryview:
+        start = layout.WORKER_SLOTS_WORD + rank * layout.WORKER_SLOT_WORDS
+        return self._words[start : start + layout.WORKER_SLOT_WORDS]
+
+    def _actor_bytes(self) -> bytes:
+        start = layout.OVERRIDE_ACTOR_OFFSET
+        return bytes(self._bytes[start : start + layout.OVERRIDE_ACTOR_BYTES])
+
+    def _require_writable(self) -> None:
+        if not self.writable:
+            raise SharedTableError(
+                f"A word of {self.path} was to be changed, but the table was opened to look only. "
+                "Open it with writable=True."
+            )
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[memoryview]:
+        self._require_writable()
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        try:
+            yield self._words
+        finally:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+
+def _override_check(word: int, deadline_ns: int, actor: bytes) -> int:
+    return word ^ deadline_ns ^ zlib.crc32(actor)
+
+
+def _cut_to_bytes(text: str, size: int) -> bytes:
+    whole = text.encode()[:size].decode(errors="ignore")
+    return whole.encode().ljust(size, b"\0")

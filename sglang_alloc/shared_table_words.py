@@ -1,0 +1,141 @@
+"""The words of the shared table that change while a server runs, and what they mean."""
+
+from typing import Literal, NamedTuple
+
+from sglang_alloc.errors import ConfigurationError
+from sglang_alloc.shared_table_layout import WORKER_SLOT_WORDS, TableShape
+
+GENERATION_MASK = 0xFFFF_FFFF
+BUDGET_LIMIT = 0xFFFF
+_GENERATION_HALF = 1 << 31
+
+SOURCE_NONE, SOURCE_CONTROLLER, SOURCE_OVERRIDE, SOURCE_FALLBACK = range(4)
+# The code of a source in `WorkerCounters.acknowledged_source` is its index here.
+SOURCES = ("none", "controller", "override", "fallback")
+
+
+class Selector(NamedTuple):
+    """One selector word, unpacked; budgets in activations per token over all MoE layers."""
+
+    generation: int
+    prefill_budget: int
+    decode_budget: int
+
+
+class Selection(NamedTuple):
+    """The budgets to use now, and who decided them."""
+
+    source: Literal["controller", "override", "fallback"]
+    generation: int
+    prefill_budget: int
+    decode_budget: int
+
+
+class Override(NamedTuple):
+    """A person's budgets, in force until `deadline_ns` of the monotonic clock."""
+
+    prefill_budget: int
+    decode_budget: int
+    generation: int
+    deadline_ns: int
+    actor: str
+
+
+class Fallback(NamedTuple):
+    """What to use when no controller is alive; the budgets count for kind "budget" only."""
+
+    kind: Literal["full", "hold", "budget"]
+    prefill_budget: int = 0
+    decode_budget: int = 0
+
+
+class WorkerCounters(NamedTuple):
+    """What one rank reports, in the order of its slot's words; counters since its start.
+
+    `acknowledged_source` indexes `SOURCES`. The `sampled_` words count a sample of the steps:
+    tokens, and the activations that those tokens kept over all MoE layers.
+    `distinct_experts` sums over the sampled decode steps and the layers. `last_step_ns` is of the
+    monotonic clock. `kept_mass_millionths` is the share of router weight kept, last sample.
+    """
+
+    pid: int = 0
+    rank: int = 0
+    acknowledged_generation: int = 0
+    acknowledged_source: int = SOURCE_NONE
+    prefill_budget: int = 0
+    decode_budget: int = 0
+    steps: int = 0
+    fallbacks: int = 0
+    sampled_prefill_tokens: int = 0
+    sampled_prefill_activations: int = 0
+    sampled_decode_tokens: int = 0
+    sampled_decode_activations: int = 0
+    sampled_decode_steps: int = 0
+    distinct_experts: int = 0
+    last_step_ns: int = 0
+    kept_mass_millionths: int = 0
+
+
+_COUNTER_INDEX = {name: index for index, name in enumerate(WorkerCounters._fields)}
+assert len(_COUNTER_INDEX) == WORKER_SLOT_WORDS
+
+
+class WorkerSlot:
+    """The 16 words that one rank, and no other process, writes."""
+
+    def __init__(self, words: memoryview) -> None:
+        """Take the slot's words, a writable view of format "Q"."""
+        self._words = words
+
+    def store(self, counters: WorkerCounters) -> None:
+        """Write every word, `pid` last, so that a slot with a pid has been filled once."""
+        for index in range(WORKER_SLOT_WORDS - 1, -1, -1):
+            self._words[index] = counters[index]
+
+    def update(self, **counters: int) -> None:
+        """Write the named words of `WorkerCounters`, each by one 8-byte store."""
+        for name, value in counters.items():
+            self._words[_COUNTER_INDEX[name]] = value
+
+    def load(self) -> WorkerCounters:
+        """Read the words; each is whole, but they are not of one instant."""
+        return WorkerCounters(*self._words)
+
+
+def pack_word(generation: int, prefill_budget: int, decode_budget: int) -> int:
+    """Return the u64 of a selector or an override; the budgets must fit 16 bits."""
+    return generation << 32 | prefill_budget << 16 | decode_budget
+
+
+def unpack_word(word: int) -> Selector:
+    """Split a selector or override word."""
+    return Selector(word >> 32, word >> 16 & BUDGET_LIMIT, word & BUDGET_LIMIT)
+
+
+def next_generation(generation: int) -> int:
+    """Return the generation after this one: 32 bits that wrap past 0, which means never."""
+    return generation % GENERATION_MASK + 1
+
+
+def is_newer_generation(candidate: int, reference: int) -> bool:
+    """Tell whether `candidate` was written after `reference`, less than 2**31 changes apart."""
+    return 0 < (candidate - reference & GENERATION_MASK) < _GENERATION_HALF
+
+
+def parse_fallback(text: str, shape: TableShape) -> Fallback:
+    """Read "full", "hold" or a budget for both phases.
+
+    Raises:
+        ConfigurationError: it is none of these, or the table has no row for that budget.
+    """
+    if text == "full":
+        return Fallback("full")
+    if text == "hold":
+        return Fallback("hold")
+    budget = int(text) if text.isascii() and text.isdigit() else -1
+    if not shape.budget_min <= budget <= shape.budget_max:
+        raise ConfigurationError(
+            f"The fallback {text!r} is not full, hold, or a budget from {shape.budget_min} to "
+            f"{shape.budget_max} (activations per token over {shape.num_layers} MoE layers)."
+        )
+    return Fallback("budget", budget, budget)

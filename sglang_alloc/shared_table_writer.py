@@ -1,0 +1,125 @@
+"""Control story, last step: the one process that moves the budget writes the selector."""
+
+import fcntl
+import os
+from pathlib import Path
+
+from sglang_alloc import shared_table_layout as layout
+from sglang_alloc.errors import SharedTableError, TableInUseError
+from sglang_alloc.shared_table_reader import SharedTable
+from sglang_alloc.shared_table_words import next_generation, pack_word, unpack_word
+
+_LOCK_FILE_MODE = 0o660
+
+
+class SelectorWriter:
+    """The right to write the selector and the heartbeat of one table, held by one process.
+
+    The right is an flock on `<path>.lock`, which the kernel takes back when the process dies by
+    whatever means. The lock belongs to the path, so it also keeps writers of an earlier and a
+    later publication apart. The lock file holds "pid epoch" for people.
+    """
+
+    def __init__(self, table: SharedTable) -> None:
+        """Take the right; see `acquire`."""
+        if not table.writable:
+            raise SharedTableError(
+                f"The selector of {table.path} was to be written, but the table was opened to "
+                "look only. Open it with writable=True."
+            )
+        self._table = table
+        self._words = table.control_words()
+        self._lock = _locked_file(lock_path(table.path))
+        self.epoch = table.writer_epoch() + 1
+        self._words[layout.WRITER_EPOCH_WORD] = self.epoch
+        self._words[layout.WRITER_PID_WORD] = os.getpid()
+        os.truncate(self._lock, 0)
+        os.pwrite(self._lock, f"{os.getpid()} {self.epoch}\n".encode(), 0)
+
+    @classmethod
+    def acquire(cls, table: SharedTable) -> "SelectorWriter":
+        """Become the writer of `table`; its budgets and generation stay until the first `write`.
+
+        Raises:
+            TableInUseError: a living process is the writer; the message names its pid.
+            SharedTableError: the lock file cannot be made, or `table` was opened to look only.
+        """
+        return cls(table)
+
+    def write(self, prefill_budget: int, decode_budget: int) -> int:
+        """Ask for these budgets (activations per token) and return the new generation.
+
+        Raises:
+            SharedTableError: a budget has no row.
+            TableInUseError: another writer took over, because the lock file was removed.
+        """
+        self._table.check_budget("prefill", prefill_budget)
+        self._table.check_budget("decode", decode_budget)
+        self._require_own_epoch()
+        selector = unpack_word(self._words[layout.SELECTOR_WORD])
+        generation = next_generation(selector.generation)
+        self._words[layout.SELECTOR_WORD] = pack_word(generation, prefill_budget, decode_budget)
+        return generation
+
+    def beat(self, now_ns: int) -> None:
+        """Tell the workers that the writer lives at `now_ns` (monotonic).
+
+        Raises:
+            TableInUseError: another writer took over, because the lock file was removed.
+        """
+        self._require_own_epoch()
+        self._words[layout.HEARTBEAT_WORD] = now_ns
+
+    def close(self) -> None:
+        """Give the right back; the budgets stay, and go stale without a heartbeat."""
+        if self._lock >= 0:
+            self._words.release()
+            os.close(self._lock)
+            self._lock = -1
+
+    def _require_own_epoch(self) -> None:
+        found = self._words[layout.WRITER_EPOCH_WORD]
+        if found != self.epoch:
+            raise TableInUseError(
+                f"This process (pid {os.getpid()}) wrote the selector of {self._table.path} as "
+                f"writer {self.epoch}, but writer {found} (pid {self._table.writer_pid()}) has "
+                "taken over. Stop one of the two; do not remove the lock file."
+            )
+
+
+def lock_path(path: Path) -> Path:
+    """Return the path of the lock file of the table at `path`."""
+    return path.with_name(path.name + ".lock")
+
+
+def _locked_file(path: Path) -> int:
+    """Return a locked descriptor of the file that `path` names now, not of one since removed."""
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _LOCK_FILE_MODE)
+        except OSError as error:
+            raise SharedTableError(
+                f"Cannot open the lock file {path} for the one writer: {error.strerror} (uid "
+                f"{os.geteuid()}). Run as a user who may write there."
+            ) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 64, 0).decode(errors="replace").split()
+            os.close(descriptor)
+            raise TableInUseError(
+                f"This process (pid {os.getpid()}) wants to write the selector that {path} "
+                f"guards, but pid {holder[0] if holder else 'unknown'} already does. Stop that "
+                "controller first; one table has one writer."
+            ) from error
+        if _is_named(descriptor, path):
+            return descriptor
+        os.close(descriptor)
+
+
+def _is_named(descriptor: int, path: Path) -> bool:
+    try:
+        named = os.stat(path)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(descriptor), named)

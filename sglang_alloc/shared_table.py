@@ -4,8 +4,9 @@ The byte layout and the ordering rules are the docstring of `shared_table_layout
 """
 
 from sglang_alloc.shared_table_layout import TableShape
+from sglang_alloc.shared_table_override import OVERRIDE_MAX_NS
 from sglang_alloc.shared_table_publish import publish_shared_table
-from sglang_alloc.shared_table_reader import OVERRIDE_MAX_NS, SharedTable
+from sglang_alloc.shared_table_reader import SharedTable
 from sglang_alloc.shared_table_words import (
     SOURCE_CONTROLLER,
     SOURCE_FALLBACK,

@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import mmap
 import os
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,13 @@ import numpy.typing as npt
 
 from sglang_alloc import shared_table_layout as layout
 from sglang_alloc.errors import SharedTableError
+from sglang_alloc.shared_table_layout import (
+    HEARTBEAT_WORD,
+    OVERRIDE_DEADLINE_WORD,
+    SELECTOR_WORD,
+)
 from sglang_alloc.shared_table_open import open_checked
+from sglang_alloc.shared_table_override import read_override, store_override
 from sglang_alloc.shared_table_words import (
     Fallback,
     Override,
@@ -22,16 +27,17 @@ from sglang_alloc.shared_table_words import (
     Selector,
     WorkerCounters,
     WorkerSlot,
-    next_generation,
-    pack_word,
     unpack_word,
 )
 
 # Clocks of one machine agree: a heartbeat further ahead than this was left by another boot.
 _FUTURE_TOLERANCE_NS = 1_000_000_000
-# No override is longer, so a later deadline was left by another boot.
-OVERRIDE_MAX_NS = 24 * 3600 * 1_000_000_000
-_NO_SELECTION = (0, Selection("fallback", 0, 0, 0))
+
+# Decoding a word costs ten times what reading it does, so the last one of each kind is kept.
+# No word is -1, so these match none.
+_NO_SELECTOR = (-1, Selector(0, 0, 0))
+_NO_CONTROLLER = (-1, Selection("controller", 0, 0, 0))
+_NO_FALLBACK = (-1, Fallback("full"), Selection("fallback", 0, 0, 0))
 
 
 class SharedTable:
@@ -60,7 +66,9 @@ class SharedTable:
         self._descriptor = descriptor
         self._header = header
         self._payload = payload
-        self._decoded = _NO_SELECTION
+        self._last_selector = _NO_SELECTOR
+        self._last_controller = _NO_CONTROLLER
+        self._last_fallback = _NO_FALLBACK
         self.path = path
         self.writable = writable
         self.shape = header.shape
@@ -108,15 +116,20 @@ class SharedTable:
 
     def selector_word(self) -> int:
         """Return the selector's u64: the cheapest way to see that nothing changed."""
-        return self._words[layout.SELECTOR_WORD]
+        return self._words[SELECTOR_WORD]
 
     def selector(self) -> Selector:
         """Return the budgets that the controller asked for last."""
-        return unpack_word(self._words[layout.SELECTOR_WORD])
+        word = self._words[SELECTOR_WORD]
+        last_word, selector = self._last_selector
+        if word != last_word:
+            selector = unpack_word(word)
+            self._last_selector = (word, selector)
+        return selector
 
     def heartbeat_ns(self) -> int:
         """Return the monotonic time of the controller's last beat, 0 when there was none."""
-        return self._words[layout.HEARTBEAT_WORD]
+        return self._words[HEARTBEAT_WORD]
 
     def writer_epoch(self) -> int:
         """Return how many writers this publication has had."""
@@ -134,35 +147,29 @@ class SharedTable:
         second ahead, is stale; a selector that names no row counts as no controller.
         """
         words = self._words
-        if words[layout.OVERRIDE_DEADLINE_WORD] > now_ns:
+        if words[OVERRIDE_DEADLINE_WORD] > now_ns:
             override = self.override(now_ns)
             if override is not None:
                 return Selection("override", override.generation, *override[:2])
-        word = words[layout.SELECTOR_WORD]
-        heartbeat_ns = words[layout.HEARTBEAT_WORD]
+        word = words[SELECTOR_WORD]
+        heartbeat_ns = words[HEARTBEAT_WORD]
         if heartbeat_ns and -_FUTURE_TOLERANCE_NS <= now_ns - heartbeat_ns <= stale_after_ns:
-            decoded_word, selection = self._decoded
-            if word == decoded_word:
+            last_word, selection = self._last_controller
+            if word == last_word:
                 return selection
             selector = unpack_word(word)
-            if self._has_rows(selector):
+            if self._has_rows(*selector[1:]):
                 selection = Selection("controller", *selector)
-                self._decoded = (word, selection)
+                self._last_controller = (word, selection)
                 return selection
-        return self._fallen_back(unpack_word(word), fallback)
+        return self._fallen_back(word, fallback)
 
     def override(self, now_ns: int) -> Override | None:
         """Return the override in force at `now_ns` (monotonic), if there is one."""
-        words = self._words
-        word, deadline_ns, check = words[layout.OVERRIDE_WORD : layout.OVERRIDE_WORD + 3]
-        actor = self._actor_bytes()
-        if not now_ns < deadline_ns <= now_ns + OVERRIDE_MAX_NS:
+        override = read_override(self._words, self._bytes, now_ns)
+        if override is None or not self._has_rows(override.prefill_budget, override.decode_budget):
             return None
-        generation, prefill_budget, decode_budget = selector = unpack_word(word)
-        if check != _override_check(word, deadline_ns, actor) or not self._has_rows(selector):
-            return None
-        text = layout.padded_text(actor)
-        return Override(prefill_budget, decode_budget, generation, deadline_ns, text)
+        return override
 
     def set_override(
         self, prefill_budget: int, decode_budget: int, deadline_ns: int, actor: str
@@ -177,14 +184,7 @@ class SharedTable:
         self.check_budget("prefill", prefill_budget)
         self.check_budget("decode", decode_budget)
         with self._exclusive() as words:
-            generation = next_generation(words[layout.OVERRIDE_WORD] >> 32)
-            word = pack_word(generation, prefill_budget, decode_budget)
-            name = _cut_to_bytes(actor, layout.OVERRIDE_ACTOR_BYTES)
-            start = layout.OVERRIDE_ACTOR_OFFSET
-            self._bytes[start : start + layout.OVERRIDE_ACTOR_BYTES] = name
-            words[layout.OVERRIDE_WORD] = word
-            words[layout.OVERRIDE_CHECK_WORD] = _override_check(word, deadline_ns, name)
-            words[layout.OVERRIDE_DEADLINE_WORD] = deadline_ns
+            store_override(words, self._bytes, (prefill_budget, decode_budget), deadline_ns, actor)
 
     def clear_override(self) -> None:
         """End the override now; its generation is kept so that the next one is newer.
@@ -193,7 +193,7 @@ class SharedTable:
             SharedTableError: the table was opened to look only.
         """
         with self._exclusive() as words:
-            words[layout.OVERRIDE_DEADLINE_WORD] = 0
+            words[OVERRIDE_DEADLINE_WORD] = 0
 
     def worker_slot(self, rank: int) -> WorkerSlot:
         """Return the slot that tensor-parallel rank `rank`, and nobody else, writes.
@@ -248,26 +248,26 @@ class SharedTable:
         """Return the u64 words of pages 0 to 3, for the selector's one writer; release it."""
         return self._words[:]
 
-    def _fallen_back(self, selector: Selector, fallback: Fallback) -> Selection:
-        full = self.shape.budget_max
-        budgets = (full, full)
-        if fallback.kind == "hold" and self._has_rows(selector):
-            budgets = (selector.prefill_budget, selector.decode_budget)
-        elif fallback.kind == "budget":
-            budgets = (fallback.prefill_budget, fallback.decode_budget)
-        return Selection("fallback", selector.generation, *budgets)
+    def _fallen_back(self, word: int, fallback: Fallback) -> Selection:
+        last_word, last_fallback, selection = self._last_fallback
+        if word == last_word and fallback is last_fallback:
+            return selection
+        generation, prefill_budget, decode_budget = unpack_word(word)
+        if fallback.kind == "budget":
+            prefill_budget, decode_budget = fallback.prefill_budget, fallback.decode_budget
+        if fallback.kind == "full" or not self._has_rows(prefill_budget, decode_budget):
+            prefill_budget = decode_budget = self.shape.budget_max
+        selection = Selection("fallback", generation, prefill_budget, decode_budget)
+        self._last_fallback = (word, fallback, selection)
+        return selection
 
-    def _has_rows(self, selector: Selector) -> bool:
+    def _has_rows(self, prefill_budget: int, decode_budget: int) -> bool:
         low, high = self.shape.budget_min, self.shape.budget_max
-        return low <= selector.prefill_budget <= high and low <= selector.decode_budget <= high
+        return low <= prefill_budget <= high and low <= decode_budget <= high
 
     def _slot_words(self, rank: int) -> memoryview:
         start = layout.WORKER_SLOTS_WORD + rank * layout.WORKER_SLOT_WORDS
         return self._words[start : start + layout.WORKER_SLOT_WORDS]
-
-    def _actor_bytes(self) -> bytes:
-        start = layout.OVERRIDE_ACTOR_OFFSET
-        return bytes(self._bytes[start : start + layout.OVERRIDE_ACTOR_BYTES])
 
     def _require_writable(self) -> None:
         if not self.writable:
@@ -284,12 +284,3 @@ class SharedTable:
             yield self._words
         finally:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-
-
-def _override_check(word: int, deadline_ns: int, actor: bytes) -> int:
-    return word ^ deadline_ns ^ zlib.crc32(actor)
-
-
-def _cut_to_bytes(text: str, size: int) -> bytes:
-    whole = text.encode()[:size].decode(errors="ignore")
-    return whole.encode().ljust(size, b"\0")

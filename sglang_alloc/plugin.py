@@ -10,8 +10,9 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import pkgutil
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from sglang_alloc.cpu_moe import forward_kept_slots
 from sglang_alloc.enforcement import RoutedSlots
 from sglang_alloc.errors import AllocError, UnsupportedServerError
 from sglang_alloc.model_identity import identity_from_config
-from sglang_alloc.server_check import check_server
+from sglang_alloc.server_check import REFUSED_OPTIONS, ServerFacts, check_server
 from sglang_alloc.shared_table import SharedTable
 from sglang_alloc.worker import ServedModel, Worker, check_fits, make_enforcement
 from sglang_alloc.worker_settings import WorkerSettings, settings_from_environment
@@ -46,6 +47,8 @@ CPU_EXPERTS = "sglang.srt.layers.moe.fused_moe_native.moe_forward_native"
 TRITON_EXPERTS = (
     "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe._fused_moe_kernel_sequence"
 )
+
+_LAYER_IN_NAME = re.compile(r"\blayers\.(\d+)\.")
 
 
 @dataclass
@@ -128,15 +131,16 @@ def _bind(model_runner: Any) -> None:
     missing = [target for target, hook, _ in _hooks() if not _is_hooked(target, hook)]
     if missing:
         raise UnsupportedServerError(f"these hooks did not take effect: {', '.join(missing)}")
-    device_type = str(model_runner.device)
-    layers = list(_moe_layers(model_runner.model))
-    check_server(model_runner.server_args, device_type, layers)
+    routers = _moe_routers(model_runner.model)
+    check_server(_server_facts(model_runner, list(routers.values())))
     worker = Worker(_process.settings)
-    model = _served_model(model_runner, layers, device_type)
+    model = _served_model(model_runner, routers)
     check_fits(worker.table, model)
-    enforcement = make_enforcement(worker.table, worker.mode, device_type)
+    enforcement = make_enforcement(worker.table, worker.mode, model.device_type)
     worker.bind(model, enforcement, _metrics(model_runner.server_args, model.rank))
-    _process.layer_index_of.update({id(layer.topk_config): i for i, layer in enumerate(layers)})
+    _process.layer_index_of = {
+        id(router.topk_config): index for index, router in enumerate(routers.values())
+    }
     _process.worker = worker
 
 
@@ -144,7 +148,8 @@ def _prove(model_runner: Any) -> None:
     assert _process.worker is not None
     assert _process.settings is not None
     model = _process.worker.model
-    _prove_routing(_process.worker, next(_moe_layers(model_runner.model)), model)
+    for router in _moe_routers(model_runner.model).values():
+        _prove_routing(_process.worker, router)
     logger.info(
         "sglang-alloc is in force: model %s, %d MoE layers, %d experts, top-%d, table %s, mode %s, "
         "rank %d, %d hooks verified",
@@ -153,27 +158,58 @@ def _prove(model_runner: Any) -> None:
     )
 
 
-def _served_model(model_runner: Any, layers: list[Any], device_type: str) -> ServedModel:
-    from sglang.srt.distributed import get_tensor_model_parallel_rank
+def _moe_routers(model: torch.nn.Module) -> dict[int, Any]:
+    """Return the model's routers by layer id, in order.
 
-    identity = identity_from_config(model_runner.model_config.hf_config.to_dict())
-    return ServedModel(
-        name=str(model_runner.server_args.served_model_name or model_runner.server_args.model_path),
-        fingerprint=identity.fingerprint(),
-        layer_ids=tuple(layer.layer_id for layer in layers),
-        top_k=layers[0].topk_config.top_k - _num_shared(layers[0].topk_config),
-        num_experts=identity.num_experts,
-        rank=get_tensor_model_parallel_rank(),
-        device_type=device_type,
+    The id comes from the module's name ("model.layers.3.mlp.topk"): before SGLang 0.5.22 some
+    architectures leave `TopK.layer_id` empty.
+    """
+    from sglang.srt.layers.moe.topk import TopK
+
+    routers = {
+        int(match.group(1)): module
+        for name, module in model.named_modules()
+        if isinstance(module, TopK) and (match := _LAYER_IN_NAME.search(name))
+    }
+    return dict(sorted(routers.items()))
+
+
+def _server_facts(model_runner: Any, routers: list[Any]) -> ServerFacts:
+    """Read what is in force, which from 0.5.20 on is not what the command line says."""
+    from sglang.srt.layers.moe.utils import get_moe_a2a_backend, get_moe_runner_backend
+
+    arguments = model_runner.server_args
+    resolved = arguments.resolved_dict() if hasattr(arguments, "resolved_dict") else vars(arguments)
+    return ServerFacts(
+        model_path=str(arguments.model_path),
+        device_type=str(model_runner.device),
+        runner_backend=str(get_moe_runner_backend().value),
+        a2a_backend=str(get_moe_a2a_backend().value),
+        options={name: resolved.get(name) for name in REFUSED_OPTIONS},
+        router_widths={router.topk_config.top_k for router in routers},
+        module_types={type(module).__name__ for module in model_runner.model.modules()},
+        amx_experts=any(
+            getattr(module, "use_intel_amx_backend", False) and hasattr(module, "w13_weight")
+            for module in model_runner.model.modules()
+        ),
     )
 
 
-def _moe_layers(model: torch.nn.Module) -> Iterator[Any]:
-    """Yield the routers of the target model in the order of their layers."""
-    from sglang.srt.layers.moe.topk import TopK
+def _served_model(model_runner: Any, routers: dict[int, Any]) -> ServedModel:
+    from sglang.srt.distributed.parallel_state import get_tensor_model_parallel_rank
 
-    routers = [module for module in model.modules() if isinstance(module, TopK)]
-    yield from sorted(routers, key=lambda router: int(router.layer_id))
+    identity = identity_from_config(model_runner.model_config.hf_config.to_dict())
+    topk_config = next(iter(routers.values())).topk_config
+    arguments = model_runner.server_args
+    return ServedModel(
+        name=str(arguments.served_model_name or arguments.model_path),
+        fingerprint=identity.fingerprint(),
+        layer_ids=tuple(routers),
+        top_k=topk_config.top_k - _num_shared(topk_config),
+        num_experts=identity.num_experts,
+        rank=get_tensor_model_parallel_rank(),
+        device_type=str(model_runner.device),
+    )
 
 
 def _metrics(server_args: Any, rank: int) -> WorkerMetrics | None:
@@ -186,27 +222,27 @@ def _metrics(server_args: Any, rank: int) -> WorkerMetrics | None:
     return WorkerMetrics(rank)
 
 
-def _prove_routing(worker: Worker, layer: Any, model: ServedModel) -> None:
+def _prove_routing(worker: Worker, router: Any) -> None:
     """Route three made-up tokens through a real layer at the smallest budget.
 
     Proves that the layer's own call reaches the hook and that slots are dropped: a stale binding
-    or a backend that routes elsewhere shows here, before the server is ready.
+    or a backend that routes elsewhere shows here, before the server is ready. The logits fall so
+    steeply that under softmax and sigmoid alike all but the first slots weigh next to nothing.
     """
-    shape = worker.table.shape
+    shape, model = worker.table.shape, worker.model
     hidden_states = torch.zeros(3, 8, device=model.device_type)
-    logits = torch.linspace(-1, 1, 3 * model.num_experts, device=model.device_type)
+    logits = -4.0 * torch.arange(model.num_experts, device=model.device_type).float()
     worker.enforcement.set_budgets(shape.budget_min, shape.budget_min)
     worker.enforcement.begin_forward("decode")
-    output = layer(hidden_states, logits.view(3, model.num_experts))
+    output = router(hidden_states, logits.repeat(3, 1))
     worker.enforcement.begin_forward(None)
     worker.enforcement.set_budgets(shape.budget_max, shape.budget_max)
-    ids = getattr(output, "topk_ids", None)
-    if ids is None:
+    if type(output).__name__ != "StandardTopKOutput":
         raise UnsupportedServerError(
             f"the MoE backend routes inside its kernel ({type(output).__name__}), so no slot can "
             "be dropped: start SGLang with --moe-runner-backend triton"
         )
-    if model.top_k > 1 and not bool((ids < 0).any()):
+    if model.top_k > 1 and not bool((output.topk_ids < 0).any()):
         raise UnsupportedServerError(
             "a layer's routing at the smallest budget dropped no slot: the hook on "
             f"{SELECT_EXPERTS} is registered but not reached"

@@ -1,0 +1,138 @@
+"""Data story, step 0: every place where SGLang is touched, what we rely on there, and why.
+
+Read in SGLang 0.5.16 to 0.5.23. What differs inside that range is named as `old|new`.
+"""
+
+from typing import Literal, NamedTuple
+
+
+class Seam(NamedTuple):
+    """One dotted path inside SGLang and the names that must be found there.
+
+    needs, by kind:
+      function  its parameters: those before "*" lead the signature in this order, those after it
+                are accepted by keyword;
+      class     attributes, methods, fields or members; "a|b" means either name;
+      constant  the values that are accepted.
+    why: completes the sentence "it is needed to ...".
+    """
+
+    target: str
+    kind: Literal["function", "class", "constant"]
+    needs: tuple[str, ...]
+    why: str
+
+
+_TOPK = "sglang.srt.layers.moe.topk"
+_RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
+_RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
+_TRITON = "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe"
+_HOOKS = "sglang.srt.plugins.hook_registry"
+
+SEAMS: tuple[Seam, ...] = (
+    Seam(
+        f"{_TOPK}.select_experts",
+        "function",
+        ("hidden_states", "router_logits", "topk_config", "*", "layer_id", "num_token_non_padded"),
+        "drop the slots beyond the quota from the routing of a layer",
+    ),
+    Seam(
+        f"{_TOPK}.TopK",
+        "class",
+        ("layer_id", "topk_config"),
+        "find the MoE layers of the model and tell which one is routing",
+    ),
+    Seam(
+        f"{_TOPK}.TopKConfig",
+        "class",
+        # Renamed in 0.5.23; top_k counts these columns in every release.
+        ("top_k", "num_fused_shared_experts|num_shared_topk_slots"),
+        "keep the columns of the shared experts",
+    ),
+    Seam(
+        f"{_TOPK}.StandardTopKOutput",
+        "class",
+        ("topk_weights", "topk_ids", "router_logits"),
+        "read and replace the routing of a layer",
+    ),
+    Seam(
+        f"{_RUNNER}.load_model",
+        "function",
+        ("self",),
+        "bind the table to the loaded model before memory is sized",
+    ),
+    Seam(
+        f"{_RUNNER}.initialize",
+        "function",
+        ("self",),
+        "prove that the routing obeys the budget before the server is ready",
+    ),
+    Seam(
+        f"{_RUNNER}.forward",
+        "function",
+        ("self", "forward_batch"),
+        "put the budget of the batch's phase in force before its first layer",
+    ),
+    Seam(
+        _RUNNER,
+        "class",
+        ("model", "model_config", "server_args", "device", "is_draft_worker"),
+        "compare the table with the model that is served",
+    ),
+    Seam(
+        "sglang.srt.model_executor.forward_batch_info.ForwardMode",
+        "class",
+        ("is_decode", "is_extend", "is_mixed", "is_target_verify", "is_idle"),
+        "tell prefill from decode",
+    ),
+    Seam(
+        f"{_RECEIVER}._pull_raw_reqs",
+        "function",
+        ("self",),
+        "let a change of budget join the broadcast on the leading rank",
+    ),
+    Seam(
+        f"{_RECEIVER}.recv_requests",
+        "function",
+        ("self",),
+        "take the change out of the broadcast on every rank, before the same batch",
+    ),
+    Seam(
+        "sglang.srt.distributed.parallel_state.get_tensor_model_parallel_rank",
+        "function",
+        (),
+        "write the counters of a rank into its own slot",
+    ),
+    Seam(
+        "sglang.srt.layers.moe.fused_moe_native.moe_forward_native",
+        "function",
+        ("layer", "x", "topk_output", "moe_runner_config"),
+        "run only the kept slots through the experts on the CPU",
+    ),
+    Seam(
+        f"{_TRITON}._fused_moe_kernel_sequence",
+        "function",
+        ("*", "filter_expert"),
+        "let the Triton experts skip dropped slots when no expert is sharded",
+    ),
+    Seam(
+        f"{_HOOKS}.HookRegistry.register",
+        "function",
+        # A class method: seen from outside its first parameter is the target.
+        ("target", "hook", "hook_type"),
+        "put the hooks in place",
+    ),
+    Seam(f"{_HOOKS}.HookType", "class", ("BEFORE", "AFTER", "AROUND"), "say when a hook runs"),
+    Seam(
+        "sglang.srt.plugins.GENERAL_PLUGINS_GROUP",
+        "constant",
+        ("sglang.srt.plugins",),
+        "be found by SGLang through our entry point",
+    ),
+    Seam(
+        "sglang.srt.plugins.load_plugins",
+        "function",
+        (),
+        "be loaded in every process of the server",
+    ),
+)

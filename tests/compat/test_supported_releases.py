@@ -1,0 +1,79 @@
+"""Every SGLang release in the declared range has every seam, with the names the plugin uses."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+import pytest
+from sglang_releases import RELEASES, ReleaseSource, offered_releases, open_release
+from source_definitions import calls, find_definition
+
+from sglang_alloc.compatibility import (
+    SUPPORTED_SGLANG,
+    Signature,
+    seam_problems,
+    unsupported_version,
+)
+from sglang_alloc.compatibility_seams import SEAMS
+
+_TRITON_RUNNER = "sglang.srt.layers.moe.moe_runner.triton"
+
+
+@pytest.fixture(scope="module", params=RELEASES)
+def release(request: pytest.FixtureRequest) -> Iterator[ReleaseSource]:
+    source = open_release(request.param)
+    yield source
+    source.close()
+
+
+def test_every_seam_is_in_the_release(release: ReleaseSource) -> None:
+    problems = []
+    for seam in SEAMS:
+        definition = find_definition(release, seam.target)
+        if definition is None:
+            problems.append(f"{seam.target} is missing; it is needed to {seam.why}")
+        else:
+            problems += seam_problems(seam, definition)
+    assert problems == []
+
+
+def test_the_triton_runner_passes_filter_expert_by_keyword(release: ReleaseSource) -> None:
+    kernel_calls = calls(release, _TRITON_RUNNER, "_fused_moe_kernel_sequence")
+    assert kernel_calls
+    assert all("filter_expert" in _keywords(call) for call in kernel_calls)
+
+
+def test_topk_passes_its_own_config_to_select_experts_by_keyword(release: ReleaseSource) -> None:
+    routing_calls = calls(release, "sglang.srt.layers.moe.topk", "select_experts")
+    assert len(routing_calls) >= 3  # native, CUDA and CPU
+    assert all(
+        ast.unparse(_keywords(call)["topk_config"]) == "self.topk_config" for call in routing_calls
+    )
+
+
+def test_plugins_are_loaded_in_the_scheduler_and_in_the_main_process(
+    release: ReleaseSource,
+) -> None:
+    assert calls(release, "sglang.srt.managers.scheduler", "load_plugins")
+    assert calls(release, "sglang.srt.entrypoints.engine", "load_plugins")
+
+
+def test_a_renamed_parameter_function_or_module_is_noticed(release: ReleaseSource) -> None:
+    definition = find_definition(release, SEAMS[0].target)
+    assert isinstance(definition, Signature)
+    renamed = SEAMS[0]._replace(needs=("hidden_states", "router_logits", "config"))
+    assert len(seam_problems(renamed, definition)) == 1
+    assert find_definition(release, "sglang.srt.layers.moe.topk.select_expertz") is None
+    assert find_definition(release, "sglang.srt.no_such_module.select_experts") is None
+
+
+def test_pip_offers_no_release_in_the_range_that_is_not_tested() -> None:
+    in_range = {version for version in offered_releases() if not unsupported_version(version)}
+    untested = sorted(in_range - set(RELEASES))
+    assert not untested, f"{untested} are in the range {SUPPORTED_SGLANG} but not in RELEASES"
+    assert in_range == set(RELEASES)
+
+
+def _keywords(call: ast.Call) -> dict[str | None, ast.expr]:
+    return {keyword.arg: keyword.value for keyword in call.keywords}

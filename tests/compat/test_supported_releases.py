@@ -59,6 +59,14 @@ def test_plugins_are_loaded_in_the_scheduler_and_in_the_main_process(
     assert calls(release, "sglang.srt.entrypoints.engine", "load_plugins")
 
 
+def test_the_cpu_engine_calls_the_stand_in_kernel_with_six_arguments(
+    release: ReleaseSource,
+) -> None:
+    (call,) = calls(release, "sglang.srt.mem_cache.allocation", "assign_req_to_token_pool_cpu")
+    assert len(call.args) == 6
+    assert call.keywords == []
+
+
 def test_a_renamed_parameter_function_or_module_is_noticed(release: ReleaseSource) -> None:
     definition = find_definition(release, SEAMS[0].target)
     assert isinstance(definition, Signature)

@@ -72,7 +72,8 @@ def load_budget_tables(path: Path) -> BudgetTables:
 
 def _read_arrays(path: Path) -> dict[str, Array]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # np.load leaves a damaged file open, so it gets bytes.
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ValueError("a single array")
             return {name: archive[name] for name in archive.files}

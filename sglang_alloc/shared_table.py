@@ -8,10 +8,6 @@ from sglang_alloc.shared_table_override import OVERRIDE_MAX_NS
 from sglang_alloc.shared_table_publish import publish_shared_table
 from sglang_alloc.shared_table_reader import SharedTable
 from sglang_alloc.shared_table_words import (
-    SOURCE_CONTROLLER,
-    SOURCE_FALLBACK,
-    SOURCE_NONE,
-    SOURCE_OVERRIDE,
     SOURCES,
     Fallback,
     Override,
@@ -22,7 +18,6 @@ from sglang_alloc.shared_table_words import (
     is_newer_generation,
     next_generation,
     pack_word,
-    parse_fallback,
     unpack_word,
 )
 from sglang_alloc.shared_table_writer import SelectorWriter, lock_path
@@ -30,10 +25,6 @@ from sglang_alloc.shared_table_writer import SelectorWriter, lock_path
 __all__ = [
     "OVERRIDE_MAX_NS",
     "SOURCES",
-    "SOURCE_CONTROLLER",
-    "SOURCE_FALLBACK",
-    "SOURCE_NONE",
-    "SOURCE_OVERRIDE",
     "Fallback",
     "Override",
     "Selection",
@@ -47,7 +38,6 @@ __all__ = [
     "lock_path",
     "next_generation",
     "pack_word",
-    "parse_fallback",
     "publish_shared_table",
     "unpack_word",
 ]

@@ -79,7 +79,7 @@ MAX_WORKERS = 64
 
 _HEADER = struct.Struct("<8sIIQ6I32s32s16sIIQ256s112s")
 _ENTRY = struct.Struct("<24s8s4Q")
-_IDENTIFICATION = struct.Struct("<8sI")
+_VERSION = slice(8, 12)
 _CHECKSUM_OFFSET = 12
 _DIRECTORY_OFFSET = 512
 MODEL_ID_BYTES = 256
@@ -167,10 +167,9 @@ def pack_header(header: Header) -> bytes:
     return bytes(page)
 
 
-def identify(page: bytes) -> tuple[bytes, int]:
-    """Return the magic and the layout version, whose place no version changes."""
-    magic, version = _IDENTIFICATION.unpack_from(page.ljust(_IDENTIFICATION.size, b"\0"))
-    return magic, version
+def version_of(page: bytes) -> int:
+    """Return the layout version of page 0, 0 for a page that ends before it."""
+    return int.from_bytes(page[_VERSION], "little")
 
 
 def header_checksum_holds(page: bytes) -> bool:
@@ -181,7 +180,7 @@ def header_checksum_holds(page: bytes) -> bool:
 
 
 def unpack_header(page: bytes) -> Header:
-    """Read page 0, of which `identify` and `header_checksum_holds` have been asked."""
+    """Read page 0, whose version and checksum have been seen to hold."""
     fields = _HEADER.unpack_from(page)
     num_layers, top_k, num_experts, _, budget_min, budget_max = fields[4:10]
     return Header(

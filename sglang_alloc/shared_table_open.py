@@ -69,8 +69,8 @@ def _open(path: Path, *, writable: bool) -> int:
 def _read_header(path: Path, descriptor: int) -> layout.Header:
     page = os.pread(descriptor, layout.PAGE_BYTES, 0)
     found_bytes = os.fstat(descriptor).st_size
-    magic, version = layout.identify(page)
-    if magic != layout.MAGIC and not (page and layout.MAGIC.startswith(page)):
+    version = layout.version_of(page)
+    if not layout.MAGIC.startswith(page[: len(layout.MAGIC)]):
         raise SharedTableError(
             f"{path} is not a shared table: it begins with {page[:8]!r}, not {layout.MAGIC!r}. "
             "Check the path; this file is left as it is."

@@ -89,6 +89,14 @@ class SharedTable:
         """
         return cls(path, writable=writable)
 
+    def __enter__(self) -> "SharedTable":
+        """Return itself; `with` closes it at the end."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close it."""
+        self.close()
+
     def section(self, name: str) -> npt.NDArray[Any]:
         """Return the read-only array `name` of the payload; it outlives `close`.
 

@@ -2,14 +2,12 @@
 
 from typing import Literal, NamedTuple
 
-from sglang_alloc.errors import ConfigurationError
-from sglang_alloc.shared_table_layout import WORKER_SLOT_WORDS, TableShape
+from sglang_alloc.shared_table_layout import WORKER_SLOT_WORDS
 
 GENERATION_MASK = 0xFFFF_FFFF
 BUDGET_LIMIT = 0xFFFF
 _GENERATION_HALF = 1 << 31
 
-SOURCE_NONE, SOURCE_CONTROLLER, SOURCE_OVERRIDE, SOURCE_FALLBACK = range(4)
 # The code of a source in `WorkerCounters.acknowledged_source` is its index here.
 SOURCES = ("none", "controller", "override", "fallback")
 
@@ -61,7 +59,7 @@ class WorkerCounters(NamedTuple):
     pid: int = 0
     rank: int = 0
     acknowledged_generation: int = 0
-    acknowledged_source: int = SOURCE_NONE
+    acknowledged_source: int = 0
     prefill_budget: int = 0
     decode_budget: int = 0
     steps: int = 0
@@ -120,22 +118,3 @@ def next_generation(generation: int) -> int:
 def is_newer_generation(candidate: int, reference: int) -> bool:
     """Tell whether `candidate` was written after `reference`, less than 2**31 changes apart."""
     return 0 < (candidate - reference & GENERATION_MASK) < _GENERATION_HALF
-
-
-def parse_fallback(text: str, shape: TableShape) -> Fallback:
-    """Read "full", "hold" or a budget for both phases.
-
-    Raises:
-        ConfigurationError: it is none of these, or the table has no row for that budget.
-    """
-    if text == "full":
-        return Fallback("full")
-    if text == "hold":
-        return Fallback("hold")
-    budget = int(text) if text.isascii() and text.isdigit() else -1
-    if not shape.budget_min <= budget <= shape.budget_max:
-        raise ConfigurationError(
-            f"The fallback {text!r} is not full, hold, or a budget from {shape.budget_min} to "
-            f"{shape.budget_max} (activations per token over {shape.num_layers} MoE layers)."
-        )
-    return Fallback("budget", budget, budget)

@@ -46,6 +46,14 @@ class SelectorWriter:
         """
         return cls(table)
 
+    def __enter__(self) -> "SelectorWriter":
+        """Return itself; `with` closes it at the end."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close it."""
+        self.close()
+
     def write(self, prefill_budget: int, decode_budget: int) -> int:
         """Ask for these budgets (activations per token) and return the new generation.
 

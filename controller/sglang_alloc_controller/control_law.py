@@ -1,0 +1,188 @@
+"""Control story, third step: the control law. Pure: a state and a view in, a state and budgets out.
+
+Each phase has a position p from 0 (floor) to 1 (ceiling); budget = floor + round(p * range).
+
+    error      burn b = misses / allowed misses over a window that begins after the last change
+               plus dead time, clamped to `max_burn_ratio`, then smoothed; reset by each change
+    pressure   x = max(b - 1 if b is above its alarm (slo.py), queue / queue SLO - 1)
+    down       p -= clamp(degrade_gain * x, one activation, degrade_step_max)
+    up         p += min(restore_step_max, largest step with
+                        quantile * (1 + growth * step) <= restore_margin * SLO for both latencies)
+
+Clamps: 0 <= p <= 1. The position is the only thing that integrates and it is the budget itself, so
+nothing winds up while it is at a bound, overridden or not in force.
+
+Regimes, first match first:
+
+    STALE      hold for hold_seconds, then ramp to the ceiling (or go on holding)
+    warm-up    hold: the latencies of a starting engine say nothing
+    IDLE       ramp to the ceiling within idle_ramp_seconds
+    violation soon after a step up: take that step back; wait longer before the next (back-off)
+    violation  TTFT lowers prefill, ITL lowers decode, the queue lowers prefill and, when long,
+               decode; a phase at its floor passes its violation on; a shrinking queue is waited for
+    saturated  every phase at its floor and still violating: infeasible after a while
+    dead band  between the restore and the degrade burn rate, or a queue: nothing
+    room       one step up of one phase, after the hold, unless backing off or predicted to violate;
+               a step forbidden by the prediction alone is tried after probe_seconds
+
+Every constant is a setting of the section `law`, with its unit and reason in settings.py.
+"""
+
+from dataclasses import replace
+
+from sglang_alloc_controller.law_degrade import degraded, taken_back
+from sglang_alloc_controller.law_move import learned
+from sglang_alloc_controller.law_restore import ramped, restore, survived
+from sglang_alloc_controller.law_state import (
+    Decision,
+    LawConstants,
+    LawState,
+    PhaseState,
+    Pressure,
+    Reason,
+    Seen,
+)
+from sglang_alloc_controller.samples import PHASES, SLO_OF_PHASE, InputState, Phase
+from sglang_alloc_controller.slo import at_floor, clamped_burn, pressures, smoothed
+
+# Share of the saturation metric that a full quality deficit takes; the rest says "and violating".
+_DEFICIT_SHARE = 0.8
+
+
+def decide(state: LawState, seen: Seen, constants: LawConstants) -> tuple[LawState, Decision]:
+    """Return the next state and the decision of one tick."""
+    if seen.input_state is InputState.STALE:
+        return _decide_stale(state, seen, constants)
+    state = replace(state, stale_since_seconds=None)
+    if seen.warming_up:
+        return _held(_without_error(state), Reason.WARMUP, constants)
+    if seen.input_state is InputState.IDLE:
+        return _ramping(_without_error(state), Reason.IDLE, seen, constants)
+    state = _measured(state, seen, constants)
+    asked = pressures(state, seen, constants)
+    if any(pressure.excess > 0 for pressure in asked.values()):
+        return _decide_violation(state, asked, seen, constants)
+    phases = {name: survived(phase, seen, constants) for name, phase in state.phases.items()}
+    state = replace(state, phases=phases, saturated_since_seconds=None)
+    phases, reasons = restore(state, seen, constants)
+    return _decided(replace(state, phases=phases), reasons, asked, constants)
+
+
+def frozen(state: LawState, reason: Reason, seen: Seen, constants: LawConstants) -> LawState:
+    """Return the state while something else decides: budgets kept, errors forgotten.
+
+    The samples of an override are not the law's doing, so they count neither as its error nor
+    against a step of its own.
+    """
+    assert reason in {Reason.OVERRIDE, Reason.FIXED}
+    phases = {
+        name: replace(
+            phase,
+            changed_at_seconds=seen.now_seconds,
+            burn_ratio=None,
+            before_change=None,
+            restored_at_seconds=-float("inf"),
+        )
+        for name, phase in state.phases.items()
+    }
+    return LawState(phases)
+
+
+def window_start_seconds(phase: Phase, state: LawState, constants: LawConstants) -> float:
+    """Return the time from which samples speak about this phase's present budget."""
+    return state.phases[phase].changed_at_seconds + constants.law.dead_time_seconds
+
+
+def _decide_stale(
+    state: LawState, seen: Seen, constants: LawConstants
+) -> tuple[LawState, Decision]:
+    since = state.stale_since_seconds
+    since_seconds = seen.now_seconds if since is None else since
+    state = replace(_without_error(state), stale_since_seconds=since_seconds)
+    freshness = constants.freshness
+    held = seen.now_seconds - since_seconds < freshness.hold_seconds
+    if held or freshness.then == "hold":
+        return _held(state, Reason.STALE_HOLD, constants)
+    return _ramping(state, Reason.STALE_RAMP, seen, constants)
+
+
+def _decide_violation(
+    state: LawState, asked: dict[Phase, Pressure], seen: Seen, constants: LawConstants
+) -> tuple[LawState, Decision]:
+    phases, reasons = dict(state.phases), dict.fromkeys(PHASES, Reason.HOLD)
+    blamed = [name for name in PHASES if _is_on_trial(phases[name], seen, constants)]
+    for name in blamed:
+        phases[name] = taken_back(name, state, asked[name], seen, constants)
+        reasons[name] = Reason.RESTORE_TAKEN_BACK
+    for name in PHASES if not blamed else ():
+        reasons[name] = Reason.AT_CEILING if phases[name].position >= 1 else Reason.DEADBAND
+        if asked[name].excess > 0:
+            phases[name], reasons[name] = degraded(name, state, asked[name], seen, constants)
+    state = replace(state, phases=phases)
+    return _decided(*_saturation(state, reasons, seen, constants), asked, constants)
+
+
+def _saturation(
+    state: LawState, reasons: dict[Phase, Reason], seen: Seen, constants: LawConstants
+) -> tuple[LawState, dict[Phase, Reason]]:
+    if not all(at_floor(name, phase.position, constants) for name, phase in state.phases.items()):
+        return replace(state, saturated_since_seconds=None), reasons
+    since = state.saturated_since_seconds
+    since_seconds = seen.now_seconds if since is None else since
+    if seen.now_seconds - since_seconds >= constants.law.infeasible_after_seconds:
+        reasons = dict.fromkeys(PHASES, Reason.INFEASIBLE)
+    return replace(state, saturated_since_seconds=since_seconds), reasons
+
+
+def _measured(state: LawState, seen: Seen, constants: LawConstants) -> LawState:
+    """Take a new reading in: smooth the queue and the burn rates, learn from the last change."""
+    if seen.reading_at_seconds <= state.smoothed_at_seconds:
+        return state
+    phases = {}
+    for name, phase in state.phases.items():
+        sample = seen.samples[SLO_OF_PHASE[name]]
+        burn = clamped_burn(sample, constants.slo, constants.law)
+        if burn is not None:
+            burn = smoothed(phase.burn_ratio, burn, constants.law)
+        phases[name] = replace(learned(name, state, seen, constants), burn_ratio=burn)
+    return replace(
+        state,
+        phases=phases,
+        queue_requests=smoothed(state.queue_requests, seen.queue_requests, constants.law),
+        smoothed_at_seconds=seen.reading_at_seconds,
+    )
+
+
+def _is_on_trial(phase: PhaseState, seen: Seen, constants: LawConstants) -> bool:
+    return seen.now_seconds - phase.restored_at_seconds <= constants.law.trial_seconds
+
+
+def _without_error(state: LawState) -> LawState:
+    """Forget the errors: what follows a pause must be judged by samples of its own."""
+    phases = {name: replace(phase, burn_ratio=None) for name, phase in state.phases.items()}
+    return replace(state, phases=phases, queue_requests=None, saturated_since_seconds=None)
+
+
+def _held(state: LawState, reason: Reason, constants: LawConstants) -> tuple[LawState, Decision]:
+    return _decided(state, dict.fromkeys(PHASES, reason), {}, constants)
+
+
+def _ramping(
+    state: LawState, reason: Reason, seen: Seen, constants: LawConstants
+) -> tuple[LawState, Decision]:
+    phases = {name: ramped(name, state, seen, constants) for name in PHASES}
+    return _held(replace(state, phases=phases), reason, constants)
+
+
+def _decided(
+    state: LawState,
+    reasons: dict[Phase, Reason],
+    asked: dict[Phase, Pressure],
+    constants: LawConstants,
+) -> tuple[LawState, Decision]:
+    positions = {name: phase.position for name, phase in state.phases.items()}
+    excesses = {name: asked[name].excess if asked else 0.0 for name in PHASES}
+    saturated = state.saturated_since_seconds is not None
+    deficit_ratio = 1.0 - min(positions.values())
+    saturation_ratio = 1.0 if saturated else _DEFICIT_SHARE * deficit_ratio
+    return state, Decision(positions, reasons, excesses, saturation_ratio)

@@ -1,0 +1,83 @@
+"""Control story, after the last step: what was decided and why, as JSON lines that rotate."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from sglang_alloc.errors import ConfigurationError
+from sglang_alloc_controller.settings import DecisionLogSettings
+
+
+class DecisionLog:
+    """Appends JSON lines to one file; a full disk costs lines and nothing else."""
+
+    def __init__(self, settings: DecisionLogSettings, count_lost: Callable[[], None]) -> None:
+        """Take the settings; `count_lost` is called for every line that could not be written.
+
+        Raises:
+            ConfigurationError: the file cannot be opened for writing.
+        """
+        self._settings = settings
+        self._count_lost = count_lost
+        self._path = Path(settings.path) if settings.path is not None else None
+        self._file = -1
+        if self._path is not None:
+            try:
+                self._open(self._path)
+            except OSError as error:
+                raise ConfigurationError(
+                    f"decision_log.path is {self._path}, which cannot be opened for writing: "
+                    f"{error.strerror}. Choose a file in a folder that this user may write to."
+                ) from error
+
+    def write(self, record: Mapping[str, object]) -> None:
+        """Append one line; it is whole or not there, and never raises for the disk's sake."""
+        if self._path is None:
+            return
+        line = json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        try:
+            self._append(self._path, line)
+        except OSError:
+            self._count_lost()
+            self.close()
+
+    def close(self) -> None:
+        """Close the file; the next line opens it again."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def _append(self, path: Path, line: bytes) -> None:
+        if self._file < 0:
+            self._open(path)
+        size = os.fstat(self._file).st_size
+        if size and size + len(line) > self._settings.max_bytes:
+            self._rotate(path)
+            size = 0
+        written = os.write(self._file, line)
+        if written < len(line):
+            # The disk filled up in the middle: take the half line back.
+            os.ftruncate(self._file, size)
+            self._count_lost()
+
+    def _rotate(self, path: Path) -> None:
+        self.close()
+        keep = self._settings.keep_files
+        for number in range(keep - 1, 0, -1):
+            older = _numbered(path, number)
+            if older.exists():
+                os.replace(older, _numbered(path, number + 1))
+        if keep:
+            os.replace(path, _numbered(path, 1))
+        else:
+            path.unlink()
+        self._open(path)
+
+    def _open(self, path: Path) -> None:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        self._file = os.open(path, flags, 0o640)
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.name}.{number}")

@@ -1,0 +1,109 @@
+"""Control story, second step: two cumulative snapshots become the events between them. Pure."""
+
+import math
+from collections.abc import Mapping
+
+from sglang_alloc_controller.samples import Histogram
+
+# Edges are decimal numbers that were written and parsed as text, so they differ by rounding only.
+_EDGE_TOLERANCE_RATIO = 1e-9
+
+
+def restarted(older: Mapping[str, Histogram], newer: Mapping[str, Histogram]) -> bool:
+    """Tell whether an engine started anew in between.
+
+    A counter never falls in one life of an engine and its series never vanish or change edges.
+    """
+    return any(
+        name not in newer
+        or newer[name].edges != histogram.edges
+        or newer[name].counts[-1] < histogram.counts[-1]
+        for name, histogram in older.items()
+    )
+
+
+def events_between(
+    older: Mapping[str, Histogram], newer: Mapping[str, Histogram]
+) -> Histogram | None:
+    """Return the events between two snapshots without a restart, summed over the series.
+
+    A series that is new counts from zero. Series with other edges are added on the edges that all
+    share. None: there is no series yet.
+    """
+    if not newer:
+        return None
+    changes = [_difference(older.get(name), histogram) for name, histogram in newer.items()]
+    edges = set(changes[0].edges).intersection(*(change.edges for change in changes))
+    shared = tuple(sorted(edges))
+    return Histogram(
+        edges=shared,
+        counts=tuple(sum(_count_at(change, edge) for change in changes) for edge in shared),
+        sum_seconds=math.fsum(change.sum_seconds for change in changes),
+    )
+
+
+def has_edge(edges: "frozenset[float] | tuple[float, ...]", seconds: float) -> bool:
+    """Tell whether `seconds` is one of the bucket edges."""
+    return any(_same_edge(edge, seconds) for edge in edges)
+
+
+def within_ratio(events: Histogram, slo_seconds: float) -> float | None:
+    """Return the share of the events at or under `slo_seconds`, exact because it is an edge.
+
+    None: there are no events, or `slo_seconds` is not an edge, where a share would be a guess.
+    """
+    total = events.counts[-1]
+    if total <= 0:
+        return None
+    for edge, count in zip(events.edges, events.counts, strict=True):
+        if _same_edge(edge, slo_seconds):
+            return count / total
+    return None
+
+
+def mean_seconds(events: Histogram) -> float | None:
+    """Return the mean latency, exact whatever the buckets; None without events."""
+    total = events.counts[-1]
+    return events.sum_seconds / total if total > 0 else None
+
+
+def quantile_seconds(events: Histogram, ratio: float) -> float | None:
+    """Estimate the latency that `ratio` of the events stay under; None without events.
+
+    The events of a bucket count as spread evenly over it. Beyond the last finite edge that edge
+    is returned: a lower bound.
+    """
+    total = events.counts[-1]
+    if total <= 0:
+        return None
+    rank = ratio * total
+    lower_edge = lower_count = 0.0
+    for edge, count in zip(events.edges, events.counts, strict=True):
+        if count >= rank and not math.isinf(edge):
+            if count == lower_count:
+                return edge
+            return lower_edge + (edge - lower_edge) * (rank - lower_count) / (count - lower_count)
+        if not math.isinf(edge):
+            lower_edge, lower_count = edge, count
+    return lower_edge
+
+
+def _difference(older: Histogram | None, newer: Histogram) -> Histogram:
+    if older is None:
+        return newer
+    # A scrape may fall between SGLang's update of one bucket and of the next, so a difference can
+    # shrink from one edge to the next by an event; a running maximum keeps it cumulative.
+    counts, reached = [], 0.0
+    for before, after in zip(older.counts, newer.counts, strict=True):
+        reached = max(reached, after - before)
+        counts.append(reached)
+    sum_seconds = max(0.0, newer.sum_seconds - older.sum_seconds)
+    return Histogram(newer.edges, tuple(counts), sum_seconds)
+
+
+def _count_at(histogram: Histogram, edge: float) -> float:
+    return histogram.counts[histogram.edges.index(edge)]
+
+
+def _same_edge(edge: float, seconds: float) -> bool:
+    return math.isclose(edge, seconds, rel_tol=_EDGE_TOLERANCE_RATIO)

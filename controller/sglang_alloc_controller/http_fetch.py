@@ -1,0 +1,65 @@
+"""Control story, first step: one HTTP GET that ends in time whatever the other side does."""
+
+from collections.abc import Callable, Mapping
+
+import httpx2
+
+from sglang_alloc_controller.samples import SourceError
+
+_ERROR_EXCERPT_CHARS = 120
+
+
+class HttpFetcher:
+    """A kept-open HTTP client with a limit on the whole answer, in seconds and in bytes.
+
+    The limits of HTTP clients are per read, so a server that sends one byte a second would hold
+    one for ever; the total is checked between chunks.
+    """
+
+    def __init__(self, timeout_seconds: float, max_bytes: int, clock: Callable[[], float]) -> None:
+        """Take the limits; `clock` is monotonic, in seconds."""
+        self._timeout_seconds = timeout_seconds
+        self._max_bytes = max_bytes
+        self._clock = clock
+        self._client = httpx2.Client(timeout=timeout_seconds, follow_redirects=False)
+
+    def get_text(self, url: str, params: Mapping[str, str] | None = None) -> str:
+        """Return the body of a 200 answer.
+
+        Raises:
+            SourceError: no connection, another status, not text, too slow or too long.
+        """
+        deadline_seconds = self._clock() + self._timeout_seconds
+        try:
+            with self._client.stream("GET", url, params=params) as response:
+                body = self._body(url, response, deadline_seconds)
+        except httpx2.TimeoutException as error:
+            raise self._too_slow(url) from error
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+            raise SourceError(f"Cannot read {url}: {error or type(error).__name__}.") from error
+        text = body.decode("utf-8", errors="replace")
+        if response.status_code != httpx2.codes.OK:
+            excerpt = " ".join(text[:_ERROR_EXCERPT_CHARS].split())
+            raise SourceError(f"{url} answered with status {response.status_code}: {excerpt!r}.")
+        return text
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def _body(self, url: str, response: httpx2.Response, deadline_seconds: float) -> bytes:
+        body = bytearray()
+        for chunk in response.iter_bytes():
+            body += chunk
+            if self._clock() > deadline_seconds:
+                raise self._too_slow(url)
+            if len(body) > self._max_bytes:
+                raise SourceError(
+                    f"{url} sent over {self._max_bytes} bytes; that is no metrics page."
+                )
+        return bytes(body)
+
+    def _too_slow(self, url: str) -> SourceError:
+        return SourceError(
+            f"{url} did not answer within {self._timeout_seconds} s (source.timeout_seconds)."
+        )

@@ -1,0 +1,122 @@
+"""Control story, third step: what the law sees, remembers and decides. Pure data."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+from sglang_alloc_controller.budget_range import BudgetRange
+from sglang_alloc_controller.reading_history import Sample
+from sglang_alloc_controller.samples import InputState, Phase, Slo
+from sglang_alloc_controller.settings import FreshnessSettings, LawSettings, SloSettings
+
+
+class Reason(Enum):
+    """Why a phase's budget is what it is; exported one-hot."""
+
+    AT_CEILING = "at_ceiling"
+    TTFT_SLO = "ttft_slo"
+    ITL_SLO = "itl_slo"
+    QUEUE_SLO = "queue_slo"
+    DRAINING = "draining"
+    AT_FLOOR = "at_floor"
+    INFEASIBLE = "infeasible"
+    HOLD = "hold"
+    DEADBAND = "deadband"
+    TOO_FEW_SAMPLES = "too_few_samples"
+    RESTORE = "restore"
+    PROBE = "probe"
+    RESTORE_TAKEN_BACK = "restore_taken_back"
+    BACKOFF = "backoff"
+    PREDICTED_VIOLATION = "predicted_violation"
+    OTHER_PHASE_FIRST = "other_phase_first"
+    IDLE = "idle"
+    WARMUP = "warmup"
+    STALE_HOLD = "stale_hold"
+    STALE_RAMP = "stale_ramp"
+    OVERRIDE = "override"
+    FIXED = "fixed"
+
+
+class LawConstants(NamedTuple):
+    """What the law is told once."""
+
+    slo: SloSettings
+    law: LawSettings
+    freshness: FreshnessSettings
+    ranges: Mapping[Phase, BudgetRange]
+
+
+class Seen(NamedTuple):
+    """What the law sees at one tick."""
+
+    now_seconds: float
+    input_state: InputState
+    warming_up: bool
+    samples: Mapping[Slo, Sample | None]
+    queue_requests: float
+    reading_at_seconds: float
+    """When the newest reading was true; the same one is smoothed only once."""
+
+
+@dataclass(frozen=True)
+class PhaseState:
+    """What the law remembers of one phase; times are monotonic seconds."""
+
+    position: float
+    """0 is the floor, 1 the ceiling."""
+    latency_growth: float
+    """Learned relative growth of the mean latency from floor to ceiling."""
+    changed_at_seconds: float = -math.inf
+    queue_at_change: float = 0.0
+    burn_ratio: float | None = None
+    """Smoothed, clamped burn rate since the last change."""
+    restored_at_seconds: float = -math.inf
+    """Time of a step back that is still on trial."""
+    position_before_restore: float = 1.0
+    backoff_seconds: float = 0.0
+    """Length of the last wait after a step back that was taken back."""
+    blocked_until_seconds: float = -math.inf
+    blocked_rate_per_second: float = 0.0
+    before_change: Sample | None = None
+    """Sample just before the last change, until the growth has been learned from it."""
+    step: float = 0.0
+    """Signed size of the last change."""
+
+
+@dataclass(frozen=True)
+class LawState:
+    """What the law remembers."""
+
+    phases: Mapping[Phase, PhaseState]
+    queue_requests: float | None = None
+    """Smoothed queue length."""
+    smoothed_at_seconds: float = -math.inf
+    stale_since_seconds: float | None = None
+    saturated_since_seconds: float | None = None
+    """Since when every phase is at its floor and an SLO is violated."""
+
+
+class Pressure(NamedTuple):
+    """How badly an SLO asks a phase for speed."""
+
+    excess: float
+    """Burn rate above the allowed one; 0: no violation."""
+    cause: Reason
+
+
+class Decision(NamedTuple):
+    """What one tick decided."""
+
+    positions: Mapping[Phase, float]
+    reasons: Mapping[Phase, Reason]
+    excesses: Mapping[Phase, float]
+    saturation_ratio: float
+    """0: full quality. Up to 0.8: share of the range given up. 1: at the floor and violating."""
+
+
+def initial_state(positions: Mapping[Phase, float], law: LawSettings) -> LawState:
+    """Return the state of a controller that finds these positions in the selector."""
+    growth = law.latency_growth_prior
+    return LawState({phase: PhaseState(position, growth) for phase, position in positions.items()})

@@ -1,0 +1,82 @@
+"""Control story, between reading and judging: what one reading of SGLang's metrics holds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal, NamedTuple, Protocol
+
+from sglang_alloc.errors import AllocError
+
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+Slo = Literal["ttft", "itl"]
+# The latency that each phase's budget buys.
+SLO_OF_PHASE: Mapping[Phase, Slo] = {"prefill": "ttft", "decode": "itl"}
+
+
+class SourceError(AllocError):
+    """A reading failed: the server is away, hangs, or answers with something else."""
+
+
+class InputState(Enum):
+    """What the readings are worth now."""
+
+    VALID = "valid"
+    """Fresh, and the server has work."""
+    IDLE = "idle"
+    """Fresh, and the server has had no work for a while."""
+    STALE = "stale"
+    """Too old, or never there."""
+
+
+class Histogram(NamedTuple):
+    """One histogram series, cumulative over buckets and since the engine's start."""
+
+    edges: tuple[float, ...]
+    """Upper edges in seconds, ascending; the last is infinity."""
+    counts: tuple[float, ...]
+    """Events at or under each edge."""
+    sum_seconds: float
+    """Sum of the latencies."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One reading: counters since the engine's start and gauges of the moment.
+
+    The histograms are kept apart by series (rank, replica, model), because only the difference of
+    one series tells a restart of its engine from progress.
+    """
+
+    taken_at_seconds: float
+    """When the values were true, monotonic clock."""
+    ttft: Mapping[str, Histogram]
+    itl: Mapping[str, Histogram]
+    queue_requests: float
+    """Waiting requests, of the rank or replica that has most."""
+    running_requests: float
+    """Running requests, of the rank or replica that has most."""
+    edges: Mapping[Slo, frozenset[float]] = field(default_factory=dict)
+    """Bucket edges seen in any series, those of requests that do not stream included."""
+
+    def series(self, slo: Slo) -> Mapping[str, Histogram]:
+        """Return the histogram series of one latency."""
+        return self.ttft if slo == "ttft" else self.itl
+
+    def event_count(self, slo: Slo) -> float:
+        """Return the number of events of one latency since the engine's start."""
+        return sum(histogram.counts[-1] for histogram in self.series(slo).values())
+
+
+class MetricsSource(Protocol):
+    """Anything that can be read: the server itself, or a Prometheus server."""
+
+    def read(self) -> Reading:
+        """Read once, within the source's time limit.
+
+        Raises:
+            SourceError: no reading; the message says what was asked and what came.
+        """
+
+    def close(self) -> None:
+        """Close the connections."""

@@ -1,0 +1,93 @@
+"""Control story, first step, direct: SGLang's own /metrics text becomes a reading.
+
+The page of an 8-rank server is 0.7 MB; one compiled expression picks our few series out of it.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import NamedTuple
+
+from sglang_alloc_controller.http_fetch import HttpFetcher
+from sglang_alloc_controller.samples import Reading, SourceError
+from sglang_alloc_controller.series_fold import Labels, SeriesFold
+from sglang_alloc_controller.settings import SourceSettings
+
+# SGLang names its metrics with a colon; scrapers that speak OpenMetrics turn it into an underscore.
+HISTOGRAMS = ("time_to_first_token_seconds", "inter_token_latency_seconds")
+GAUGES = ("num_queue_reqs", "num_running_reqs")
+SERIES = (*GAUGES, *(f"{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum")))
+
+_LABELS = r"(?:[^\"}]|\"(?:[^\"\\]|\\.)*\")*"
+_LINE = re.compile(rf"^sglang[:_]({'|'.join(SERIES)})(?:\{{({_LABELS})\}})?[ \t]+(\S+)", re.M)
+_LABEL = re.compile(r"([A-Za-z_]\w*)\s*=\s*\"((?:[^\"\\]|\\.)*)\"")
+_METRICS_MAX_BYTES = 32 * 1024 * 1024
+
+
+class _Line(NamedTuple):
+    name: str
+    labels: Labels
+    value: str
+
+
+class SGLangMetrics:
+    """Reads one SGLang server's /metrics by HTTP."""
+
+    def __init__(self, settings: SourceSettings, clock: Callable[[], float]) -> None:
+        """Take the address and the limits; `clock` is monotonic, in seconds."""
+        self._settings = settings
+        self._clock = clock
+        self._fetcher = HttpFetcher(settings.timeout_seconds, _METRICS_MAX_BYTES, clock)
+        self.url = f"{settings.url}/metrics"
+
+    def read(self) -> Reading:
+        """Read once; see `MetricsSource.read`. The reading counts from when it was asked for."""
+        asked_at_seconds = self._clock()
+        return parse_metrics(self._fetcher.get_text(self.url), asked_at_seconds, self._settings)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._fetcher.close()
+
+
+def parse_metrics(text: str, taken_at_seconds: float, settings: SourceSettings) -> Reading:
+    """Turn a metrics page into a reading.
+
+    Raises:
+        SourceError: it is not SGLang's, or a value in it is not a number.
+    """
+    fold = SeriesFold(settings.streaming_only, settings.model_name)
+    for name, labels, value in _lines(text):
+        try:
+            fold.add(name, labels, float(value))
+        except ValueError as error:
+            raise SourceError(
+                f"The metrics have {value!r} for sglang:{name}, where a number belongs."
+            ) from error
+    if not fold.has_gauges():
+        raise SourceError(
+            "The metrics hold no sglang:num_queue_reqs and sglang:num_running_reqs. Start SGLang "
+            "with --enable-metrics, or check the address and source.model_name."
+        )
+    return fold.reading(taken_at_seconds)
+
+
+def missing_series(metrics_text: str) -> list[str]:
+    """Return the series that the controller needs and this page lacks, as `sglang:NAME`.
+
+    The latency histograms appear with the first streamed answer of two tokens or more.
+    """
+    found = {name for name, _, _ in _lines(metrics_text)}
+    return [f"sglang:{name}" for name in SERIES if name not in found]
+
+
+def _lines(text: str) -> Iterable[_Line]:
+    for match in _LINE.finditer(text):
+        name, labels, value = match.groups()
+        yield _Line(name, _parsed_labels(labels or ""), value)
+
+
+@lru_cache(maxsize=16_384)
+def _parsed_labels(text: str) -> Labels:
+    """Parse a label set; the same few come with every reading, so each is parsed once."""
+    return Labels.of(dict(_LABEL.findall(text)))

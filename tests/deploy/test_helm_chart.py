@@ -1,0 +1,180 @@
+"""The chart lints, renders valid Kubernetes objects, and keeps the promises of docs/deploy.md."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import yaml
+from chart_render import (
+    CHART,
+    REPOSITORY,
+    VALUE_SETS,
+    Manifest,
+    container,
+    golden_path,
+    golden_text,
+    helm,
+    only,
+    render,
+    values_arguments,
+)
+
+OPERATOR_GROUP = "monitoring.coreos.com/v1"
+ALL_SETS = pytest.mark.parametrize("value_set", VALUE_SETS)
+
+
+def _pod(manifests: list[Manifest]) -> Manifest:
+    pod: Manifest = only(manifests, "Deployment")["spec"]["template"]["spec"]
+    return pod
+
+
+def _containers(manifests: list[Manifest]) -> list[Manifest]:
+    pod = _pod(manifests)
+    return [*pod["initContainers"], *pod["containers"]]
+
+
+@ALL_SETS
+def test_helm_lint_finds_nothing_even_when_strict(value_set: str) -> None:
+    helm("lint", "--strict", str(CHART), *values_arguments(value_set))
+
+
+@ALL_SETS
+def test_render_equals_the_accepted_one(value_set: str) -> None:
+    assert golden_text(value_set) == golden_path(value_set).read_text(encoding="utf-8"), (
+        "the render changed: run `python tests/deploy/chart_render.py` and read the diff"
+    )
+
+
+@ALL_SETS
+def test_every_object_is_valid_kubernetes_without_unknown_fields(
+    value_set: str, tmp_path: Path
+) -> None:
+    built_in = [m for m in render(value_set) if m["apiVersion"] != OPERATOR_GROUP]
+    path = tmp_path / "manifests.yaml"
+    path.write_text(yaml.safe_dump_all(built_in), encoding="utf-8")
+    validate = [sys.executable, "-m", "kubernetes_validate", "--strict", "--no-warn", str(path)]
+    result = subprocess.run(validate, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("passed") == len(built_in), result.stdout
+
+
+@ALL_SETS
+def test_every_object_lies_in_the_namespace_of_the_release_with_common_labels(
+    value_set: str,
+) -> None:
+    for manifest in render(value_set):
+        metadata = manifest["metadata"]
+        assert metadata["namespace"] in ("serving", "monitoring"), metadata["name"]
+        assert metadata["labels"]["app.kubernetes.io/instance"] == "demo"
+        assert metadata["labels"]["app.kubernetes.io/part-of"] == "sglang-alloc"
+
+
+@ALL_SETS
+def test_no_container_may_do_more_than_it_needs(value_set: str) -> None:
+    manifests = render(value_set)
+    pod = _pod(manifests)
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert pod["automountServiceAccountToken"] is False
+    for each in _containers(manifests):
+        assert each["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+
+
+@ALL_SETS
+def test_all_containers_see_the_shared_table_at_one_path_in_memory(value_set: str) -> None:
+    manifests = render(value_set)
+    volume = next(v for v in _pod(manifests)["volumes"] if v["name"] == "shared-table")
+    assert volume["emptyDir"]["medium"] == "Memory"
+    mounts = [
+        mount
+        for each in _containers(manifests)
+        for mount in each["volumeMounts"]
+        if mount["name"] == "shared-table"
+    ]
+    assert mounts == [{"name": "shared-table", "mountPath": "/run/sglang-alloc"}] * len(mounts)
+    assert len(mounts) == len(_containers(manifests))
+
+
+def test_table_is_published_before_the_controller_and_both_before_sglang() -> None:
+    pod = _pod(render())
+    publish, controller = pod["initContainers"]
+    assert (publish["name"], controller["name"]) == ("publish-table", "controller")
+    assert "restartPolicy" not in publish, "an ordinary init container runs to its end first"
+    assert controller["restartPolicy"] == "Always", "a native sidecar runs beside SGLang"
+    assert [each["name"] for each in pod["containers"]] == ["sglang"]
+
+
+def test_sglang_starts_through_serve_and_has_a_long_startup_probe() -> None:
+    sglang = container(render(), "sglang")
+    assert sglang["command"] == ["sglang-alloc", "serve"]
+    own, separator = sglang["args"].index("--table"), sglang["args"].index("--")
+    assert own < separator < sglang["args"].index("--model-path")
+    startup = sglang["startupProbe"]
+    assert startup["periodSeconds"] * startup["failureThreshold"] >= 1200
+
+
+def test_a_dead_controller_never_takes_sglang_out_of_service() -> None:
+    assert "readinessProbe" not in container(render(), "controller")
+
+
+def test_without_a_controller_no_part_of_it_remains() -> None:
+    manifests = render("minimal")
+    assert [each["name"] for each in _containers(manifests)] == ["publish-table", "sglang"]
+    assert {m["kind"] for m in manifests} == {"Deployment", "Service"}
+
+
+def test_optional_objects_are_off_by_default_and_on_when_asked_for() -> None:
+    always = {"Deployment", "Service", "ServiceAccount", "ConfigMap"}
+    optional = {"PodMonitor", "PrometheusRule", "NetworkPolicy", "PodDisruptionBudget"}
+    assert {m["kind"] for m in render()} == always
+    assert {m["kind"] for m in render("everything")} == always | optional
+
+
+def test_changed_configuration_restarts_the_pod_unless_switched_off() -> None:
+    def checksum(*arguments: str) -> str | None:
+        template = only(render("default", *arguments), "Deployment")["spec"]["template"]
+        value: str | None = template["metadata"]["annotations"].get("checksum/controller-config")
+        return value
+
+    assert checksum() != checksum("--set", "controller.config.slo.queue_requests=9")
+    assert checksum("--set", "controller.restartOnConfigChange=false") is None
+
+
+def test_a_new_chart_version_alone_does_not_reload_the_model() -> None:
+    labels = only(render(), "Deployment")["spec"]["template"]["metadata"]["labels"]
+    assert not {"helm.sh/chart", "app.kubernetes.io/version"} & set(labels)
+
+
+def test_dashboard_config_map_ships_the_committed_dashboard() -> None:
+    config_map = only(render("everything"), "ConfigMap", "demo-olmoe-dashboard")
+    committed = REPOSITORY / "deploy" / "grafana" / "sglang-alloc.json"
+    assert config_map["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert config_map["data"]["sglang-alloc.json"].strip() == committed.read_text().strip()
+
+
+def test_package_holds_the_rules_and_the_dashboard_themselves(tmp_path: Path) -> None:
+    helm("package", str(CHART), "--destination", str(tmp_path))
+    (package,) = tmp_path.glob("*.tgz")
+    with tarfile.open(package) as archive:
+        sizes = {m.name: m.size for m in archive.getmembers() if "/files/" in m.name}
+        assert all(m.isfile() for m in archive.getmembers())
+    assert len(sizes) == 4
+    assert min(sizes.values()) > 500
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [((), "status --table"), (("--set", "controller.enabled=false"), "nothing moves the budget")],
+)
+def test_notes_say_how_to_watch_the_budget(arguments: tuple[str, ...], expected: str) -> None:
+    notes = helm("install", "demo", str(CHART), "--dry-run=client", *arguments).stdout
+    assert expected in notes
+    assert "helm uninstall demo" in notes

@@ -1,0 +1,76 @@
+"""Wrong values are refused by helm itself, before anything reaches a cluster."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import values_schema
+import yaml
+from chart_render import CHART, helm
+
+REFUSED = [
+    ("replicas=2", "additional properties 'replicas' not allowed"),
+    ("worker.mode=union", "/worker/mode"),
+    ("worker.fallback=none", "/worker/fallback"),
+    ("worker.staleAfterSeconds=0", "/worker/staleAfterSeconds"),
+    ("sharedTable.mountPath=relative", "/sharedTable/mountPath"),
+    ("sharedTable.sizeLimit=big", "/sharedTable/sizeLimit"),
+    ("budgetTables.fileName=tables.csv", "/budgetTables/fileName"),
+    ("controller.metricsPort=99999", "/controller/metricsPort"),
+    ("controller.config.mode=auto", "/controller/config/mode"),
+    ("controller.config.slo.objective_ratio=1.5", "/controller/config/slo/objective_ratio"),
+    ("controller.config.slo.ttft=1", "additional properties 'ttft' not allowed"),
+    ("controller.config.table=/tmp/x", "additional properties 'table' not allowed"),
+    ("podSecurity.runAsUser=0", "/podSecurity/runAsUser"),
+    ("monitoring.podMonitor.interval=often", "/monitoring/podMonitor/interval"),
+]
+
+
+@pytest.mark.parametrize(("setting", "reason"), REFUSED, ids=[s for s, _ in REFUSED])
+def test_wrong_value_is_refused_naming_its_place(setting: str, reason: str) -> None:
+    result = helm("template", "demo", str(CHART), "--set", setting, check=False)
+    assert result.returncode != 0
+    assert reason in result.stderr
+
+
+def test_slo_without_a_bucket_at_its_edge_is_refused() -> None:
+    setting = "controller.config.slo.itl_seconds=0.05"
+    result = helm("template", "demo", str(CHART), "--set", setting, check=False)
+    assert result.returncode != 0
+    assert "slo.itl_seconds is 0.05, which is not an edge of sglang.itlBucketsSeconds" in (
+        result.stderr
+    )
+
+
+def test_controller_part_of_the_schema_is_the_controllers_own() -> None:
+    text = values_schema.SCHEMA_PATH.read_text(encoding="utf-8")
+    assert values_schema.updated_schema(text) == text, (
+        "a setting changed: run `python deploy/helm/values_schema.py`"
+    )
+
+
+def test_every_object_of_the_schema_with_named_keys_refuses_others() -> None:
+    schema = json.loads(values_schema.SCHEMA_PATH.read_text(encoding="utf-8"))
+    open_objects = [path for path, node in _nodes(schema, "") if _is_open(node)]
+    assert open_objects == []
+
+
+def test_every_value_of_the_chart_is_described_by_the_schema_and_by_a_comment() -> None:
+    schema = json.loads(values_schema.SCHEMA_PATH.read_text(encoding="utf-8"))
+    values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
+    assert set(values) == set(schema["properties"]) - {"global"}
+
+
+def _is_open(node: dict[str, Any]) -> bool:
+    return bool(node.get("properties")) and node.get("additionalProperties") is not False
+
+
+def _nodes(node: Any, path: str) -> list[tuple[str, dict[str, Any]]]:
+    if isinstance(node, list):
+        return [n for i, v in enumerate(node) for n in _nodes(v, f"{path}/{i}")]
+    if not isinstance(node, dict):
+        return []
+    children = [n for key, value in node.items() for n in _nodes(value, f"{path}/{key}")]
+    return [(path, node), *children] if isinstance(node.get("type"), str) else children

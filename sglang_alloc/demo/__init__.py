@@ -1,0 +1,1 @@
+"""The demo: one request trace, served at full budget and again under the controller."""

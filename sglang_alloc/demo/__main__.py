@@ -1,0 +1,95 @@
+"""Demo: `python -m sglang_alloc.demo` serves one trace twice and writes a report."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from sglang_alloc.demo.progress import StageProgress
+from sglang_alloc.demo.report import write_report
+from sglang_alloc.demo.run import STAGES, WRITE, DemoOptions, run_demo
+from sglang_alloc.errors import AllocError
+
+REFERENCE = Path(__file__).resolve().parent.parent / "reference"
+MODEL = REFERENCE / "qwen3-moe-ref"
+DONE, FAILED, INTERRUPTED = 0, 1, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo; return 0 when the report is written and no request failed."""
+    options = _options(arguments)
+    console = Console()
+    signal.signal(signal.SIGTERM, _interrupt)  # unwind as for Ctrl-C, so that nothing is left
+    progress = StageProgress(STAGES, console)
+    try:
+        with progress.shown():
+            result = run_demo(options, progress)
+            with progress.stage(WRITE):
+                report = write_report(result, options.out)
+    except AllocError as error:
+        console.print(f"The demo stopped: {error}", markup=False, highlight=False, soft_wrap=True)
+        return FAILED
+    except KeyboardInterrupt:
+        console.print(_kept(options.out), markup=False, highlight=False, soft_wrap=True)
+        return INTERRUPTED
+    _print_summary(console, report, options.out)
+    errors: int = report["full"]["errors"] + report["controlled"]["errors"]
+    return DONE if errors == 0 else FAILED
+
+
+def _options(arguments: Sequence[str] | None) -> DemoOptions:
+    parser = argparse.ArgumentParser(prog="python -m sglang_alloc.demo", description=__doc__)
+    parser.add_argument("--model", type=Path, default=MODEL, help="MoE model that SGLang serves")
+    parser.add_argument("--tables", type=Path, help="its budget tables (default: in its folder)")
+    parser.add_argument("--text", type=Path, action="append", help="held-out text, repeatable")
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the results")
+    parser.add_argument("--mode", default="threshold", choices=("layer", "token", "threshold"))
+    parser.add_argument("--seed", type=int, default=0, help="of the trace and of the windows")
+    given = parser.parse_args(arguments)
+    texts = given.text or sorted((REFERENCE / "samples").glob("heldout_*.txt"))
+    return DemoOptions(
+        model=given.model,
+        tables=given.tables or given.model / "budget_tables.npz",
+        texts=tuple(texts),
+        out=given.out,
+        mode=given.mode,
+        seed=given.seed,
+    )
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _kept(out: Path) -> str:
+    kept = sorted(path.name for path in out.glob("*") if path.is_file())
+    return (
+        "Interrupted: the server and the controller are stopped and no report was written. "
+        f"Kept in {out}: {', '.join(kept) or 'nothing'}."
+    )
+
+
+def _print_summary(console: Console, report: dict[str, Any], out: Path) -> None:
+    console.print(report["verdict"], markup=False, highlight=False)
+    for name in ("full", "controlled"):
+        run = report[name]
+        console.print(
+            f"  {name:<10}  {run['slo_attainment_ratio']:6.1%} of {run['requests']} requests "
+            f"within both SLOs, TTFT p95 {run['ttft_seconds']['p95']:.2f} s, "
+            f"ITL p95 {1000 * run['itl_seconds']['p95']:.0f} ms, {run['errors']} errors",
+            markup=False,
+            highlight=False,
+        )
+    for name in ("report.html", "report.json"):
+        console.print(f"  {(out / name).resolve()}", markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

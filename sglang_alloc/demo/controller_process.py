@@ -1,0 +1,73 @@
+"""Demo, step 3: the real controller, configured for this run and stopped when the block ends."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sglang_alloc.demo.load_plan import Slo
+from sglang_alloc.demo.owned_process import OwnedProcess, owned_process
+from sglang_alloc.demo.server_process import console_script, wait_until_ready
+
+READY_TIMEOUT_SECONDS = 20.0
+
+
+def controller_settings(
+    *,
+    table: Path,
+    server_url: str,
+    slo: Slo,
+    floor_budget: int,
+    decision_log: Path,
+    port: int,
+) -> dict[str, Any]:
+    """Return the controller's configuration for the demo.
+
+    The law's constants are its defaults except those named here: the demo's burst lasts half a
+    minute, not the quarter of an hour that the defaults are made for.
+    """
+    return {
+        "table": str(table),
+        "source": {"kind": "sglang", "url": server_url, "poll_seconds": 0.5},
+        "slo": {
+            "ttft_seconds": slo.ttft_seconds,
+            "itl_seconds": slo.itl_seconds,
+            "objective_ratio": 0.95,
+            "queue_requests": 2.0,
+        },
+        "quality": {
+            "prefill_floor_budget": floor_budget,
+            "decode_floor_budget": floor_budget,
+        },
+        "law": {
+            "window_seconds": 5.0,
+            "degrade_step_max": 0.5,
+            "degrade_hold_seconds": 1.5,
+            "restore_hold_seconds": 3.0,
+            "restore_step_max": 0.2,
+        },
+        "freshness": {"warmup_seconds": 0.0},
+        "http": {"host": "127.0.0.1", "port": port},
+        "decision_log": {"path": str(decision_log), "every_tick": True},
+    }
+
+
+@contextlib.contextmanager
+def controller(
+    settings: dict[str, Any], *, config_path: Path, log_path: Path
+) -> Iterator[OwnedProcess]:
+    """Write `settings` to `config_path` and run the controller until the block ends.
+
+    Raises ProcessDiedError or NotReadyError, both with the last lines of `log_path`.
+    """
+    config_path.parent.mkdir(parents=True, exist_ok=True)
+    config_path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    command = [console_script("sglang-alloc-controller"), "run", "--config", str(config_path)]
+    url = f"http://127.0.0.1:{settings['http']['port']}/livez"
+    with owned_process("the controller", command, log_path=log_path) as process:
+        wait_until_ready(process, url, READY_TIMEOUT_SECONDS)
+        yield process

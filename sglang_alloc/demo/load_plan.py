@@ -1,0 +1,95 @@
+"""Demo, step 2: from this machine's measured capacity to the arrival rates and the SLOs."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sglang_alloc.demo.calibration import ClosedLoop
+from sglang_alloc.demo.errors import DemoError
+from sglang_alloc.demo.trace import Phase
+
+# Two calm stretches around a burst; the last is long enough to see quality come back.
+CALM_SECONDS, BURST_SECONDS, AFTER_SECONDS = 20.0, 30.0, 40.0
+# Calm leaves half of the capacity free, so that full quality meets its SLOs there.
+CALM_UTILISATION_RATIO = 0.5
+# The burst lies this far between the capacities at full and at floor: full quality cannot follow,
+# the floor can, and has some left to work off what piled up before the controller acted.
+BURST_POSITION_RATIO = 0.5
+# Where the floor gains next to nothing, the burst still overloads full quality by this much.
+BURST_OVERLOAD_MIN_RATIO = 1.08
+# An SLO is this many times what an idle server (TTFT) or a full batch (ITL) takes.
+TTFT_SLACK_RATIO, ITL_SLACK_RATIO = 12.0, 4.0
+
+# Edges of SGLang's latency histograms, ten per decade as in the R10 series: an SLO must be an edge,
+# because only then does the histogram say exactly how many requests kept it.
+_R10 = (1.0, 1.25, 1.6, 2.0, 2.5, 3.2, 4.0, 5.0, 6.3, 8.0)
+
+
+def _edges(first_decade: int, decades: int) -> tuple[float, ...]:
+    exponents = range(first_decade, first_decade + decades)
+    return tuple(float(f"{step}e{exponent}") for exponent in exponents for step in _R10)
+
+
+TTFT_EDGES_SECONDS = _edges(-2, 3)  # 10 ms to 8 s
+ITL_EDGES_SECONDS = _edges(-3, 3)  # 1 ms to 800 ms
+
+
+class Slo(NamedTuple):
+    """What a request is promised; both latencies are edges of SGLang's histograms."""
+
+    ttft_seconds: float
+    itl_seconds: float
+
+
+class LoadPlan(NamedTuple):
+    """The load that fits this machine, and the measurements that it was derived from."""
+
+    phases: tuple[Phase, ...]
+    slo: Slo
+    idle: ClosedLoop
+    full: ClosedLoop
+    floor: ClosedLoop
+
+
+def plan_load(idle: ClosedLoop, full: ClosedLoop, floor: ClosedLoop) -> LoadPlan:
+    """Derive rates and SLOs.
+
+    `idle` is one client at full budget, `full` and `floor` a full batch at full budget and at the
+    smallest budget that the controller may use. Calm arrives at half of the full capacity, the
+    burst half-way between the two capacities. Raises DemoError when an SLO would lie above the
+    largest edge: the machine is too slow or too busy for the demo.
+    """
+    capacity = full.requests_per_second
+    between = capacity + BURST_POSITION_RATIO * (floor.requests_per_second - capacity)
+    burst = max(between, BURST_OVERLOAD_MIN_RATIO * capacity)
+    calm = CALM_UTILISATION_RATIO * capacity
+    phases = (
+        Phase("calm", CALM_SECONDS, calm),
+        Phase("burst", BURST_SECONDS, burst),
+        Phase("calm again", AFTER_SECONDS, calm),
+    )
+    slo = Slo(
+        ttft_seconds=next_edge(TTFT_SLACK_RATIO * idle.median_ttft_seconds, TTFT_EDGES_SECONDS),
+        itl_seconds=next_edge(ITL_SLACK_RATIO * full.mean_itl_seconds, ITL_EDGES_SECONDS),
+    )
+    return LoadPlan(phases, slo, idle, full, floor)
+
+
+def next_edge(seconds: float, edges: Sequence[float]) -> float:
+    """Return the smallest edge at or above `seconds`."""
+    position = bisect.bisect_left(edges, seconds)
+    if position == len(edges):
+        raise DemoError(
+            f"calibration asks for an SLO of {seconds:.3g} s, above the largest that the demo "
+            f"offers ({edges[-1]:g} s): this machine is too slow or too busy, stop other work first"
+        )
+    return edges[position]
+
+
+def bucket_arguments() -> list[str]:
+    """Return SGLang's flags that put every possible SLO on a bucket edge."""
+    ttft = [f"{edge:g}" for edge in TTFT_EDGES_SECONDS]
+    itl = [f"{edge:g}" for edge in ITL_EDGES_SECONDS]
+    return ["--bucket-time-to-first-token", *ttft, "--bucket-inter-token-latency", *itl]

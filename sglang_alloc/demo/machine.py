@@ -1,0 +1,63 @@
+"""Demo and benches: what a figure was measured on: machine, versions, commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+
+VERSIONED = ("sglang-alloc", "sglang", "torch", "transformers", "numpy")
+
+
+def machine_facts() -> dict[str, object]:
+    """Return processor, usable cores, memory and system of this machine."""
+    return {
+        "cpu_model": cpu_model(Path("/proc/cpuinfo")),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": platform.platform(),
+    }
+
+
+def cpu_model(cpuinfo: Path) -> str:
+    """Return the processor's name from /proc/cpuinfo, or the architecture where it has none."""
+    try:
+        lines = cpuinfo.read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def software_versions() -> dict[str, str]:
+    """Return the versions that decide the figures; a package that is not installed is left out."""
+    versions = {"python": platform.python_version()}
+    for name in VERSIONED:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def source_commit(folder: Path = Path(__file__).parent) -> str:
+    """Return the commit of the clone that this runs from, with `+` for local changes, or `-`."""
+    try:
+        commit = _git(folder, "rev-parse", "--short=12", "HEAD")
+        return commit + ("+" if _git(folder, "status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "-"
+
+
+def today_utc() -> str:
+    """Return the date, as a figure's reader needs it."""
+    return datetime.now(timezone.utc).date().isoformat()
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()

@@ -1,0 +1,143 @@
+"""Demo, step 5: report.json and report.html from the two runs and the measured losses."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sglang_alloc.demo import machine, plots
+from sglang_alloc.demo.calibration import ClosedLoop, RequestShape
+from sglang_alloc.demo.heldout_loss import LevelLoss, loss_increase_error, weighted_loss
+from sglang_alloc.demo.load_plan import BURST_POSITION_RATIO, CALM_UTILISATION_RATIO, LoadPlan
+from sglang_alloc.demo.observation import RunRecord
+from sglang_alloc.demo.outcome import summarise_run
+from sglang_alloc.demo.page import render_page
+from sglang_alloc.demo.verdict import verdict
+
+SCHEMA_VERSION = 1
+
+HELDOUT_METHOD = (
+    "Held-out loss is measured through the same server after the runs: each window's prompt is "
+    "prefilled at the level's prefill budget and stays in the prefix cache; its continuation is "
+    "then scored on that cache at the level's decode budget. The levels stand for the pairs of "
+    "budgets at which requests were served, weighted by output tokens. The continuation is scored "
+    "in one forward, as the API cannot force given tokens through decode steps."
+)
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Everything that the report is made of."""
+
+    model: str
+    mode: str
+    shape: RequestShape
+    plan: LoadPlan
+    full_budget: int
+    floor_budget: int
+    full: RunRecord
+    controlled: RunRecord
+    full_loss: LevelLoss
+    level_losses: tuple[LevelLoss, ...]
+    scored_tokens: int
+
+
+def build_report(result: DemoResult) -> dict[str, Any]:
+    """Return the content of report.json: seconds, ratios, nats per token, activations per token."""
+    slo = result.plan.slo
+    full = summarise_run(result.full, slo) | _loss_of(result, (result.full_loss,))
+    controlled = summarise_run(result.controlled, slo) | _loss_of(result, result.level_losses)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "verdict": verdict(full, controlled),
+        "full": full,
+        "controlled": controlled,
+        "slo": slo._asdict() | {"itl_is": "mean inter-token latency of a request"},
+        "load": _load(result),
+        "model": result.model,
+        "mode": result.mode,
+        "full_budget": result.full_budget,
+        "floor_budget": result.floor_budget,
+        "machine": machine.machine_facts(),
+        "versions": machine.software_versions(),
+        "commit": machine.source_commit(),
+        "date": machine.today_utc(),
+    }
+
+
+def write_report(result: DemoResult, out: Path) -> dict[str, Any]:
+    """Write report.json and report.html into `out`; return the report."""
+    report = build_report(result)
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(without_nan(report), indent=2, allow_nan=False, ensure_ascii=False)
+    (out / "report.json").write_text(text + "\n", encoding="utf-8")
+    slo = result.plan.slo
+    timeline = plots.timeline_svg(result.full, result.controlled, slo, result.full_budget)
+    distribution = plots.distribution_svg(result.full, result.controlled, slo)
+    page = render_page(report, timeline, distribution)
+    (out / "report.html").write_text(page, encoding="utf-8")
+    return report
+
+
+def without_nan(value: Any) -> Any:
+    """Return `value` with every NaN as None: JSON has no NaN, and a reader must see a gap."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return value
+
+
+def _loss_of(result: DemoResult, levels: Sequence[LevelLoss]) -> dict[str, Any]:
+    return {
+        "heldout_nll": weighted_loss(levels),
+        "heldout_nll_full": result.full_loss.mean,
+        "heldout_nll_increase_standard_error": loss_increase_error(levels, result.full_loss),
+        "heldout_scored_tokens": result.scored_tokens,
+        "heldout_method": HELDOUT_METHOD,
+        "heldout_levels": [
+            measured.level._asdict() | {"nll": measured.mean} for measured in levels
+        ],
+    }
+
+
+def _load(result: DemoResult) -> dict[str, Any]:
+    plan, shape = result.plan, result.shape
+    phases = ", ".join(
+        f"{phase.seconds:.0f} s {phase.name} at {phase.requests_per_second:.2f} requests/s"
+        for phase in plan.phases
+    )
+    return {
+        "sentence": (
+            f"Load: {phases}; every request has {shape.prompt_bytes} prompt and "
+            f"{shape.output_tokens} output tokens."
+        ),
+        "rule": (
+            "The load is fitted to the machine before the runs. Closed-loop clients measure the "
+            f"capacity: {plan.full.requests_per_second:.2f} requests/s at full budget and "
+            f"{plan.floor.requests_per_second:.2f} at the floor of {result.floor_budget} "
+            f"activations per token. Calm arrives at {CALM_UTILISATION_RATIO:.0%} of the full "
+            f"capacity, the burst at {BURST_POSITION_RATIO:.0%} of the way from the full to the "
+            "floor capacity, so full quality cannot keep up and the floor can. Requests are sent "
+            "at their due times whether or not earlier ones were answered, and TTFT counts from "
+            "the due time."
+        ),
+        "phases": [phase._asdict() for phase in plan.phases],
+        "prompt_bytes": shape.prompt_bytes,
+        "output_tokens": shape.output_tokens,
+        "calibration": {
+            "idle": _closed_loop(plan.idle),
+            "full": _closed_loop(plan.full),
+            "floor": _closed_loop(plan.floor),
+        },
+    }
+
+
+def _closed_loop(measured: ClosedLoop) -> dict[str, Any]:
+    return dict(measured._asdict())

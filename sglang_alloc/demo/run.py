@@ -1,0 +1,165 @@
+"""Demo: the order of its steps, from the start of the server to what the report is made of."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sglang_alloc.budget_tables import load_budget_tables
+from sglang_alloc.demo.controller_process import controller, controller_settings
+from sglang_alloc.demo.errors import DemoError
+from sglang_alloc.demo.load_plan import (
+    AFTER_SECONDS,
+    BURST_SECONDS,
+    CALM_SECONDS,
+    LoadPlan,
+    bucket_arguments,
+)
+from sglang_alloc.demo.progress import Stage, StageProgress
+from sglang_alloc.demo.report import DemoResult
+from sglang_alloc.demo.server_process import Server, free_port, serve
+from sglang_alloc.demo.stages import (
+    SHAPE,
+    WINDOW_SCORED_BYTES,
+    WINDOWS,
+    Session,
+    calibrate,
+    measure_losses,
+    run_trace,
+)
+from sglang_alloc.demo.trace import make_trace
+from sglang_alloc.shared_table import SharedTable, publish_shared_table
+
+# The controller may give up at most two thirds of the activations.
+FLOOR_RATIO = 1 / 3
+# float32 is several times faster than bfloat16 on CPUs without matrix extensions; chunks of 2048
+# tokens bound how long a prefill may hold up the decoding requests.
+SERVER_ARGUMENTS = ("--dtype", "float32", "--chunked-prefill-size", "2048")
+
+START, CALIBRATE = "starting SGLang", "measuring the capacity"
+FULL, CONTROLLED = "run at full budget", "run under the controller"
+LOSS, WRITE = "held-out loss", "writing the report"
+_TRACE_SECONDS = CALM_SECONDS + BURST_SECONDS + AFTER_SECONDS
+STAGES = (
+    Stage(START, 40.0),
+    Stage(CALIBRATE, 28.0),
+    Stage(FULL, _TRACE_SECONDS + 5.0),
+    Stage(CONTROLLED, _TRACE_SECONDS + 8.0),
+    Stage(LOSS, 35.0),
+    Stage(WRITE, 5.0),
+)
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What to serve, with which tables, and where to leave the results."""
+
+    model: Path
+    tables: Path
+    texts: tuple[Path, ...]
+    out: Path
+    mode: str
+    seed: int
+
+
+def run_demo(options: DemoOptions, progress: StageProgress) -> DemoResult:
+    """Serve the trace twice, measure the losses, stop everything, return what was observed.
+
+    Raises an AllocError with a sentence for the terminal when a step cannot be done.
+    """
+    texts = _read_texts(options.texts)
+    with contextlib.ExitStack() as stack:
+        table_path = stack.enter_context(_published(options.tables))
+        with progress.stage(START):
+            server = stack.enter_context(_serve(options, table_path, progress))
+        table = stack.enter_context(contextlib.closing(SharedTable.open(table_path)))
+        session = Session(server, table, texts, options.seed, progress.note)
+        return _measure(session, options, progress)
+
+
+def _measure(session: Session, options: DemoOptions, progress: StageProgress) -> DemoResult:
+    shape = session.table.shape
+    floor_budget = max(shape.budget_min, round(FLOOR_RATIO * shape.budget_max))
+    with progress.stage(CALIBRATE):
+        plan = calibrate(session, floor_budget)
+    trace = make_trace(session.texts, plan.phases, **SHAPE._asdict(), seed=options.seed)
+    with progress.stage(FULL):
+        full = run_trace(session, trace, options.out / "full.jsonl")
+    with progress.stage(CONTROLLED), _controller(options, session, plan, floor_budget):
+        controlled = run_trace(session, trace, options.out / "controlled.jsonl")
+    with progress.stage(LOSS):
+        full_loss, level_losses = measure_losses(session, controlled)
+    return DemoResult(
+        model=options.model.name,
+        mode=options.mode,
+        shape=SHAPE,
+        plan=plan,
+        full_budget=session.full_budget,
+        floor_budget=floor_budget,
+        full=full,
+        controlled=controlled,
+        full_loss=full_loss,
+        level_losses=tuple(level_losses),
+        scored_tokens=WINDOWS * WINDOW_SCORED_BYTES,
+    )
+
+
+def _read_texts(paths: tuple[Path, ...]) -> list[str]:
+    texts = [path.read_text(encoding="utf-8") for path in paths]
+    if not texts:
+        raise DemoError(
+            "no held-out text was found beside the reference model, and prompts are cut from it: "
+            "pass --text FILE, or restore the repository's own"
+        )
+    return texts
+
+
+@contextlib.contextmanager
+def _published(tables: Path) -> Iterator[Path]:
+    """Publish the tables for this demo alone, in memory where the machine has /dev/shm."""
+    memory = Path("/dev/shm")
+    folder = memory if memory.is_dir() else Path(tempfile.gettempdir())
+    path = folder / "sglang-alloc" / f"demo-{os.getpid()}.tbl"
+    publish_shared_table(path, load_budget_tables(tables))
+    try:
+        yield path
+    finally:
+        for leftover in path.parent.glob(f"{path.name}*"):
+            leftover.unlink(missing_ok=True)
+
+
+def _serve(
+    options: DemoOptions, table_path: Path, progress: StageProgress
+) -> contextlib.AbstractContextManager[Server]:
+    return serve(
+        options.model,
+        table=table_path,
+        mode=options.mode,
+        extra_args=[*SERVER_ARGUMENTS, *bucket_arguments()],
+        log_path=options.out / "server.log",
+        on_wait=progress.note,
+    )
+
+
+def _controller(
+    options: DemoOptions, session: Session, plan: LoadPlan, floor_budget: int
+) -> contextlib.AbstractContextManager[object]:
+    decisions = options.out / "decisions.jsonl"
+    decisions.unlink(missing_ok=True)
+    settings = controller_settings(
+        table=session.table.path,
+        server_url=session.server.url,
+        slo=plan.slo,
+        floor_budget=floor_budget,
+        decision_log=decisions,
+        port=free_port(),
+    )
+    return controller(
+        settings,
+        config_path=options.out / "controller.yaml",
+        log_path=options.out / "controller.log",
+    )

@@ -1,0 +1,134 @@
+"""Demo, step 1: a real SGLang server on the CPU, ready to answer, stopped when the block ends."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2
+
+from sglang_alloc.demo.errors import DemoError, NotReadyError
+from sglang_alloc.demo.owned_process import OwnedProcess, owned_process
+
+# SGLang on a machine without a GPU; more KV memory than this only makes the start longer.
+CPU_ARGUMENTS = (
+    *("--device", "cpu"),
+    *("--attention-backend", "torch_native"),
+    *("--mem-fraction-static", "0.1"),
+    "--enable-metrics",
+)
+CPU_ENVIRONMENT = {
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "HF_HUB_OFFLINE": "1",
+    # OpenMP threads that spin at their barriers starve whatever shares the cores: on two busy cores
+    # eight clients got 0.2 requests/s with spinning and 4.2 with waiting.
+    "OMP_WAIT_POLICY": "passive",
+}
+READY_TIMEOUT_SECONDS = 240.0
+_POLL_SECONDS = 0.25
+
+OnWait = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Server:
+    """A ready SGLang server: its base URL, its process, and its shared table (None: stock)."""
+
+    url: str
+    process: OwnedProcess
+    table: Path | None
+
+
+@contextlib.contextmanager
+def serve(
+    model_path: Path,
+    *,
+    log_path: Path,
+    table: Path | None = None,
+    mode: str | None = None,
+    extra_args: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    port: int | None = None,
+    ready_timeout_seconds: float = READY_TIMEOUT_SECONDS,
+    on_wait: OnWait | None = None,
+) -> Iterator[Server]:
+    """Start SGLang for `model_path`, wait until it answers, stop its process group at the end.
+
+    With a `table` it is started by `sglang-alloc serve`, else it is stock SGLang and the plugin
+    stays inert. `extra_args` are SGLang's own and may repeat a default (the last one counts).
+    `on_wait` is called several times a second with a line about the wait.
+    Raises ProcessDiedError or NotReadyError, both with the last lines of `log_path`.
+    """
+    chosen_port = free_port() if port is None else port
+    command = server_command(model_path, chosen_port, table=table, mode=mode, extra_args=extra_args)
+    environment = {**CPU_ENVIRONMENT, **(env or {})}
+    url = f"http://127.0.0.1:{chosen_port}"
+    with owned_process("SGLang", command, log_path=log_path, env=environment) as process:
+        wait_until_ready(process, f"{url}/health", ready_timeout_seconds, on_wait)
+        yield Server(url, process, table)
+
+
+def server_command(
+    model_path: Path,
+    port: int,
+    *,
+    table: Path | None,
+    mode: str | None,
+    extra_args: Sequence[str],
+) -> list[str]:
+    """Return the command line: stock SGLang, or `sglang-alloc serve` in front of it."""
+    arguments = ["--model-path", str(model_path), "--port", str(port), *CPU_ARGUMENTS, *extra_args]
+    if table is None:
+        return [sys.executable, "-m", "sglang.launch_server", *arguments]
+    chosen_mode = [] if mode is None else ["--mode", mode]
+    serve_command = [console_script("sglang-alloc"), "serve", "--table", str(table), *chosen_mode]
+    return [*serve_command, "--", *arguments]
+
+
+def console_script(name: str) -> str:
+    """Return the path of an installed command beside this interpreter."""
+    script = Path(sys.executable).parent / name
+    if not script.exists():
+        raise DemoError(
+            f"the command {name} should be beside {sys.executable} and is not: "
+            "install this project into that environment (`pip install .`)"
+        )
+    return str(script)
+
+
+def wait_until_ready(
+    process: OwnedProcess, health_url: str, timeout_seconds: float, on_wait: OnWait | None = None
+) -> None:
+    """Poll `health_url` until it answers 200; raise when the process ends or the time is over."""
+    started = time.monotonic()
+    with httpx2.Client(timeout=2.0, trust_env=False) as client:
+        while not _answers(client, health_url):
+            process.require_alive()
+            waited_seconds = time.monotonic() - started
+            if waited_seconds > timeout_seconds:
+                raise NotReadyError(
+                    f"{process.name} did not answer {health_url} within {timeout_seconds:.0f} s. "
+                    f"Its log ({process.log_path}) ends with:\n{process.log_tail()}"
+                )
+            if on_wait is not None:
+                on_wait(f"not ready after {waited_seconds:.0f} s, see {process.log_path}")
+            time.sleep(_POLL_SECONDS)
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback interface that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _answers(client: httpx2.Client, url: str) -> bool:
+    try:
+        return client.get(url).status_code == 200
+    except httpx2.TransportError:
+        return False

@@ -1,6 +1,7 @@
 """What the processes of the hammering tests do; each returns or reports plain numbers."""
 
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -19,13 +20,22 @@ def budgets_of(generation: int, table: SharedTable) -> tuple[int, int]:
 
 def write_until(path: Path, report: Connection, enough: Event) -> None:
     """Write generations as fast as possible until `enough`, then report the last one."""
+    report.send(_write_while(path, lambda: not enough.is_set()))
+
+
+def write_for_ever(path: Path) -> None:
+    """Write generations as fast as possible, holding nothing that a kill could leave locked."""
+    _write_while(path, lambda: True)
+
+
+def _write_while(path: Path, condition: Callable[[], bool]) -> int:
     with SharedTable.open(path) as table, SelectorWriter.acquire(table) as writer:
         generation = table.selector().generation
-        while not enough.is_set():
+        while condition():
             generation += 1
             assert writer.write(*budgets_of(generation, table)) == generation
             writer.beat(generation)
-    report.send(generation)
+    return generation
 
 
 def read_until(path: Path, report: Connection, written: Event) -> None:

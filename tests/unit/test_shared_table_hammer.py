@@ -75,11 +75,9 @@ def test_readers_see_no_torn_row_no_step_back_and_the_last_generation(
 def test_a_writer_killed_in_mid_hammer_leaves_a_table_that_the_next_one_continues(
     table: SharedTable, processes: Processes
 ) -> None:
-    _, report = SPAWN.Pipe(duplex=False)
-    never = SPAWN.Event()
     for _ in range(5):
         goal = table.selector().generation + 1000
-        writer = processes.start(table_processes.write_until, table.path, report, never)
+        writer = processes.start(table_processes.write_for_ever, table.path)
         table_processes.wait_for_generation(table, goal)
         with pytest.raises(TableInUseError, match=f"pid {writer.pid} already does"):
             SelectorWriter.acquire(table)

@@ -12,32 +12,32 @@ from chart_render import CHART, helm
 
 REFUSED = [
     ("replicas=2", "additional properties 'replicas' not allowed"),
-    ("worker.mode=union", "/worker/mode"),
-    ("worker.fallback=none", "/worker/fallback"),
+    ('worker.mode="union"', "/worker/mode"),
+    ('worker.fallback="none"', "/worker/fallback"),
     ("worker.staleAfterSeconds=0", "/worker/staleAfterSeconds"),
-    ("sharedTable.mountPath=relative", "/sharedTable/mountPath"),
-    ("sharedTable.sizeLimit=big", "/sharedTable/sizeLimit"),
-    ("budgetTables.fileName=tables.csv", "/budgetTables/fileName"),
+    ('sharedTable.mountPath="relative"', "/sharedTable/mountPath"),
+    ('sharedTable.sizeLimit="big"', "/sharedTable/sizeLimit"),
+    ('budgetTables.fileName="tables.csv"', "/budgetTables/fileName"),
     ("controller.metricsPort=99999", "/controller/metricsPort"),
-    ("controller.config.mode=auto", "/controller/config/mode"),
+    ('controller.config.mode="auto"', "/controller/config/mode"),
     ("controller.config.slo.objective_ratio=1.5", "/controller/config/slo/objective_ratio"),
     ("controller.config.slo.ttft=1", "additional properties 'ttft' not allowed"),
-    ("controller.config.table=/tmp/x", "additional properties 'table' not allowed"),
+    ('controller.config.table="/tmp/x"', "additional properties 'table' not allowed"),
     ("podSecurity.runAsUser=0", "/podSecurity/runAsUser"),
-    ("monitoring.podMonitor.interval=often", "/monitoring/podMonitor/interval"),
+    ('monitoring.podMonitor.interval="often"', "/monitoring/podMonitor/interval"),
 ]
 
 
 @pytest.mark.parametrize(("setting", "reason"), REFUSED, ids=[s for s, _ in REFUSED])
 def test_wrong_value_is_refused_naming_its_place(setting: str, reason: str) -> None:
-    result = helm("template", "demo", str(CHART), "--set", setting, check=False)
+    result = helm("template", "demo", str(CHART), "--set-json", setting, check=False)
     assert result.returncode != 0
     assert reason in result.stderr
 
 
 def test_slo_without_a_bucket_at_its_edge_is_refused() -> None:
     setting = "controller.config.slo.itl_seconds=0.05"
-    result = helm("template", "demo", str(CHART), "--set", setting, check=False)
+    result = helm("template", "demo", str(CHART), "--set-json", setting, check=False)
     assert result.returncode != 0
     assert "slo.itl_seconds is 0.05, which is not an edge of sglang.itlBucketsSeconds" in (
         result.stderr

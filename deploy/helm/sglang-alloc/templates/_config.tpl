@@ -4,13 +4,22 @@ A null in the values removes a key on its way here; the two SLOs must be said, s
 */}}
 {{- define "sglang-alloc.controllerConfig" -}}
 {{- $config := deepCopy .Values.controller.config }}
-{{- $slo := dict "ttft_seconds" nil "itl_seconds" nil | merge (default dict $config.slo) }}
-{{- include "sglang-alloc.requireEdge" (dict "slo" "ttft_seconds" "value" $slo.ttft_seconds "name" "ttftBucketsSeconds" "edges" .Values.sglang.ttftBucketsSeconds) }}
-{{- include "sglang-alloc.requireEdge" (dict "slo" "itl_seconds" "value" $slo.itl_seconds "name" "itlBucketsSeconds" "edges" .Values.sglang.itlBucketsSeconds) }}
-{{- $source := dict "url" (printf "http://127.0.0.1:%v" .Values.sglang.port) | merge (default dict $config.source) }}
-{{- $http := dict "host" "0.0.0.0" "port" .Values.controller.metricsPort }}
-{{- $own := dict "table" (include "sglang-alloc.tablePath" .) "slo" $slo "source" $source "http" $http }}
-{{- toYaml (mustMergeOverwrite $config $own) }}
+{{- $slo := $config.slo }}
+{{- range $key, $buckets := dict "ttft_seconds" "ttftBucketsSeconds" "itl_seconds" "itlBucketsSeconds" }}
+{{- if hasKey $slo $key }}
+{{- include "sglang-alloc.requireEdge" (dict "slo" $key "value" (get $slo $key) "name" $buckets "edges" (get $.Values.sglang $buckets)) }}
+{{- else }}
+{{- $_ := set $slo $key nil }}
+{{- end }}
+{{- end }}
+{{- $source := default dict $config.source }}
+{{- if not $source.url }}
+{{- $_ := set $source "url" (printf "http://127.0.0.1:%v" .Values.sglang.port) }}
+{{- end }}
+{{- $_ := set $config "source" $source }}
+{{- $_ := set $config "table" (include "sglang-alloc.tablePath" .) }}
+{{- $_ := set $config "http" (dict "host" "0.0.0.0" "port" .Values.controller.metricsPort) }}
+{{- toYaml $config }}
 {{- end }}
 
 {{/* An SLO between two buckets cannot be measured: refuse it before anything is installed. */}}

@@ -21,3 +21,7 @@ class StepRecord:
             f"{step},{selection.source},{selection.generation},{phase},"
             f"{selection.prefill_budget},{selection.decode_budget},{num_tokens}\n"
         )
+
+    def close(self) -> None:
+        """Close the log."""
+        self._file.close()

@@ -117,6 +117,12 @@ class Worker:
         if self.metrics is not None:
             self.metrics.export(self)
 
+    def close(self) -> None:
+        """Let go of the table and the step record."""
+        if self._record is not None:
+            self._record.close()
+        self.table.close()
+
     def _counters(self, now_ns: int) -> WorkerCounters:
         prefill, decode = (self.statistics.by_phase[phase] for phase in ("prefill", "decode"))
         mass = prefill.mass + decode.mass

@@ -1,0 +1,204 @@
+"""A worker following a shared table: what it announces, puts in force, measures and refuses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from table_factory import FINGERPRINT, make_full_tables, make_tables
+
+from sglang_alloc.budget_follower import BudgetChange, BudgetFollower
+from sglang_alloc.enforcement import RoutedSlots
+from sglang_alloc.enforcement_device import DeviceEnforcement
+from sglang_alloc.enforcement_host import HostEnforcement
+from sglang_alloc.errors import ConfigurationError, ModelMismatchError, UnsupportedServerError
+from sglang_alloc.shared_table import (
+    Fallback,
+    Selection,
+    SelectorWriter,
+    SharedTable,
+    publish_shared_table,
+)
+from sglang_alloc.worker import SOURCE_CODES, ServedModel, Worker, check_fits, make_enforcement
+from sglang_alloc.worker_settings import FULL_QUALITY, WorkerSettings
+from sglang_alloc.worker_tables import choose_mode, enforcement_tables
+
+SECOND_NS = 10**9
+LAYERS, TOP_K, EXPERTS = 3, 4, 8
+FULL = LAYERS * TOP_K
+
+
+def _make_model(**changes: Any) -> ServedModel:
+    model = ServedModel(
+        name="tiny",
+        fingerprint=FINGERPRINT,
+        layer_ids=(1, 2, 3),
+        top_k=TOP_K,
+        num_experts=EXPERTS,
+        rank=0,
+        device_type="cpu",
+    )
+    return model._replace(**changes)
+
+
+@pytest.fixture
+def table_path(tmp_path: Path) -> Path:
+    publish_shared_table(tmp_path / "tiny.tbl", make_tables())
+    return tmp_path / "tiny.tbl"
+
+
+@pytest.fixture
+def table(table_path: Path) -> Iterator[SharedTable]:
+    with SharedTable.open(table_path) as table:
+        yield table
+
+
+@pytest.fixture
+def worker(table_path: Path) -> Iterator[Worker]:
+    worker = Worker(WorkerSettings(table_path))
+    enforcement = make_enforcement(worker.table, worker.mode, "cpu")
+    worker.bind(_make_model(), enforcement, metrics=None)
+    yield worker
+    worker.close()
+
+
+def _make_slots(tokens: int = 6) -> RoutedSlots:
+    weights, ids = torch.rand(tokens, EXPERTS).softmax(dim=1).topk(TOP_K)
+    return RoutedSlots(weights, ids, 0)
+
+
+def test_without_a_controller_the_fallback_is_announced_once(table: SharedTable) -> None:
+    follower = BudgetFollower(table, 10.0, FULL_QUALITY)
+    change = follower.poll(SECOND_NS)
+    assert change is not None
+    assert change.selection[0] == "fallback"
+    assert change.selection[2:] == (FULL, FULL)
+    assert follower.poll(2 * SECOND_NS) is None
+
+
+def test_a_new_selector_is_announced_and_a_stale_heartbeat_falls_back(table: SharedTable) -> None:
+    follower = BudgetFollower(table, 10.0, Fallback("budget", 5, 5))
+    writer = SelectorWriter.acquire(table)
+    writer.beat(100 * SECOND_NS)
+    generation = writer.write(4, 7)
+    change = follower.poll(101 * SECOND_NS)
+    assert change is not None
+    assert change.selection == Selection("controller", generation, 4, 7)
+    assert follower.poll(102 * SECOND_NS) is None
+    stale = follower.poll(111 * SECOND_NS)
+    writer.close()
+    assert stale is not None
+    assert stale.selection[0] == "fallback"
+    assert stale.selection[2:] == (5, 5)
+
+
+def test_an_applied_change_is_enforced_and_acknowledged(worker: Worker, table: SharedTable) -> None:
+    table.set_override(LAYERS, FULL, time.monotonic_ns() + 60 * SECOND_NS, "test")
+    change = worker.poll(time.monotonic_ns())
+    assert change is not None
+    worker.apply(change)
+    worker.begin_forward("prefill", 6)
+    assert ((worker.route(0, _make_slots()).ids >= 0).sum(dim=1) == 1).all()
+    worker.begin_forward("decode", 6)
+    slots = _make_slots()
+    assert worker.route(0, slots) is slots
+    counters = table.worker_counters()[0]
+    assert counters.acknowledged_source == SOURCE_CODES["override"]
+    assert (counters.prefill_budget, counters.decode_budget) == (LAYERS, FULL)
+
+
+def test_falling_back_from_a_controller_is_counted(worker: Worker) -> None:
+    worker.apply(_change("controller", 2, 5, 5))
+    worker.apply(_change("fallback", 2, FULL, FULL))
+    worker.apply(_change("fallback", 3, FULL, FULL))
+    assert worker.fallbacks == 1
+
+
+def _change(*selection: Any) -> BudgetChange:
+    return BudgetChange(Selection(*selection))
+
+
+def test_measured_activations_are_the_kept_slots(worker: Worker) -> None:
+    worker.apply(_change("override", 1, 2 * LAYERS, 2 * LAYERS))
+    worker.begin_forward("decode", 6)
+    kept = [worker.route(layer, _make_slots()) for layer in range(LAYERS)]
+    measured = worker.statistics.take_recent("decode")
+    assert measured.activations == sum(int((slots.ids >= 0).sum()) for slots in kept)
+    assert measured.activations_per_token() == 2 * LAYERS
+    ratio = measured.kept_mass_ratio()
+    assert ratio is not None
+    assert 0.25 < ratio < 1.0
+    assert worker.statistics.take_recent("decode").activations_per_token() is None
+
+
+def test_only_a_sample_of_the_forwards_is_measured(worker: Worker) -> None:
+    for _ in range(32):
+        worker.begin_forward("decode", 3)
+    assert worker.statistics.by_phase["decode"].forwards == 32
+    assert worker.statistics.by_phase["decode"].sampled_forwards == 2
+
+
+def test_a_forward_of_a_draft_model_is_not_counted(worker: Worker) -> None:
+    worker.begin_forward(None, 3)
+    slots = _make_slots()
+    assert worker.route(0, slots) is slots
+    assert worker.steps == 0
+
+
+def test_the_step_record_holds_one_line_per_forward(table_path: Path, tmp_path: Path) -> None:
+    worker = Worker(WorkerSettings(table_path, step_record=tmp_path / "steps"))
+    worker.bind(_make_model(), make_enforcement(worker.table, "layer", "cpu"), metrics=None)
+    worker.apply(_change("controller", 9, 5, 6))
+    worker.begin_forward("prefill", 40)
+    worker.begin_forward("decode", 2)
+    worker.close()
+    lines = (tmp_path / "steps" / "rank0.csv").read_text().splitlines()
+    assert lines[1:] == ["1,controller,9,prefill,5,6,40", "2,controller,9,decode,5,6,2"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"layer_ids": (1, 2)}, "MoE layers: table 3, model 2"),
+        ({"layer_ids": (0, 1, 2)}, "MoE layer ids"),
+        ({"top_k": 8}, "top-k: table 4, model 8"),
+        ({"num_experts": 64}, "experts: table 8, model 64"),
+        ({"fingerprint": "ff" * 32}, "model fingerprint"),
+    ],
+)
+def test_a_table_of_another_model_is_named_and_refused(
+    table: SharedTable, change: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ModelMismatchError, match=named):
+        check_fits(table, _make_model(**change))
+
+
+def test_the_mode_follows_what_the_table_holds(table: SharedTable, tmp_path: Path) -> None:
+    assert choose_mode(None, table) == "layer"
+    assert choose_mode("token", table) == "token"
+    with pytest.raises(ConfigurationError, match="no calibrated thresholds"):
+        choose_mode("threshold", table)
+    publish_shared_table(tmp_path / "full.tbl", make_full_tables())
+    with SharedTable.open(tmp_path / "full.tbl") as full:
+        assert choose_mode(None, full) == "threshold"
+
+
+def test_prefill_uses_its_own_rows_where_the_table_has_them(tmp_path: Path) -> None:
+    publish_shared_table(tmp_path / "full.tbl", make_full_tables())
+    with SharedTable.open(tmp_path / "full.tbl") as full:
+        tables = enforcement_tables(full, "threshold")
+        assert (tables.prefill.quotas == full.section("prefill_quotas")).all()
+        assert (tables.decode.quotas == full.section("quotas")).all()
+        assert tables.prefill.thresholds is not None
+        assert (tables.prefill.thresholds == full.section("prefill_thresholds")).all()
+
+
+def test_the_device_decides_the_implementation(table: SharedTable) -> None:
+    assert isinstance(make_enforcement(table, "token", "cpu"), HostEnforcement)
+    assert isinstance(make_enforcement(table, "layer", "meta"), DeviceEnforcement)
+    with pytest.raises(UnsupportedServerError, match="would wait for the device"):
+        make_enforcement(table, "token", "cuda")

@@ -58,17 +58,23 @@ class LevelLoss(NamedTuple):
 class BudgetOverride:
     """Puts budgets in force on the server by the shared table's override, and takes them back."""
 
-    def __init__(self, table: SharedTable, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(
+        self,
+        table: SharedTable,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._table = table
         self._sleep = sleep
+        self._clock = clock
 
     def set(self, prefill_budget: int, decode_budget: int) -> None:
         """Put budgets in force; return when the leading rank has acknowledged them."""
         deadline_ns = time.monotonic_ns() + int(OVERRIDE_SECONDS * 1e9)
         self._table.set_override(prefill_budget, decode_budget, deadline_ns, ACTOR)
-        give_up = time.monotonic() + _ACKNOWLEDGE_SECONDS
+        give_up = self._clock() + _ACKNOWLEDGE_SECONDS
         while self._in_force() != (prefill_budget, decode_budget):
-            if time.monotonic() > give_up:
+            if self._clock() > give_up:
                 raise DemoError(
                     f"budgets {prefill_budget}/{decode_budget} were set by override in "
                     f"{self._table.path}, and after {_ACKNOWLEDGE_SECONDS:.0f} s the server still "

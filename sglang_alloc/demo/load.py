@@ -75,19 +75,18 @@ async def offer_load(
     ends the run.
     """
     started = time.monotonic()
+    tasks: list[asyncio.Task[RequestRecord]] = []
     async with streaming_client(url, timeout_seconds) as client:
-        tasks: list[asyncio.Task[RequestRecord]] = []
-        sender = asyncio.create_task(_send_all(client, trace, tasks, started, timeout_seconds))
+        work = asyncio.create_task(_send_all(client, trace, tasks, started, timeout_seconds))
         try:
-            while not (sender.done() and all(task.done() for task in tasks)):
-                await asyncio.sleep(_TICK_SECONDS)
+            while not work.done():
+                await asyncio.wait({work}, timeout=_TICK_SECONDS)
                 if on_tick is not None:
                     finished = sum(task.done() for task in tasks)
                     on_tick(time.monotonic() - started, len(tasks), finished)
-            await sender
-            return [task.result() for task in tasks]
+            return work.result()
         finally:
-            for task in (sender, *tasks):
+            for task in (work, *tasks):
                 task.cancel()
 
 
@@ -103,11 +102,12 @@ async def _send_all(
     tasks: list[asyncio.Task[RequestRecord]],
     started: float,
     timeout_seconds: float,
-) -> None:
+) -> list[RequestRecord]:
     for request in trace.requests:
         await asyncio.sleep(max(0.0, started + request.due_second - time.monotonic()))
         coroutine = send_request(client, request, started, timeout_seconds)
         tasks.append(asyncio.create_task(coroutine))
+    return await asyncio.gather(*tasks)
 
 
 async def send_request(

@@ -140,6 +140,8 @@ def _shade_burst(axes: Axes, run: RunRecord) -> None:
 def _draw_share(axes: Axes, values: list[float], colour: str, name: str) -> None:
     if values:
         axes.ecdf(values, color=colour, label=name, lw=1.8)
+    else:  # no request was answered: an empty curve, still named in the legend
+        axes.plot([], [], color=colour, label=name)
 
 
 def _mark_slo(axes: Axes, slo_seconds: float, label: str) -> None:

@@ -1,0 +1,95 @@
+"""Small made-up runs of the demo whose numbers can be worked out by hand."""
+
+from sglang_alloc.demo.calibration import ClosedLoop, RequestShape
+from sglang_alloc.demo.heldout_loss import Level, LevelLoss
+from sglang_alloc.demo.load import RequestRecord
+from sglang_alloc.demo.load_plan import LoadPlan, Slo
+from sglang_alloc.demo.observation import BudgetInForce, GaugeSample, RunRecord
+from sglang_alloc.demo.report import DemoResult
+from sglang_alloc.demo.trace import Phase, Trace
+
+SLO = Slo(ttft_seconds=1.0, itl_seconds=0.1)
+PHASES = (Phase("calm", 10.0, 0.2), Phase("burst", 10.0, 0.4), Phase("calm again", 10.0, 0.2))
+FULL = 40
+
+
+def make_record(
+    request_id: int,
+    *,
+    due: float,
+    ttft: float | None = 0.5,
+    gaps: tuple[float, ...] = (0.05, 0.05),
+    phase: str = "calm",
+    error: str | None = None,
+) -> RequestRecord:
+    first = None if ttft is None else due + ttft
+    return RequestRecord(
+        request_id=request_id,
+        phase=phase,
+        due_second=due,
+        sent_second=due,
+        first_token_second=first,
+        finished_second=(first or due) + sum(gaps),
+        inter_token_seconds=gaps if ttft is not None else (),
+        prompt_tokens=100 if ttft is not None else 0,
+        output_tokens=1 + len(gaps) if ttft is not None else 0,
+        error=error,
+    )
+
+
+def make_run(
+    *requests: RequestRecord,
+    budgets: tuple[tuple[float, int, int], ...] = ((0.0, FULL, FULL),),
+    queue: tuple[float, ...] = (0.0, 0.0),
+) -> RunRecord:
+    return RunRecord(
+        trace=Trace(PHASES, ()),
+        requests=requests,
+        gauges=tuple(GaugeSample(float(i), depth, 1.0) for i, depth in enumerate(queue)),
+        budgets=tuple(BudgetInForce(*entry) for entry in budgets),
+    )
+
+
+def make_loop(
+    requests_per_second: float, ttft: float = 0.1, itl: float = 0.02, clients: int = 8
+) -> ClosedLoop:
+    return ClosedLoop(clients, 8.0, requests_per_second, ttft, itl)
+
+
+def make_result(full: RunRecord, controlled: RunRecord, model: str = "tiny-moe") -> DemoResult:
+    return DemoResult(
+        model=model,
+        mode="threshold",
+        shape=RequestShape(100, 3),
+        plan=LoadPlan(
+            phases=PHASES, slo=SLO, idle=make_loop(3.0), full=make_loop(6.0), floor=make_loop(9.0)
+        ),
+        full_budget=FULL,
+        floor_budget=13,
+        full=full,
+        controlled=controlled,
+        full_loss=LevelLoss(Level(FULL, FULL, 1.0), (1.0, 1.2, 1.4)),
+        level_losses=(
+            LevelLoss(Level(FULL, FULL, 0.5), (1.0, 1.2, 1.4)),
+            LevelLoss(Level(20, 30, 0.5), (1.1, 1.3, 1.8)),
+        ),
+        scored_tokens=384,
+    )
+
+
+def make_usual_result(model: str = "tiny-moe") -> DemoResult:
+    """Full quality misses in the burst; the controlled run lowers the budgets and keeps it."""
+    full = make_run(
+        make_record(0, due=1.0),
+        make_record(1, due=12.0, ttft=4.0, phase="burst"),
+        make_record(2, due=25.0, phase="calm again"),
+        queue=(0.0, 5.0, 1.0),
+    )
+    controlled = make_run(
+        make_record(0, due=1.0),
+        make_record(1, due=12.0, ttft=0.8, phase="burst"),
+        make_record(2, due=25.0, phase="calm again"),
+        budgets=((0.0, FULL, FULL), (11.0, 20, 30), (20.0, FULL, FULL)),
+        queue=(0.0, 2.0, 1.0),
+    )
+    return make_result(full, controlled, model)

@@ -1,0 +1,51 @@
+"""The rule that fits the demo's load and SLOs to a machine."""
+
+import pytest
+from demo_runs import make_loop
+
+from sglang_alloc.demo.errors import DemoError
+from sglang_alloc.demo.load_plan import (
+    BURST_OVERLOAD_MIN_RATIO,
+    BURST_POSITION_RATIO,
+    CALM_UTILISATION_RATIO,
+    ITL_EDGES_SECONDS,
+    TTFT_EDGES_SECONDS,
+    bucket_arguments,
+    next_edge,
+    plan_load,
+)
+
+
+def test_the_burst_lies_between_the_two_capacities() -> None:
+    plan = plan_load(make_loop(3.0), make_loop(6.0), make_loop(9.0))
+    calm, burst, after = (phase.requests_per_second for phase in plan.phases)
+    assert calm == after == pytest.approx(6.0 * CALM_UTILISATION_RATIO)
+    assert burst == pytest.approx(6.0 + 3.0 * BURST_POSITION_RATIO)
+
+
+def test_a_floor_that_gains_nothing_still_gives_an_overload() -> None:
+    plan = plan_load(make_loop(3.0), make_loop(6.0), make_loop(5.5))
+    assert plan.phases[1].requests_per_second == pytest.approx(6.0 * BURST_OVERLOAD_MIN_RATIO)
+
+
+def test_slos_are_bucket_edges_of_the_server() -> None:
+    plan = plan_load(make_loop(3.0, ttft=0.0371), make_loop(6.0, itl=0.0213), make_loop(9.0))
+    flags = bucket_arguments()
+    itl_flag = flags.index("--bucket-inter-token-latency")
+    assert float(f"{plan.slo.ttft_seconds:g}") in [float(edge) for edge in flags[1:itl_flag]]
+    assert float(f"{plan.slo.itl_seconds:g}") in [float(edge) for edge in flags[itl_flag + 1 :]]
+
+
+def test_an_edge_is_the_first_at_or_above_the_value() -> None:
+    assert next_edge(1.0, (0.5, 1.0, 2.0)) == 1.0
+    assert next_edge(1.01, (0.5, 1.0, 2.0)) == 2.0
+
+
+def test_edges_ascend() -> None:
+    for edges in (TTFT_EDGES_SECONDS, ITL_EDGES_SECONDS):
+        assert list(edges) == sorted(set(edges))
+
+
+def test_a_machine_too_slow_for_any_edge_is_told_so() -> None:
+    with pytest.raises(DemoError, match="too slow or too busy"):
+        plan_load(make_loop(0.1, ttft=9.0), make_loop(6.0), make_loop(9.0))

@@ -1,0 +1,132 @@
+"""What the demo watches beside the load: gauges, budgets in force, and its own progress."""
+
+import io
+from pathlib import Path
+
+import pytest
+from demo_runs import make_run
+from rich.console import Console
+from streaming_server import streaming_server
+from table_factory import publish_and_open
+
+from sglang_alloc.demo.errors import DemoError
+from sglang_alloc.demo.heldout_loss import BudgetOverride, cut_windows
+from sglang_alloc.demo.machine import cpu_model, machine_facts, software_versions
+from sglang_alloc.demo.observation import observe_run, parse_gauges
+from sglang_alloc.demo.progress import Stage, StageProgress, time_left_text
+from sglang_alloc.demo.trace import Phase, Trace, TracedRequest
+from sglang_alloc.shared_table import SharedTable
+
+EXPOSITION = """\
+# HELP sglang:num_queue_reqs The number of requests in the waiting queue.
+# TYPE sglang:num_queue_reqs gauge
+sglang:num_queue_reqs{engine_type="unified",model_name="m",tp_rank="0"} 7.0
+sglang:num_running_reqs{engine_type="unified",model_name="m",tp_rank="0"} 3.0
+sglang:num_running_reqs_offline_batch{model_name="m"} 99.0
+"""
+
+
+def _acknowledge(table: SharedTable, prefill_budget: int, decode_budget: int) -> None:
+    table.worker_slot(0).update(pid=1, prefill_budget=prefill_budget, decode_budget=decode_budget)
+
+
+def test_gauges_are_read_under_either_spelling() -> None:
+    assert parse_gauges(2.0, EXPOSITION) == (2.0, 7.0, 3.0)
+    assert parse_gauges(2.0, EXPOSITION.replace("sglang:", "sglang_")) == (2.0, 7.0, 3.0)
+
+
+def test_a_gauge_that_is_not_there_yet_counts_zero() -> None:
+    assert parse_gauges(0.0, "") == (0.0, 0.0, 0.0)
+
+
+def test_budgets_in_force_are_those_of_the_last_change() -> None:
+    run = make_run(budgets=((0.1, 40, 40), (5.0, 30, 36)))
+    assert run.budgets_at(0.0).prefill_budget == 40
+    assert run.budgets_at(4.99).prefill_budget == 40
+    assert run.budgets_at(5.0).decode_budget == 36
+
+
+def test_a_run_records_requests_and_the_acknowledged_budgets(tmp_path: Path) -> None:
+    table = publish_and_open(tmp_path / "t.tbl")
+    _acknowledge(table, 12, 11)
+    request = TracedRequest(0, "calm", 0.0, "normal words", 4)
+    ticks: list[tuple[int, int]] = []
+    with streaming_server() as url:
+        trace = Trace((Phase("calm", 0.1, 1.0),), (request,))
+        run = observe_run(url, trace, table, lambda _, sent, done: ticks.append((sent, done)))
+    table.close()
+    assert [record.error for record in run.requests] == [None]
+    assert [entry[1:] for entry in run.budgets] == [(12, 11)]
+    assert ticks[-1] == (1, 1)
+    assert run.gauges == ()  # the stand-in has no /metrics: a gap, not an error
+
+
+def test_an_override_returns_when_the_server_has_acknowledged_it(tmp_path: Path) -> None:
+    table = publish_and_open(tmp_path / "t.tbl")
+    override = BudgetOverride(table, sleep=lambda _: _acknowledge(table, 5, 6))
+    override.set(5, 6)
+    assert table.worker_counters()[0].prefill_budget == 5
+    table.close()
+
+
+def test_an_override_that_nobody_acknowledges_is_an_error(tmp_path: Path) -> None:
+    table = publish_and_open(tmp_path / "t.tbl")
+    times = iter(float(second) for second in range(0, 1000, 5))
+    override = BudgetOverride(table, sleep=lambda _: None, clock=lambda: next(times))
+    with pytest.raises(DemoError, match="is it served with this table"):
+        override.set(5, 6)
+    table.close()
+
+
+def test_windows_are_the_same_each_time_and_of_the_asked_size() -> None:
+    texts = ["abcdefghij" * 50]
+    windows = cut_windows(texts, 3, 30, 12, seed=1)
+    assert windows == cut_windows(texts, 3, 30, 12, seed=1)
+    assert all((len(w.prompt), len(w.continuation)) == (30, 12) for w in windows)
+
+
+def test_time_left_counts_the_stages_to_come() -> None:
+    now = [0.0]
+    stages = (Stage("start", 30.0), Stage("run", 90.0))
+    console = Console(file=io.StringIO())
+    progress = StageProgress(stages, console, clock=lambda: now[0])
+    with progress.stage("start"):
+        now[0] = 10.0
+        assert progress.seconds_left() == 110.0
+        now[0] = 50.0  # late: about to end
+        assert progress.seconds_left() == 90.0
+    with progress.stage("run"):
+        now[0] = 80.0
+        assert progress.seconds_left() == 60.0
+    assert progress.seconds_left() == 0.0
+
+
+def test_without_a_terminal_progress_is_a_line_every_ten_seconds() -> None:
+    now = [0.0]
+    file = io.StringIO()
+    progress = StageProgress((Stage("run", 90.0),), Console(file=file), clock=lambda: now[0])
+    with progress.shown(), progress.stage("run"):
+        for second in range(31):
+            now[0] = float(second)
+            progress.note(f"second {second}")
+    lines = file.getvalue().splitlines()
+    assert lines[0] == "run: started (about 1 min 30 s left)"
+    assert lines[1] == "run: second 10 (about 1 min 20 s left)"
+    assert len(lines) == 4
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0, "about 0 s left"), (58.0, "about 1 min 00 s left"), (127.0, "about 2 min 05 s left")],
+)
+def test_time_left_is_told_in_minutes_and_seconds(seconds: float, text: str) -> None:
+    assert time_left_text(seconds) == text
+
+
+def test_the_machine_is_named(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor : 0\nmodel name\t: A Processor @ 2 GHz\n")
+    assert cpu_model(cpuinfo) == "A Processor @ 2 GHz"
+    assert cpu_model(tmp_path / "missing")
+    assert {"cpu_model", "cores", "memory_gib"} <= set(machine_facts())
+    assert "python" in software_versions()

@@ -1,0 +1,118 @@
+"""The numbers of a run, against figures worked out by hand."""
+
+import math
+
+import pytest
+from demo_runs import FULL, SLO, make_record, make_run
+
+from sglang_alloc.demo.heldout_loss import Level, LevelLoss, loss_increase_error, weighted_loss
+from sglang_alloc.demo.levels import LEVELS_MAX, quantise
+from sglang_alloc.demo.outcome import (
+    ServedBudgets,
+    attainment_ratio,
+    percentile,
+    served_budgets,
+    summarise_run,
+    within_slo,
+)
+
+
+@pytest.mark.parametrize(
+    ("percent", "expected"), [(50, 20.0), (75, 30.0), (76, 40.0), (95, 40.0), (1, 10.0)]
+)
+def test_a_percentile_is_the_smallest_measured_value_that_enough_do_not_exceed(
+    percent: float, expected: float
+) -> None:
+    assert percentile([40.0, 10.0, 30.0, 20.0], percent) == expected
+
+
+def test_a_percentile_of_nothing_is_nan() -> None:
+    assert math.isnan(percentile([], 95))
+
+
+@pytest.mark.parametrize(
+    ("ttft", "gaps", "kept"),
+    [
+        (1.0, (0.1, 0.1), True),  # both exactly at their SLO
+        (1.01, (0.05,), False),
+        (0.5, (0.05, 0.16), False),  # mean 0.105
+        (0.5, (0.02, 0.16), True),  # one slow token, mean 0.09
+        (0.5, (), True),
+    ],
+)
+def test_a_request_keeps_its_slos_by_ttft_and_mean_itl(
+    ttft: float, gaps: tuple[float, ...], kept: bool
+) -> None:
+    assert within_slo(make_record(0, due=3.0, ttft=ttft, gaps=gaps), SLO) is kept
+
+
+def test_a_failed_request_keeps_no_slo() -> None:
+    assert not within_slo(make_record(0, due=0.0, error="HTTP 503"), SLO)
+    assert not within_slo(make_record(0, due=0.0, ttft=None, error="timeout"), SLO)
+
+
+def test_attainment_counts_failed_requests() -> None:
+    requests = [make_record(i, due=0.0) for i in range(3)]
+    requests.append(make_record(3, due=0.0, ttft=None, error="timeout"))
+    assert attainment_ratio(requests, SLO) == 0.75
+
+
+def test_a_request_is_served_at_the_budgets_of_its_own_tokens() -> None:
+    request = make_record(0, due=10.0, ttft=0.5, gaps=(1.0, 1.0))
+    budgets = ((0.0, 40, 40), (10.2, 20, 32), (12.0, 24, 24))
+    (served,) = served_budgets(make_run(request, budgets=budgets))
+    # First token at 10.5: prefill at 20. Later tokens at 11.5 (32) and 12.5 (24).
+    assert served == ServedBudgets(20, 28.0, 100, 3)
+
+
+def test_a_run_is_summarised_in_seconds_ratios_and_tokens() -> None:
+    run = make_run(
+        make_record(0, due=1.0, ttft=0.2, gaps=(0.02, 0.04)),
+        make_record(1, due=12.0, ttft=2.0, gaps=(0.06, 0.08), phase="burst"),
+        make_record(2, due=25.0, ttft=None, phase="calm again", error="HTTP 503: no capacity"),
+        budgets=((0.0, 40, 40), (11.0, 20, 30)),
+        queue=(0.0, 3.0, 6.0),
+    )
+    numbers = summarise_run(run, SLO)
+    assert numbers["requests"] == 3
+    assert numbers["errors"] == 1
+    assert numbers["error_examples"] == ["HTTP 503: no capacity"]
+    assert numbers["slo_attainment_ratio"] == pytest.approx(1 / 3)
+    assert numbers["slo_attainment_ratio_by_phase"] == {
+        "calm": 1.0,
+        "burst": 0.0,
+        "calm again": 0.0,
+    }
+    assert numbers["ttft_seconds"] == pytest.approx({"p50": 0.2, "p95": 2.0, "p99": 2.0})
+    assert numbers["itl_seconds"] == pytest.approx({"p50": 0.04, "p95": 0.08, "p99": 0.08})
+    assert numbers["queue_requests"] == {"mean": 3.0, "max": 6.0}
+    assert numbers["seconds"] == 30.0
+    assert numbers["throughput_tokens_per_second"] == pytest.approx(6 / 30)
+    assert numbers["prompt_tokens_per_second"] == pytest.approx(200 / 30)
+    assert numbers["mean_prefill_budget"] == 30.0
+    assert numbers["mean_decode_budget"] == 35.0
+    assert numbers["budget_changes"] == 1
+
+
+def test_levels_keep_full_quality_apart_and_weigh_by_output_tokens() -> None:
+    served = [ServedBudgets(40, 40, 100, 30), ServedBudgets(20, 24.4, 100, 10)]
+    assert quantise(served, FULL) == [Level(40, 40, 0.75), Level(20, 24, 0.25)]
+
+
+def test_many_budgets_become_few_levels_whose_weights_sum_to_one() -> None:
+    served = [ServedBudgets(budget, budget, 100, 4) for budget in range(14, 41)]
+    levels = quantise(served, FULL)
+    assert len(levels) == LEVELS_MAX
+    assert sum(level.weight for level in levels) == pytest.approx(1.0)
+    mean = sum(level.weight * level.prefill_budget for level in levels)
+    assert mean == pytest.approx(27.0, abs=0.5)
+
+
+def test_the_loss_of_a_run_is_the_weighted_mean_of_its_levels() -> None:
+    levels = [
+        LevelLoss(Level(40, 40, 0.75), (1.0, 2.0)),
+        LevelLoss(Level(20, 20, 0.25), (1.4, 2.0)),
+    ]
+    assert weighted_loss(levels) == pytest.approx(0.75 * 1.5 + 0.25 * 1.7)
+    # Increases by window: 0.1 and 0; their standard error is 0.05.
+    assert loss_increase_error(levels, levels[0]) == pytest.approx(0.05)

@@ -1,0 +1,110 @@
+"""The demo's report: the keys that others read, and a page that holds its plots."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from demo_runs import make_record, make_result, make_run, make_usual_result
+
+from sglang_alloc.demo.report import build_report, without_nan, write_report
+from sglang_alloc.demo.verdict import verdict
+
+RUN_KEYS = {
+    "slo_attainment_ratio",
+    "slo_attainment_ratio_by_phase",
+    "requests",
+    "errors",
+    "ttft_seconds",
+    "itl_seconds",
+    "queue_requests",
+    "throughput_tokens_per_second",
+    "mean_prefill_budget",
+    "mean_decode_budget",
+    "heldout_nll",
+    "heldout_nll_full",
+    "budget_changes",
+}
+
+
+def _runs(**controlled: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    report = build_report(make_usual_result())
+    return report["full"], report["controlled"] | controlled
+
+
+def test_report_json_has_the_keys_that_others_read(tmp_path: Path) -> None:
+    write_report(make_usual_result(), tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert {"full", "controlled", "machine", "versions", "slo", "load"} <= set(report)
+    assert set(report["full"]) >= RUN_KEYS
+    assert set(report["controlled"]) >= RUN_KEYS
+    assert report["full"]["slo_attainment_ratio"] == pytest.approx(2 / 3)
+    assert report["controlled"]["slo_attainment_ratio"] == 1.0
+
+
+def test_losses_are_at_the_budgets_used_and_at_full() -> None:
+    full, controlled = _runs()
+    assert full["heldout_nll"] == full["heldout_nll_full"] == pytest.approx(1.2)
+    assert controlled["heldout_nll"] == pytest.approx(0.5 * 1.2 + 0.5 * 1.4)
+    assert controlled["heldout_nll_full"] == pytest.approx(1.2)
+
+
+def test_the_page_stands_alone_and_holds_its_plots(tmp_path: Path) -> None:
+    write_report(make_usual_result(), tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    drawings = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    assert len(drawings) == 2
+    for drawing in drawings:
+        ElementTree.fromstring(drawing)
+    timeline, distribution = drawings
+    for text in ("prefill budget", "requests waiting", "burst", "SLO 1 s", "controlled"):
+        assert text in timeline
+    assert "inter-token latency" in distribution
+    assert not re.search(r"(src|href)=.https?:", page)
+
+
+def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
+    write_report(make_usual_result(model="modèle <b>&</b> 模型"), tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "modèle &lt;b&gt;&amp;&lt;/b&gt; 模型" in page
+    assert "<b>" not in page
+
+
+def test_a_run_without_an_answer_still_gives_valid_json(tmp_path: Path) -> None:
+    nothing = make_run(make_record(0, due=1.0, ttft=None, error="timeout"), queue=())
+    write_report(make_result(nothing, nothing), tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["full"]["ttft_seconds"]["p95"] is None
+    assert report["full"]["errors"] == 1
+
+
+def test_nan_becomes_null_at_any_depth() -> None:
+    nan = float("nan")
+    assert without_nan({"a": [1.0, nan], "b": {"c": nan}}) == {"a": [1.0, None], "b": {"c": None}}
+
+
+def test_the_verdict_says_that_attainment_rose_and_what_it_cost() -> None:
+    text = verdict(*_runs())
+    assert "raised the share of requests within both SLOs from 66.7% to 100.0%" in text
+    assert "0.1000" in text
+    assert "No request failed." in text
+
+
+def test_the_verdict_says_when_the_controller_did_not_help() -> None:
+    assert "did not change" in verdict(*_runs(slo_attainment_ratio=2 / 3))
+    assert "lowered the share" in verdict(*_runs(slo_attainment_ratio=0.2))
+
+
+def test_the_verdict_says_when_the_budget_never_moved() -> None:
+    assert "never moved the budget" in verdict(*_runs(budget_changes=0))
+
+
+def test_the_verdict_distrusts_runs_with_errors() -> None:
+    assert "1 requests failed, so these figures are not to be trusted" in verdict(*_runs(errors=1))
+
+
+def test_a_loss_within_its_error_is_not_called_a_rise() -> None:
+    text = verdict(*_runs(heldout_nll=1.201, heldout_nll_increase_standard_error=0.002))
+    assert "within what the sample can resolve" in text

@@ -144,7 +144,13 @@ def _measured(state: LawState, seen: Seen, constants: LawConstants) -> LawState:
         burn = clamped_burn(sample, constants.slo, constants.law)
         if burn is not None:
             burn = smoothed(phase.burn_ratio, burn, constants.law)
-        phases[name] = replace(learned(name, state, seen, constants), burn_ratio=burn)
+        load = max(phase.blocked_rate_per_second, seen.event_rates[SLO_OF_PHASE[name]])
+        blocked = seen.now_seconds < phase.blocked_until_seconds
+        phases[name] = replace(
+            learned(name, state, seen, constants),
+            burn_ratio=burn,
+            blocked_rate_per_second=load if blocked else 0.0,
+        )
     return replace(
         state,
         phases=phases,

@@ -51,13 +51,12 @@ def taken_back(
     backoff_seconds = law.backoff_seconds
     if old.backoff_seconds > 0:
         backoff_seconds = min(law.backoff_max_seconds, old.backoff_seconds * law.backoff_factor)
-    sample = seen.samples[SLO_OF_PHASE[phase]]
     return replace(
         moved(phase, state, position, seen, constants),
         restored_at_seconds=-float("inf"),
         backoff_seconds=backoff_seconds,
         blocked_until_seconds=seen.now_seconds + backoff_seconds,
-        blocked_rate_per_second=sample.rate_per_second if sample else 0.0,
+        blocked_rate_per_second=seen.event_rates[SLO_OF_PHASE[phase]],
     )
 
 

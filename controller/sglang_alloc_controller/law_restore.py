@@ -59,8 +59,11 @@ def _step_up(
     refusal = _refusal(phase, state, seen, constants)
     if refusal is not None:
         return 0.0, refusal
-    law, smallest = constants.law, constants.ranges[phase].smallest_step
-    affordable = affordable_step(state.phases[phase].latency_growth, seen, constants)
+    law, old = constants.law, state.phases[phase]
+    # The last step to the ceiling may be smaller than steps should be.
+    smallest = max(constants.ranges[phase].smallest_step, law.restore_step_min)
+    smallest = min(smallest, 1.0 - old.position)
+    affordable = affordable_step(old.latency_growth, seen, constants)
     if affordable >= smallest:
         return max(smallest, min(law.restore_step_max, affordable)), Reason.RESTORE
     if _since_any_change_seconds(state, seen) >= law.probe_seconds:
@@ -76,9 +79,18 @@ def _refusal(phase: Phase, state: LawState, seen: Seen, constants: LawConstants)
     unhealthy = _unhealthy(phase, state, seen, constants)
     if unhealthy is not None:
         return unhealthy
-    if _since_any_change_seconds(state, seen) < constants.law.restore_hold_seconds:
+    if _is_held(state, seen, constants):
         return Reason.HOLD
     return Reason.BACKOFF if _is_blocked(phase, old, seen, constants) else None
+
+
+def _is_held(state: LawState, seen: Seen, constants: LawConstants) -> bool:
+    law = constants.law
+    return any(
+        seen.now_seconds - phase.changed_at_seconds
+        < (law.restore_after_degrade_seconds if phase.step < 0 else law.restore_hold_seconds)
+        for phase in state.phases.values()
+    )
 
 
 def _since_any_change_seconds(state: LawState, seen: Seen) -> float:
@@ -123,7 +135,5 @@ def _unhealthy(phase: Phase, state: LawState, seen: Seen, constants: LawConstant
 def _is_blocked(phase: Phase, old: PhaseState, seen: Seen, constants: LawConstants) -> bool:
     if seen.now_seconds >= old.blocked_until_seconds:
         return False
-    sample = seen.samples[SLO_OF_PHASE[phase]]
-    rate_per_second = sample.rate_per_second if sample else 0.0
     relief = constants.law.relief_ratio * old.blocked_rate_per_second
-    return not (sample and rate_per_second < relief)
+    return seen.event_rates[SLO_OF_PHASE[phase]] >= relief

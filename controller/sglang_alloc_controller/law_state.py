@@ -55,6 +55,8 @@ class Seen(NamedTuple):
     input_state: InputState
     warming_up: bool
     samples: Mapping[Slo, Sample | None]
+    event_rates: Mapping[Slo, float]
+    """Events per second of each latency: the load."""
     queue_requests: float
     reading_at_seconds: float
     """When the newest reading was true; the same one is smoothed only once."""
@@ -79,6 +81,7 @@ class PhaseState:
     """Length of the last wait after a step back that was taken back."""
     blocked_until_seconds: float = -math.inf
     blocked_rate_per_second: float = 0.0
+    """Highest load since then."""
     before_change: Sample | None = None
     """Sample just before the last change, until the growth has been learned from it."""
     step: float = 0.0

@@ -154,6 +154,7 @@ class ControlLoop:
             input_state=self._history.input_state(now_seconds),
             warming_up=self._history.is_warming_up(now_seconds),
             samples=samples,
+            event_rates={slo: self._history.event_rate(slo) for slo in SLO_OF_PHASE.values()},
             queue_requests=newest.queue_requests if newest else 0.0,
             reading_at_seconds=newest.taken_at_seconds if newest else -math.inf,
         )

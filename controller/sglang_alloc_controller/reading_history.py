@@ -14,13 +14,15 @@ class Sample(NamedTuple):
 
     events: float
     """Number of events in the window."""
+    independent_events: float
+    """Number of them that chance treats apart: the tokens of one decode step come together."""
     within_ratio: float | None
     """Share of them within the SLO; None when the SLO is not a bucket edge."""
     mean_seconds: float
     quantile_seconds: float
     """Estimate of the latency that the objective's share stays under."""
     rate_per_second: float
-    """Events per second: how much work the server does."""
+    """Events per second in the window."""
     span_seconds: float
     """Length of the window."""
 
@@ -92,6 +94,17 @@ class ReadingHistory:
             return None
         return _sample(slo, older, newest, threshold, settings.objective_ratio)
 
+    def event_rate(self, slo: Slo) -> float:
+        """Return the events per second of the load window, whatever changed in it: the load."""
+        newest = self.newest
+        if newest is None:
+            return 0.0
+        start_seconds = newest.taken_at_seconds - self._law.load_window_seconds
+        older = next(one for one in self._readings if one.taken_at_seconds >= start_seconds)
+        span_seconds = newest.taken_at_seconds - older.taken_at_seconds
+        events = newest.event_count(slo) - older.event_count(slo)
+        return events / span_seconds if span_seconds > 0 else 0.0
+
     def _window_start(self, slo: Slo, newest: Reading, since_seconds: float) -> Reading | None:
         start = None
         for older in reversed(self._readings):
@@ -132,9 +145,15 @@ def _sample(
     span_seconds = newer.taken_at_seconds - older.taken_at_seconds
     return Sample(
         events=events.counts[-1],
+        independent_events=events.counts[-1] / (1.0 if slo == "ttft" else _batch(older, newer)),
         within_ratio=histogram_window.within_ratio(events, threshold_seconds),
         mean_seconds=histogram_window.mean_seconds(events) or 0.0,
         quantile_seconds=histogram_window.quantile_seconds(events, objective_ratio) or 0.0,
         rate_per_second=events.counts[-1] / span_seconds,
         span_seconds=span_seconds,
     )
+
+
+def _batch(older: Reading, newer: Reading) -> float:
+    """Return the mean decode batch, roughly: the running requests at both ends of the window."""
+    return max(1.0, (older.running_requests + newer.running_requests) / 2)

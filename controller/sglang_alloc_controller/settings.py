@@ -132,6 +132,9 @@ class LawSettings(_Section):
     """Burn rate (misses over allowed misses) above which quality is given up: 1 is the SLO."""
     restore_burn_ratio: SecondsOrZero = 0.5
     """Burn rate under which quality may come back; between the two lies the dead band."""
+    severe_burn_ratio: Positive = 3.0
+    """Burn rate from which a window need not be full to be acted on: speed matters more than
+    certainty then."""
     max_burn_ratio: Positive = 10.0
     """Clamp of the burn rate before smoothing, so that an outage is not remembered for long."""
     smoothing_ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -146,8 +149,12 @@ class LawSettings(_Section):
     """Samples up to this long after a change are ignored: they began before it."""
     restore_step_max: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Largest share of the range given back at once: slower than giving up."""
+    restore_step_min: Annotated[float, Field(ge=0, le=1)] = 0.04
+    """Smallest share of the range worth a change; less room than this is none."""
     restore_hold_seconds: Seconds = 6.0
     """Shortest time between a change of either phase and giving back."""
+    restore_after_degrade_seconds: Seconds = 20.0
+    """The same after a change downwards: calm must have lasted before it is believed."""
     restore_margin_ratio: Annotated[float, Field(gt=0, le=1)] = 0.9
     """A step back is taken if the latency it predicts stays under this share of the SLO."""
     latency_growth_prior: Positive = 1.0
@@ -166,6 +173,8 @@ class LawSettings(_Section):
     """Longest such wait: one try per hour under constant load."""
     relief_ratio: Share = 0.7
     """The wait ends early when the event rate falls to this share of what it was."""
+    load_window_seconds: Seconds = 30.0
+    """Span over which the event rate is taken for that: long enough for chance to even out."""
     queue_decode_ratio: Positive = 2.0
     """Queue length, in multiples of its SLO, from which the decode budget is lowered too."""
     queue_restore_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -181,7 +190,8 @@ class LawSettings(_Section):
     def _possible(self) -> "LawSettings":
         below = (
             ("restore_burn_ratio", "degrade_burn_ratio", "the dead band between them is empty"),
-            ("degrade_burn_ratio", "max_burn_ratio", "the clamp would hide every violation"),
+            ("degrade_burn_ratio", "severe_burn_ratio", "every violation would count as severe"),
+            ("severe_burn_ratio", "max_burn_ratio", "the clamp would hide it"),
         )
         for low, high, why in below:
             if getattr(self, low) >= getattr(self, high):
@@ -192,7 +202,10 @@ class LawSettings(_Section):
         at_most = (
             ("window_seconds", "window_max_seconds"),
             ("backoff_seconds", "backoff_max_seconds"),
+            ("load_window_seconds", "window_max_seconds"),
             ("degrade_hold_seconds", "restore_hold_seconds"),
+            ("restore_hold_seconds", "restore_after_degrade_seconds"),
+            ("restore_step_min", "restore_step_max"),
         )
         for low, high in at_most:
             if getattr(self, low) > getattr(self, high):
@@ -233,7 +246,7 @@ class DecisionLogSettings(_Section):
     path: str | None = None
     """File to append to; null: no log."""
     every_tick: bool = False
-    """true: a line each tick, for replay. false: only when a budget, state or reason changes."""
+    """true: a line each tick, for replay. false: when a budget, the state or the actor changes."""
     max_bytes: Annotated[int, Field(ge=4096)] = 10_000_000
     """Size from which the file is rotated."""
     keep_files: Annotated[int, Field(ge=0, le=100)] = 3

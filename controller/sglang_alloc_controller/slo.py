@@ -3,8 +3,8 @@
     burn  = (1 - share within the SLO) / (1 - objective)         1 is exactly the SLO
     alarm = degrade_burn * (1 + sigmas * sqrt(objective / ((1 - objective) * n)))
 
-The alarm's second term is the standard deviation of n events' misses at the objective, so that a
-single slow request of a handful does not move the budget.
+The alarm's second term is the standard deviation of the misses of n independent events at the
+objective, so that a single slow request of a handful does not move the budget.
 """
 
 import math
@@ -30,10 +30,10 @@ def clamped_burn(sample: Sample | None, slo: SloSettings, law: LawSettings) -> f
     return min(law.max_burn_ratio, burn_ratio(sample.within_ratio, slo.objective_ratio))
 
 
-def alarm_burn(events: float, slo: SloSettings, law: LawSettings) -> float:
-    """Return the burn rate above which `events` events are a violation and not chance."""
+def alarm_burn(independent_events: float, slo: SloSettings, law: LawSettings) -> float:
+    """Return the burn rate above which so many events are a violation and not chance."""
     objective = slo.objective_ratio
-    spread = math.sqrt(objective / ((1.0 - objective) * events))
+    spread = math.sqrt(objective / ((1.0 - objective) * independent_events))
     alarm = law.degrade_burn_ratio * (1.0 + law.confidence_sigmas * spread)
     return max(law.degrade_burn_ratio, min(alarm, _ALARM_CAP_OF_CLAMP * law.max_burn_ratio))
 
@@ -54,9 +54,11 @@ def latency_pressure(
     burn, sample = state.phases[phase].burn_ratio, seen.samples[slo]
     if burn is None or sample is None:
         return Pressure(0.0, cause)
-    if burn <= alarm_burn(sample.events, constants.slo, constants.law):
+    law = constants.law
+    is_certain = sample.span_seconds >= law.window_seconds or burn >= law.severe_burn_ratio
+    if not is_certain or burn <= alarm_burn(sample.independent_events, constants.slo, law):
         return Pressure(0.0, cause)
-    return Pressure(burn - constants.law.degrade_burn_ratio, cause)
+    return Pressure(burn - law.degrade_burn_ratio, cause)
 
 
 def queue_pressure(state: LawState, constants: LawConstants) -> Pressure:

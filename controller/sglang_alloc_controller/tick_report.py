@@ -38,10 +38,14 @@ class TickReport(NamedTuple):
 
 
 def story(tick: TickReport) -> tuple[object, ...]:
-    """Return what makes a tick worth a line: it differs from the last one's."""
-    reasons = tuple(tick.reasons[phase] for phase in PHASES)
+    """Return what makes a tick worth a line when it differs from the last one's.
+
+    Reasons alone do not: they change from tick to tick while nothing moves. They are in the
+    metrics, and in each line.
+    """
     actor = tick.override.actor if tick.override else None
-    return tick.input_state, reasons, dict(tick.written), dict(tick.desired), actor
+    infeasible = Reason.INFEASIBLE in tick.reasons.values()
+    return tick.input_state, dict(tick.written), dict(tick.desired), actor, infeasible
 
 
 def record(tick: TickReport, mode: str, now: datetime | None = None) -> dict[str, object]:

@@ -1,1 +1,1 @@
-"""Measurements of speed; nothing here is needed to serve."""
+"""Benches: what a budget buys on this machine, beside stock SGLang in the same run."""

@@ -13,22 +13,29 @@ from typing import Any
 from rich.console import Console
 
 from sglang_alloc.demo.progress import StageProgress
+from sglang_alloc.demo.reference_files import add_model_arguments, heldout_texts, tables_path
 from sglang_alloc.demo.report import write_report
 from sglang_alloc.demo.run import STAGES, WRITE, DemoOptions, run_demo
 from sglang_alloc.errors import AllocError
 
-REFERENCE = Path(__file__).resolve().parent.parent / "reference"
-MODEL = REFERENCE / "qwen3-moe-ref"
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; return 0 when the report is written and no request failed."""
-    options = _options(arguments)
+    given = _parse(arguments)
     console = Console()
     signal.signal(signal.SIGTERM, _interrupt)  # unwind as for Ctrl-C, so that nothing is left
     progress = StageProgress(STAGES, console)
     try:
+        options = DemoOptions(
+            model=given.model,
+            tables=tables_path(given),
+            texts=tuple(heldout_texts(given)),
+            out=given.out,
+            mode=given.mode,
+            seed=given.seed,
+        )
         with progress.shown():
             result = run_demo(options, progress)
             with progress.stage(WRITE):
@@ -37,31 +44,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"The demo stopped: {error}", markup=False, highlight=False, soft_wrap=True)
         return FAILED
     except KeyboardInterrupt:
-        console.print(_kept(options.out), markup=False, highlight=False, soft_wrap=True)
+        console.print(_kept(given.out), markup=False, highlight=False, soft_wrap=True)
         return INTERRUPTED
     _print_summary(console, report, options.out)
     errors: int = report["full"]["errors"] + report["controlled"]["errors"]
     return DONE if errors == 0 else FAILED
 
 
-def _options(arguments: Sequence[str] | None) -> DemoOptions:
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m sglang_alloc.demo", description=__doc__)
-    parser.add_argument("--model", type=Path, default=MODEL, help="MoE model that SGLang serves")
-    parser.add_argument("--tables", type=Path, help="its budget tables (default: in its folder)")
-    parser.add_argument("--text", type=Path, action="append", help="held-out text, repeatable")
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the results")
-    parser.add_argument("--mode", default="threshold", choices=("layer", "token", "threshold"))
-    parser.add_argument("--seed", type=int, default=0, help="of the trace and of the windows")
-    given = parser.parse_args(arguments)
-    texts = given.text or sorted((REFERENCE / "samples").glob("heldout_*.txt"))
-    return DemoOptions(
-        model=given.model,
-        tables=given.tables or given.model / "budget_tables.npz",
-        texts=tuple(texts),
-        out=given.out,
-        mode=given.mode,
-        seed=given.seed,
-    )
+    add_model_arguments(parser)
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for results")
+    return parser.parse_args(arguments)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -32,7 +32,7 @@ def _edges(first_decade: int, decades: int) -> tuple[float, ...]:
     return tuple(float(f"{step}e{exponent}") for exponent in exponents for step in _R10)
 
 
-TTFT_EDGES_SECONDS = _edges(-2, 3)  # 10 ms to 8 s
+TTFT_EDGES_SECONDS = _edges(-2, 4)  # 10 ms to 80 s
 ITL_EDGES_SECONDS = _edges(-3, 3)  # 1 ms to 800 ms
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from sglang_alloc.budget_tables import load_budget_tables
 from sglang_alloc.demo.controller_process import controller, controller_settings
-from sglang_alloc.demo.errors import DemoError
 from sglang_alloc.demo.load_plan import (
     AFTER_SECONDS,
     BURST_SECONDS,
@@ -60,7 +59,7 @@ class DemoOptions:
 
     model: Path
     tables: Path
-    texts: tuple[Path, ...]
+    texts: tuple[str, ...]
     out: Path
     mode: str
     seed: int
@@ -71,13 +70,12 @@ def run_demo(options: DemoOptions, progress: StageProgress) -> DemoResult:
 
     Raises an AllocError with a sentence for the terminal when a step cannot be done.
     """
-    texts = _read_texts(options.texts)
     with contextlib.ExitStack() as stack:
         table_path = stack.enter_context(_published(options.tables))
         with progress.stage(START):
             server = stack.enter_context(_serve(options, table_path, progress))
         table = stack.enter_context(contextlib.closing(SharedTable.open(table_path)))
-        session = Session(server, table, texts, options.seed, progress.note)
+        session = Session(server, table, options.texts, options.seed, progress.note)
         return _measure(session, options, progress)
 
 
@@ -106,16 +104,6 @@ def _measure(session: Session, options: DemoOptions, progress: StageProgress) ->
         level_losses=tuple(level_losses),
         scored_tokens=WINDOWS * WINDOW_SCORED_BYTES,
     )
-
-
-def _read_texts(paths: tuple[Path, ...]) -> list[str]:
-    texts = [path.read_text(encoding="utf-8") for path in paths]
-    if not texts:
-        raise DemoError(
-            "no held-out text was found beside the reference model, and prompts are cut from it: "
-            "pass --text FILE, or restore the repository's own"
-        )
-    return texts
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ class Session:
 
     server: Server
     table: SharedTable
-    texts: list[str]
+    texts: tuple[str, ...]
     seed: int
     note: Callable[[str], None]
 

@@ -48,4 +48,4 @@ def test_edges_ascend() -> None:
 
 def test_a_machine_too_slow_for_any_edge_is_told_so() -> None:
     with pytest.raises(DemoError, match="too slow or too busy"):
-        plan_load(make_loop(0.1, ttft=9.0), make_loop(6.0), make_loop(9.0))
+        plan_load(make_loop(0.1, ttft=90.0), make_loop(6.0), make_loop(9.0))

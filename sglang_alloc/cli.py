@@ -1,0 +1,54 @@
+"""The command `sglang-alloc`: serve with a budget, publish its tables, look at it, set it by hand.
+
+Each command imports what it needs when it runs, so that help and completion answer at once.
+"""
+
+import sys
+
+import typer
+
+from sglang_alloc.cli_publish import publish
+from sglang_alloc.cli_serve import serve
+from sglang_alloc.cli_set import set_budget
+from sglang_alloc.cli_status import status
+from sglang_alloc.cli_version import version
+from sglang_alloc.errors import AllocError
+
+app = typer.Typer(
+    name="sglang-alloc",
+    help="Trade a little Mixture-of-Experts quality for latency in SGLang.\n\n"
+    "A budget is the number of routed-expert activations per token, summed over the MoE layers. "
+    "The controller moves it; these commands publish, serve, watch and override it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(
+    options_metavar="[OPTIONS] -- [SGLANG OPTIONS]",
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        # SGLang has a -h of its own.
+        "help_option_names": ["--help"],
+    },
+)(serve)
+app.command()(publish)
+app.command()(status)
+app.command("set")(set_budget)
+app.command()(version)
+
+
+def main() -> None:
+    """Run the command line; an error that a user can cause is one sentence and exit status 1."""
+    try:
+        app()
+    except AllocError as error:
+        typer.secho("error: ", fg=typer.colors.RED, bold=True, nl=False, err=True)
+        typer.echo(str(error), err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""`sglang-alloc serve`: start SGLang with a budget, after checking all that can be checked."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from sglang_alloc.cli_publish import SharedPathOption, warn_of_running_servers
+
+
+def serve(
+    context: typer.Context,
+    *,
+    table: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE",
+            help="Budget tables (.npz), which are published first, or a shared table (.tbl) that "
+            "is published already.",
+            envvar="SGLANG_ALLOC_TABLE",
+            show_envvar=False,
+            show_default=False,
+        ),
+    ],
+    shared_path: SharedPathOption = None,
+    mode: Annotated[
+        Literal["layer", "token", "threshold"] | None,
+        typer.Option(
+            metavar="MODE",
+            help="How a layer spends its quota: layer, token or threshold. Default: "
+            "threshold if the table has thresholds, else layer.",
+            envvar="SGLANG_ALLOC_MODE",
+            show_envvar=False,
+            show_default=False,
+        ),
+    ] = None,
+    fallback: Annotated[
+        str,
+        typer.Option(
+            metavar="full|hold|N",
+            help="Budget while no controller is alive: full quality, the last one, or N "
+            "activations per token. Default: full.",
+            envvar="SGLANG_ALLOC_FALLBACK",
+            show_envvar=False,
+            show_default=False,
+        ),
+    ] = "full",
+    stale_after_seconds: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="Age of the controller's heartbeat after which the fallback holds. Default: 10.",
+            envvar="SGLANG_ALLOC_STALE_AFTER_SECONDS",
+            show_envvar=False,
+            show_default=False,
+        ),
+    ] = 10.0,
+) -> None:
+    """Serve a MoE model with SGLang under a budget.
+
+    Everything after [bold]--[/] goes to SGLang unchanged, for example:
+    sglang-alloc serve --table tables.npz [bold]--[/] --model-path MODEL --enable-metrics
+
+    Options left out come from SGLANG_ALLOC_TABLE, SGLANG_ALLOC_MODE, SGLANG_ALLOC_FALLBACK and
+    SGLANG_ALLOC_STALE_AFTER_SECONDS where those are set.
+    """
+    # Imported here because help must not wait for numpy.
+    from sglang_alloc import launch_checks, serve_table
+
+    arguments = context.args
+    launch_checks.require_sglang()
+    launch_checks.require_plugin_allowed(os.environ)
+    source = serve_table.read_source(table, shared_path)
+    environment = serve_table.worker_environment(source, mode, fallback, stale_after_seconds)
+    launch = launch_checks.launch_arguments(arguments)
+    launch_checks.require_same_model(launch.model_path, source.fingerprint, source.model_id)
+    launch_checks.require_free_port(launch.host, launch.port)
+    warn_of_running_servers(source.shared_path)
+    if "--enable-metrics" not in arguments:
+        typer.echo("warning: the controller reads metrics; add --enable-metrics", err=True)
+    serve_table.publish_source(source)
+    _become_sglang(arguments, environment)
+
+
+def _become_sglang(arguments: list[str], environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "sglang.launch_server", *arguments]
+    settings = " ".join(f"{name}={value}" for name, value in environment.items() if value)
+    typer.echo(f"{settings} {shlex.join(command)}", err=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execvpe(command[0], command, os.environ | environment)

@@ -1,0 +1,126 @@
+"""`sglang-alloc serve`: the table that the server will follow, and the environment that says so."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from sglang_alloc.budget_tables import BudgetTables, load_budget_tables
+from sglang_alloc.errors import ConfigurationError
+from sglang_alloc.shared_table import SharedTable, TableShape, publish_shared_table
+from sglang_alloc.table_path import default_shared_path
+from sglang_alloc.worker_settings import (
+    FALLBACK_VARIABLE,
+    MODE_VARIABLE,
+    STALE_AFTER_VARIABLE,
+    TABLE_VARIABLE,
+    WorkerSettings,
+    settings_from_environment,
+)
+
+_NPZ_MAGIC = b"PK"
+
+
+class TableSource(NamedTuple):
+    """A table that is published at `shared_path`, or will be if `tables` are given."""
+
+    shared_path: Path
+    tables: BudgetTables | None
+    model_id: str
+    fingerprint: str
+    shape: TableShape
+    has_thresholds: bool
+
+
+def read_source(table: Path, shared_path: Path | None) -> TableSource:
+    """Read and check `table`, budget tables or a shared table, without publishing anything.
+
+    Raises:
+        TableFormatError: the budget tables are missing or damaged.
+        SharedTableError: the shared table is missing, foreign or damaged.
+        ConfigurationError: a path to publish at was given for a table that is published already.
+    """
+    if _is_npz(table):
+        tables = load_budget_tables(table)
+        return TableSource(
+            shared_path or default_shared_path(tables.model_id),
+            tables,
+            tables.model_id,
+            tables.fingerprint,
+            TableShape(
+                tables.num_layers,
+                tables.top_k,
+                tables.num_experts,
+                tables.budget_min,
+                tables.budget_max,
+            ),
+            tables.thresholds is not None,
+        )
+    if shared_path is not None and shared_path != table:
+        raise ConfigurationError(
+            f"--shared-path {shared_path} says where to publish a .npz, but --table {table} is a "
+            "shared table already. Leave --shared-path out, or give the .npz."
+        )
+    with SharedTable.open(table) as opened:
+        return TableSource(
+            table,
+            None,
+            opened.model_id,
+            opened.fingerprint,
+            opened.shape,
+            opened.has_section("thresholds"),
+        )
+
+
+def worker_environment(
+    source: TableSource, mode: str | None, fallback: str, stale_after_seconds: float
+) -> dict[str, str]:
+    """Return the variables that the plugin reads in every SGLang process.
+
+    Raises:
+        ConfigurationError: a setting is malformed, or the table cannot serve it.
+    """
+    environment = {
+        TABLE_VARIABLE: str(source.shared_path.absolute()),
+        MODE_VARIABLE: mode or "",
+        FALLBACK_VARIABLE: fallback,
+        STALE_AFTER_VARIABLE: f"{stale_after_seconds:g}",
+    }
+    _require_fit(_parsed(environment), source)
+    return environment
+
+
+def publish_source(source: TableSource) -> None:
+    """Publish the budget tables of `source`, if it has any."""
+    if source.tables is not None:
+        publish_shared_table(source.shared_path, source.tables)
+
+
+def _is_npz(path: Path) -> bool:
+    if path.suffix == ".npz":
+        return True
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(_NPZ_MAGIC)) == _NPZ_MAGIC
+    except OSError:
+        return False
+
+
+def _parsed(environment: Mapping[str, str]) -> WorkerSettings:
+    settings = settings_from_environment(environment)
+    assert settings is not None, "the table is always named"
+    return settings
+
+
+def _require_fit(settings: WorkerSettings, source: TableSource) -> None:
+    if settings.mode == "threshold" and not source.has_thresholds:
+        raise ConfigurationError(
+            f"Mode threshold was asked for, but the table of {source.model_id} holds no "
+            "thresholds. Use --mode layer or token, or calibrate thresholds for the table."
+        )
+    low, high = source.shape.budget_min, source.shape.budget_max
+    budgets = settings.fallback[1:]
+    if settings.fallback.kind == "budget" and not low <= min(budgets) <= max(budgets) <= high:
+        raise ConfigurationError(
+            f"The fallback of {budgets[0]} activations per token has no row in the table of "
+            f"{source.model_id}, which covers {low} to {high}. Use full, hold or such a budget."
+        )

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 
@@ -20,6 +18,7 @@ from sglang_alloc.bench.latency import (
 from sglang_alloc.bench.summary import markdown, write_csv
 from sglang_alloc.bench.timing import DECODE_PROMPT_BYTES, DECODE_STEPS, PREFILL_PROMPT_BYTES
 from sglang_alloc.demo import machine
+from sglang_alloc.demo.interruption import sigterm_interrupts
 from sglang_alloc.demo.progress import StageProgress
 from sglang_alloc.demo.reference_files import add_model_arguments, heldout_texts, tables_path
 from sglang_alloc.errors import AllocError
@@ -31,7 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a bench; return 0 when its results are written."""
     given = _parse(arguments)
     console = Console(stderr=True)
-    signal.signal(signal.SIGTERM, _interrupt)  # unwind as for Ctrl-C, so that nothing is left
     progress = StageProgress(latency_stages(given.rounds), console)
     try:
         options = LatencyOptions(
@@ -43,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seed=given.seed,
             out=given.out,
         )
-        with progress.shown():
+        with sigterm_interrupts(), progress.shown():
             rows = measure_latency(options, progress)
     except AllocError as error:
         console.print(f"The bench stopped: {error}", markup=False, highlight=False, soft_wrap=True)
@@ -90,10 +88,6 @@ def _facts(options: LatencyOptions) -> dict[str, object]:
         "commit": machine.source_commit(),
         "date": machine.today_utc(),
     }
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
 
+from sglang_alloc.demo.interruption import sigterm_interrupts
 from sglang_alloc.demo.progress import StageProgress
 from sglang_alloc.demo.reference_files import add_model_arguments, heldout_texts, tables_path
 from sglang_alloc.demo.report import write_report
@@ -25,7 +24,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; return 0 when the report is written and no request failed."""
     given = _parse(arguments)
     console = Console()
-    signal.signal(signal.SIGTERM, _interrupt)  # unwind as for Ctrl-C, so that nothing is left
     progress = StageProgress(STAGES, console)
     try:
         options = DemoOptions(
@@ -36,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             mode=given.mode,
             seed=given.seed,
         )
-        with progress.shown():
+        with sigterm_interrupts(), progress.shown():
             result = run_demo(options, progress)
             with progress.stage(WRITE):
                 report = write_report(result, options.out)
@@ -56,10 +54,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_model_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for results")
     return parser.parse_args(arguments)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _kept(out: Path) -> str:

@@ -21,8 +21,8 @@ p { margin: 0 0 12px; max-width: 78ch; }
   margin: 24px 0 0; }
 .card { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 16px; }
 .card .name { color: var(--soft); font-size: 13px; }
-.card .value { font-size: 30px; font-weight: 600; letter-spacing: -0.02em; color: var(--good);
-  font-variant-numeric: tabular-nums; }
+.card .value { font-size: 25px; font-weight: 600; letter-spacing: -0.02em; color: var(--good);
+  white-space: nowrap; font-variant-numeric: tabular-nums; }
 .card .beside { color: var(--soft); font-size: 13px; }
 figure { margin: 0; background: #fff; border: 1px solid var(--line); border-radius: 10px;
   padding: 16px; }
@@ -82,7 +82,7 @@ def _cards(full: dict[str, Any], controlled: dict[str, Any]) -> str:
     increase = controlled["heldout_nll"] - controlled["heldout_nll_full"]
     cards = (
         (
-            "Requests within both SLOs",
+            "Within both SLOs",
             _percent(controlled["slo_attainment_ratio"]),
             f"{_percent(full['slo_attainment_ratio'])} at full quality",
         ),
@@ -92,14 +92,14 @@ def _cards(full: dict[str, Any], controlled: dict[str, Any]) -> str:
             f"{_seconds(full['ttft_seconds']['p95'])} at full quality",
         ),
         (
-            "Held-out loss given up",
+            "Held-out loss",
             f"{increase:+.4f}",
-            f"nats per token, on {controlled['heldout_nll_full']:.4f}",
+            f"nats per token, on {controlled['heldout_nll_full']:.3f}",
         ),
         (
-            "Mean budget, prefill / decode",
+            "Budget, prefill / decode",
             f"{controlled['mean_prefill_budget']:.1f} / {controlled['mean_decode_budget']:.1f}",
-            f"of {full['mean_decode_budget']:.0f}; {controlled['budget_changes']} changes",
+            f"mean, of {full['mean_decode_budget']:.0f}; {controlled['budget_changes']} changes",
         ),
         (
             "Failed requests",

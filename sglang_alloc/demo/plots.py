@@ -7,8 +7,10 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from sglang_alloc.demo.load_plan import Slo
 from sglang_alloc.demo.observation import RunRecord
@@ -55,13 +57,13 @@ def distribution_svg(full: RunRecord, controlled: RunRecord, slo: Slo) -> str:
         left, right = figure.subplots(1, 2, sharey=True)
         for run, colour, name in _named(full, controlled):
             ttfts = [r.ttft_seconds for r in run.requests if r.ttft_seconds is not None]
-            gaps = [gap for r in run.requests for gap in r.inter_token_seconds]
+            gaps_ms = [1000 * gap for r in run.requests for gap in r.inter_token_seconds]
             _draw_share(left, ttfts, colour, name)
-            _draw_share(right, gaps, colour, name)
-        _mark_slo(left, slo.ttft_seconds, "time to first token, seconds")
-        _mark_slo(right, slo.itl_seconds, "inter-token latency, seconds")
+            _draw_share(right, gaps_ms, colour, name)
+        _mark_slo(left, slo.ttft_seconds, "s", "time to first token, seconds")
+        _mark_slo(right, 1000 * slo.itl_seconds, "ms", "inter-token latency, milliseconds")
         left.set_ylabel("share at or below")
-        left.legend(loc="lower right")
+        left.legend(loc="upper left")
         return _svg(figure)
 
 
@@ -119,7 +121,7 @@ def _draw_ttft(axes: Axes, full: RunRecord, controlled: RunRecord, slo: Slo) -> 
         color=SLO_COLOUR,
     )
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
+    _label_1_2_5(axes.yaxis)
     axes.set_ylabel("time to first token\nseconds, one dot per request")
     axes.legend(loc="upper right", ncols=2)
 
@@ -144,19 +146,26 @@ def _draw_share(axes: Axes, values: list[float], colour: str, name: str) -> None
         axes.plot([], [], color=colour, label=name)
 
 
-def _mark_slo(axes: Axes, slo_seconds: float, label: str) -> None:
-    axes.axvline(slo_seconds, color=SLO_COLOUR, lw=1.2)
+def _mark_slo(axes: Axes, value: float, unit: str, label: str) -> None:
+    axes.axvline(value, color=SLO_COLOUR, lw=1.2)
     axes.annotate(
-        f"SLO {slo_seconds:g} s",
-        (slo_seconds, 0.02),
+        f"SLO {value:g} {unit}",
+        (value, 0.02),
         xycoords=("data", "axes fraction"),
         xytext=(4, 0),
         textcoords="offset points",
         color=SLO_COLOUR,
     )
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
+    _label_1_2_5(axes.xaxis)
     axes.set_xlabel(label)
+
+
+def _label_1_2_5(axis: Axis) -> None:
+    """Label a logarithmic axis at 1, 2 and 5 in each decade, in plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def _svg(figure: Figure) -> str:

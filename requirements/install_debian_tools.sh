@@ -19,15 +19,16 @@ update_lists() {
 fetch() { (cd "$folder" && apt-get download -q "$1"); }
 
 unpack() {
-  local package=$1 program archive
+  local package=$1 program archives
+  rm -f "$folder/$package"_*.deb
   if ! fetch "$package" 2>/dev/null && ! { update_lists && fetch "$package"; }; then
     printf 'missing: the Debian package %s\n   run: sudo apt-get update && make tools\n' \
       "$package" >&2
     return 1
   fi
-  archive=$(ls -t "$folder/$package"_*.deb | head -1)
-  dpkg-deb --extract "$archive" "$folder/$package"
-  rm "$archive"
+  archives=("$folder/$package"_*.deb)
+  dpkg-deb --extract "${archives[0]}" "$folder/$package"
+  rm "${archives[0]}"
   for program in "$folder/$package"/usr/bin/*; do
     ln -sf "../../$program" ".tools/bin/$(basename "$program")"
   done

@@ -23,7 +23,7 @@ from sglang_alloc.compatibility import unsupported_version, verify_seams
 from sglang_alloc.cpu_moe import forward_kept_slots
 from sglang_alloc.enforcement import RoutedSlots
 from sglang_alloc.errors import AllocError, UnsupportedServerError
-from sglang_alloc.model_identity import identity_from_config
+from sglang_alloc.model_identity import ModelIdentity, identity_from_config
 from sglang_alloc.server_check import REFUSED_OPTIONS, ServerFacts, check_server
 from sglang_alloc.shared_table import SharedTable
 from sglang_alloc.worker import ServedModel, Worker, check_fits, make_enforcement
@@ -93,7 +93,7 @@ def _hooks() -> list[tuple[str, Callable[..., Any], Any]]:
     from sglang.srt.plugins.hook_registry import HookType
 
     return [
-        (LOAD_MODEL, _after_load_model, HookType.AFTER),
+        (LOAD_MODEL, _around_load_model, HookType.AROUND),
         (INITIALIZE, _after_initialize, HookType.AFTER),
         (PULL_REQUESTS, _after_pull_requests, HookType.AFTER),
         (RECEIVE_REQUESTS, _after_receive_requests, HookType.AFTER),
@@ -104,37 +104,46 @@ def _hooks() -> list[tuple[str, Callable[..., Any], Any]]:
     ]
 
 
-def _after_load_model(result: object, model_runner: Any, *args: Any, **kwargs: Any) -> None:
-    """Bind the table to the loaded model, before memory is sized and graphs are captured."""
-    if not model_runner.is_draft_worker:
-        _or_refuse(_bind, model_runner)
+def _around_load_model(
+    original: Callable[..., Any], model_runner: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Bind the table to the loaded model, before memory is sized and graphs are captured.
+
+    The model's identity is read before the load, which pads sizes in the config on some CPUs.
+    """
+    if model_runner.is_draft_worker:
+        return original(model_runner, *args, **kwargs)
+    config = model_runner.model_config.hf_config.to_dict()
+    result = original(model_runner, *args, **kwargs)
+    _or_refuse(lambda: _bind(model_runner, config))
+    return result
 
 
 def _after_initialize(result: object, model_runner: Any, *args: Any, **kwargs: Any) -> None:
     """Prove on a real layer that routing obeys the budget, and say so in one line."""
     if not model_runner.is_draft_worker:
-        _or_refuse(_prove, model_runner)
+        _or_refuse(lambda: _prove(model_runner))
 
 
-def _or_refuse(step: Callable[[Any], None], model_runner: Any) -> None:
+def _or_refuse(step: Callable[[], None]) -> None:
     """Run a step of the start-up; what it refuses fails the load, which stops the server."""
     try:
-        step(model_runner)
+        step()
     except AllocError as error:
         message = _refusal(error)
         logger.error(message)
         raise RuntimeError(message) from error
 
 
-def _bind(model_runner: Any) -> None:
+def _bind(model_runner: Any, config: dict[str, Any]) -> None:
     assert _process.settings is not None
     missing = [target for target, hook, _ in _hooks() if not _is_hooked(target, hook)]
     if missing:
         raise UnsupportedServerError(f"these hooks did not take effect: {', '.join(missing)}")
     routers = _moe_routers(model_runner.model)
     check_server(_server_facts(model_runner, list(routers.values())))
+    model = _served_model(model_runner, routers, identity_from_config(config))
     worker = Worker(_process.settings)
-    model = _served_model(model_runner, routers)
     check_fits(worker.table, model)
     enforcement = make_enforcement(worker.table, worker.mode, model.device_type)
     worker.bind(model, enforcement, _metrics(model_runner.server_args, model.rank))
@@ -195,10 +204,11 @@ def _server_facts(model_runner: Any, routers: list[Any]) -> ServerFacts:
     )
 
 
-def _served_model(model_runner: Any, routers: dict[int, Any]) -> ServedModel:
+def _served_model(
+    model_runner: Any, routers: dict[int, Any], identity: ModelIdentity
+) -> ServedModel:
     from sglang.srt.distributed.parallel_state import get_tensor_model_parallel_rank
 
-    identity = identity_from_config(model_runner.model_config.hf_config.to_dict())
     topk_config = next(iter(routers.values())).topk_config
     arguments = model_runner.server_args
     return ServedModel(

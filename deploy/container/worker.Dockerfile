@@ -1,7 +1,7 @@
 # SGLang with the plugin: the base image's torch, triton and sglang stay as they are.
 # Build from the repository's root, naming an image of a supported SGLang version (docs/deploy.md):
-#   docker build -f deploy/container/worker.Dockerfile --build-arg SGLANG_IMAGE=lmsysorg/sglang:v0.5.23 .
-ARG SGLANG_IMAGE=lmsysorg/sglang:v0.5.23
+#   docker build -f deploy/container/worker.Dockerfile --build-arg SGLANG_IMAGE=YOUR_SGLANG_IMAGE .
+ARG SGLANG_IMAGE
 FROM ${SGLANG_IMAGE}
 COPY pyproject.toml README.md LICENSE /tmp/sglang-alloc/
 COPY sglang_alloc /tmp/sglang-alloc/sglang_alloc

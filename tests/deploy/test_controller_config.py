@@ -33,7 +33,8 @@ def test_configuration_names_what_the_pod_really_has(tmp_path: Path, value_set: 
     manifests = render(value_set)
     sglang = container(manifests, "sglang")
     ports = {p["name"]: p["containerPort"] for p in container(manifests, "controller")["ports"]}
-    assert settings.table == sglang["args"][sglang["args"].index("--table") + 1]
+    environment = {each["name"]: each["value"] for each in sglang["env"]}
+    assert settings.table == environment["SGLANG_ALLOC_TABLE"]
     assert settings.source.url == f"http://127.0.0.1:{sglang['ports'][0]['containerPort']}"
     assert (settings.http.host, settings.http.port) == ("0.0.0.0", ports["ctrl-metrics"])
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from prometheus_client import generate_latest
+
 from sglang_alloc.shared_table import Selection
 from sglang_alloc.worker_metrics import WorkerMetrics
 from sglang_alloc.worker_statistics import PhaseStatistics, WorkerStatistics

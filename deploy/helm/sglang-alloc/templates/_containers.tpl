@@ -6,7 +6,7 @@
   command: [sglang-alloc, publish]
   args:
     - {{ printf "%s/%s" .Values.budgetTables.mountPath .Values.budgetTables.fileName }}
-    - --table
+    - --shared-path
     - {{ include "sglang-alloc.tablePath" . }}
   securityContext:
     {{- include "sglang-alloc.containerSecurityContext" . | nindent 4 }}
@@ -30,6 +30,9 @@
   args:
     - --config
     - /etc/sglang-alloc/controller.yaml
+  env: # for `sglang-alloc status` and `set`, run inside the container
+    - name: SGLANG_ALLOC_TABLE
+      value: {{ include "sglang-alloc.tablePath" . }}
   ports:
     - name: ctrl-metrics
       containerPort: {{ .Values.controller.metricsPort }}
@@ -61,19 +64,13 @@
       mountPath: /tmp
 {{- end }}
 
-{{/* 3. SGLang itself, started through `sglang-alloc serve`, which sets the worker's environment. */}}
+{{/* 3. SGLang itself, started through `sglang-alloc serve`, which reads SGLANG_ALLOC_* and checks it all first. */}}
 {{- define "sglang-alloc.sglangContainer" -}}
 - name: sglang
   image: {{ include "sglang-alloc.image" (dict "image" .Values.sglang.image "appVersion" .Chart.AppVersion) }}
   imagePullPolicy: {{ .Values.sglang.image.pullPolicy }}
   command: [sglang-alloc, serve]
   args:
-    - --table
-    - {{ include "sglang-alloc.tablePath" . }}
-    {{- with .Values.worker.mode }}
-    - --mode
-    - {{ . }}
-    {{- end }}
     - --
     - --model-path
     - {{ .Values.model.path }}
@@ -96,6 +93,12 @@
     - {{ . | quote }}
     {{- end }}
   env:
+    - name: SGLANG_ALLOC_TABLE
+      value: {{ include "sglang-alloc.tablePath" . }}
+    {{- with .Values.worker.mode }}
+    - name: SGLANG_ALLOC_MODE
+      value: {{ . }}
+    {{- end }}
     - name: SGLANG_ALLOC_STALE_AFTER_SECONDS
       value: {{ .Values.worker.staleAfterSeconds | quote }}
     - name: SGLANG_ALLOC_FALLBACK

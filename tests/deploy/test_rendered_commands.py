@@ -1,0 +1,143 @@
+"""What the pod's containers are told to run really runs, in the order in which the pod runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import yaml
+from chart_render import VALUE_SETS, Manifest, container, only, render
+
+from sglang_alloc.budget_tables import BudgetTables, save_budget_tables
+from sglang_alloc.shared_table import SharedTable
+
+SCRIPTS = Path(sys.executable).parent
+START_SECONDS = 30.0
+
+
+def _command(each: Manifest, root: Path) -> list[str]:
+    """Return a container's command line, with the pod's folders moved under `root`."""
+    words = [*each["command"], *each["args"]]
+    return [str(SCRIPTS / words[0]), *(_moved(word, root) for word in words[1:])]
+
+
+def _moved(text: str, root: Path) -> str:
+    for folder in ("/budget-tables", "/run/sglang-alloc", "/etc/sglang-alloc"):
+        text = text.replace(folder, f"{root}{folder}")
+    return text
+
+
+def _publish(root: Path) -> Path:
+    """Run the pod's first step on small tables; return the shared table."""
+    shared = root / "run" / "sglang-alloc" / "model.tbl"
+    for folder in (root / "budget-tables", shared.parent):
+        folder.mkdir(parents=True)
+    budgets = np.arange(2, 9, dtype=np.int32)
+    half = (budgets // 2).astype(np.int16)
+    tables = BudgetTables(
+        model_id="served",
+        fingerprint="ab" * 32,
+        num_experts=8,
+        top_k=4,
+        layer_ids=np.arange(2, dtype=np.int32),
+        budgets=budgets,
+        quotas=np.stack([half, (budgets - half).astype(np.int16)], axis=1),
+        predicted_loss=np.linspace(0.1, 0.0, len(budgets), dtype=np.float32),
+    )
+    save_budget_tables(root / "budget-tables" / "tables.npz", tables)
+    command = _command(container(render(), "publish-table"), root)
+    subprocess.run(command, check=True, capture_output=True)
+    return shared
+
+
+@contextmanager
+def _controller(root: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the sidecar with the ConfigMap's own file, listening on `port`."""
+    manifests = render("default", "--set", f"controller.metricsPort={port}")
+    config = root / "etc" / "sglang-alloc" / "controller.yaml"
+    config.parent.mkdir(parents=True)
+    config.write_text(_moved(only(manifests, "ConfigMap")["data"]["controller.yaml"], root))
+    process = subprocess.Popen(_command(container(manifests, "controller"), root))
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(timeout=20)
+
+
+def _probe_answers(url: str, process: subprocess.Popen[bytes]) -> bool:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=1):
+                return True
+        except OSError:
+            time.sleep(0.1)
+    return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_first_step_publishes_the_table_at_full_budget(tmp_path: Path) -> None:
+    with SharedTable.open(_publish(tmp_path)) as table:
+        assert table.model_id == "served"
+        assert table.selector()[1:] == (8, 8)
+
+
+def test_controller_passes_its_startup_probe_before_sglang_is_there(tmp_path: Path) -> None:
+    shared, port = _publish(tmp_path), _free_port()
+    probe = container(render(), "controller")["startupProbe"]["httpGet"]["path"]
+    with _controller(tmp_path, port) as process, SharedTable.open(shared) as table:
+        assert _probe_answers(f"http://127.0.0.1:{port}{probe}", process)
+        assert table.heartbeat_ns() > 0
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+        assert table.selector()[1:] == (8, 8), "it stops at full quality"
+
+
+def test_sglangs_own_parser_accepts_the_arguments() -> None:
+    """One process for all renders: importing SGLang takes most of the time."""
+    command_lines = []
+    for value_set in VALUE_SETS:
+        separator, *arguments = container(render(value_set), "sglang")["args"]
+        assert separator == "--"
+        command_lines.append(arguments)
+    parse = (
+        "import argparse, json, sys\n"
+        "from sglang.srt.server_args import ServerArgs\n"
+        "parser = argparse.ArgumentParser()\n"
+        "ServerArgs.add_cli_args(parser)\n"
+        "for arguments in json.load(sys.stdin):\n"
+        "    parsed = parser.parse_args(arguments)\n"
+        "    print(parsed.enable_metrics, len(parsed.bucket_time_to_first_token))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", parse],
+        input=json.dumps(command_lines),
+        env={**os.environ, "SGLANG_USE_CPU_ENGINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[-6:] == ["True", "8"] * len(VALUE_SETS)
+
+
+def test_settings_are_plain_yaml_for_people_who_read_the_config_map() -> None:
+    text = only(render(), "ConfigMap")["data"]["controller.yaml"]
+    assert yaml.safe_load(text)["mode"] == "shadow"

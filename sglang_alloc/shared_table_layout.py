@@ -47,6 +47,9 @@ Ordering rules, which hold on x86-64 and on AArch64 because none of them needs a
    neither; a setter killed half-way leaves none in force. Setters exclude each other by an flock
    on the file itself.
 6. The words of a worker slot are each whole but are not taken at one instant; `pid` comes last.
+7. Nobody may shorten or rewrite the file in place, as `cp` over it does: publish instead. Touching
+   a mapped page beyond the end kills a process, so whoever must not die asks for the file's size
+   and for the publication id in its mapping before it touches anything else.
 """
 
 import struct
@@ -64,6 +67,7 @@ SECTION_ALIGNMENT_BYTES = 64
 MAX_SECTIONS = 32
 
 # Indices of u64 words from the start of the file.
+PUBLICATION_WORD = 112 // WORD_BYTES
 SELECTOR_WORD = 4096 // WORD_BYTES
 HEARTBEAT_WORD = SELECTOR_WORD + 1
 WRITER_EPOCH_WORD = SELECTOR_WORD + 2

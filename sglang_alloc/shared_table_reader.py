@@ -5,6 +5,7 @@ import fcntl
 import mmap
 import os
 from collections.abc import Iterator
+from os import SEEK_END, lseek
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from sglang_alloc import shared_table_layout as layout
 from sglang_alloc.errors import SharedTableError
 from sglang_alloc.shared_table_layout import (
     HEARTBEAT_WORD,
+    MAPPED_BYTES,
     OVERRIDE_DEADLINE_WORD,
+    PUBLICATION_WORD,
     SELECTOR_WORD,
 )
 from sglang_alloc.shared_table_open import open_checked
@@ -44,9 +47,10 @@ class SharedTable:
     """An open shared table: constant sections, current budgets, and the words anyone may set.
 
     The payload is read once, checked against its SHA-256 and kept in private memory, so its arrays
-    stay right whatever happens to the file later. Only pages 0 to 3 are mapped. Like every mapped
-    file it must not be shortened in place while it is open; replacing it by rename is safe, and
-    `is_current` tells that it happened.
+    stay right whatever happens to the file later. Only pages 0 to 3 are mapped. Publishing again,
+    which renames, leaves an open table as it is; `is_current` tells that it happened. A file that
+    was shortened or overwritten in place is lost: `selection` then gives the fallback, and what
+    has to write raises. The five cheapest reads (`selector_word` to `writer_pid`) do not look.
     """
 
     def __init__(self, path: Path, *, writable: bool = True) -> None:
@@ -54,7 +58,7 @@ class SharedTable:
         descriptor, header, payload = open_checked(path, writable=writable)
         access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
         try:
-            self._mapping = mmap.mmap(descriptor, layout.MAPPED_BYTES, access=access)
+            self._mapping = mmap.mmap(descriptor, MAPPED_BYTES, access=access)
         except OSError as error:
             os.close(descriptor)
             raise SharedTableError(
@@ -66,6 +70,7 @@ class SharedTable:
         self._descriptor = descriptor
         self._header = header
         self._payload = payload
+        self._publication_word = int.from_bytes(header.publication_id[:8], "little")
         self._last_selector = _NO_SELECTOR
         self._last_controller = _NO_CONTROLLER
         self._last_fallback = _NO_FALLBACK
@@ -152,8 +157,11 @@ class SharedTable:
 
         An override in force comes first, then the selector while the heartbeat is at most
         `stale_after_ns` old, then `fallback`. A heartbeat that never was, or that lies over a
-        second ahead, is stale; a selector that names no row counts as no controller.
+        second ahead, is stale; a selector that names no row counts as no controller, and so does
+        a lost file.
         """
+        if not self.is_intact():
+            return self._fallen_back(max(self._last_controller[0], 0), fallback)
         words = self._words
         if words[OVERRIDE_DEADLINE_WORD] > now_ns:
             override = self.override(now_ns)
@@ -173,7 +181,12 @@ class SharedTable:
         return self._fallen_back(word, fallback)
 
     def override(self, now_ns: int) -> Override | None:
-        """Return the override in force at `now_ns` (monotonic), if there is one."""
+        """Return the override in force at `now_ns` (monotonic), if there is one.
+
+        Raises:
+            SharedTableError: the file is lost.
+        """
+        self.require_intact()
         override = read_override(self._words, self._bytes, now_ns)
         if override is None or not self._has_rows(override.prefill_budget, override.decode_budget):
             return None
@@ -187,7 +200,8 @@ class SharedTable:
         `actor` is cut to 64 bytes of UTF-8.
 
         Raises:
-            SharedTableError: a budget has no row, or the table was opened to look only.
+            SharedTableError: a budget has no row, the table was opened to look only, or the file
+                is lost.
         """
         self.check_budget("prefill", prefill_budget)
         self.check_budget("decode", decode_budget)
@@ -198,7 +212,7 @@ class SharedTable:
         """End the override now; its generation is kept so that the next one is newer.
 
         Raises:
-            SharedTableError: the table was opened to look only.
+            SharedTableError: the table was opened to look only, or the file is lost.
         """
         with self._exclusive() as words:
             words[OVERRIDE_DEADLINE_WORD] = 0
@@ -215,10 +229,15 @@ class SharedTable:
                 f"Rank {rank} asked for a worker slot of {self.path}, which has slots for ranks 0 "
                 f"to {layout.MAX_WORKERS - 1}. Give each node a table of its own."
             )
-        return WorkerSlot(self._slot_words(rank))
+        return WorkerSlot(self._slot_words(rank), self.is_intact)
 
     def worker_counters(self) -> list[WorkerCounters]:
-        """Return the counters of every rank that has claimed its slot, by rank."""
+        """Return the counters of every rank that has claimed its slot, by rank.
+
+        Raises:
+            SharedTableError: the file is lost.
+        """
+        self.require_intact()
         loaded = (WorkerCounters(*self._slot_words(rank)) for rank in range(layout.MAX_WORKERS))
         return [counters for counters in loaded if counters.pid]
 
@@ -232,13 +251,27 @@ class SharedTable:
             )
 
     def is_current(self) -> bool:
-        """Tell whether the path still holds this publication, at the cost of one stat."""
-        mine = os.fstat(self._descriptor)
+        """Tell whether the path still holds this publication, intact."""
         try:
             there = os.stat(self.path)
         except OSError:
             return False
-        return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
+        return os.path.samestat(os.fstat(self._descriptor), there) and self.is_intact()
+
+    def is_intact(self) -> bool:
+        """Tell whether the open file is still what was opened, not shortened or overwritten."""
+        # A seek costs a third of a stat, and nothing else uses this descriptor's position.
+        size = lseek(self._descriptor, 0, SEEK_END)
+        return size >= MAPPED_BYTES and self._words[PUBLICATION_WORD] == self._publication_word
+
+    def require_intact(self) -> None:
+        """Raise `SharedTableError` if the file was shortened or overwritten in place."""
+        if not self.is_intact():
+            raise SharedTableError(
+                f"The shared table {self.path} was shortened or overwritten in place after it was "
+                "opened. Publish with `sglang-alloc publish`, never by copying over the file, and "
+                "start what uses it again."
+            )
 
     def close(self) -> None:
         """Unmap the words; arrays from `section` stay valid, worker slots do not."""
@@ -289,6 +322,7 @@ class SharedTable:
         self._require_writable()
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
         try:
+            self.require_intact()
             yield self._words
         finally:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)

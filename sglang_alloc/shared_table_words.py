@@ -1,5 +1,6 @@
 """The words of the shared table that change while a server runs, and what they mean."""
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from sglang_alloc.shared_table_layout import WORKER_SLOT_WORDS
@@ -81,23 +82,26 @@ assert len(_COUNTER_INDEX) == WORKER_SLOT_WORDS
 class WorkerSlot:
     """The 16 words that one rank, and no other process, writes."""
 
-    def __init__(self, words: memoryview) -> None:
-        """Take the slot's words, a writable view of format "Q"."""
+    def __init__(self, words: memoryview, is_intact: Callable[[], bool]) -> None:
+        """Take the slot's words, a writable view of format "Q", and a test of the file."""
         self._words = words
+        self._is_intact = is_intact
 
     def store(self, counters: WorkerCounters) -> None:
-        """Write every word, `pid` last, so that a slot with a pid has been filled once."""
-        for index in range(WORKER_SLOT_WORDS - 1, -1, -1):
-            self._words[index] = counters[index]
+        """Write every word, `pid` last, so that a slot with a pid has been filled once.
+
+        Into a file that was shortened or overwritten in place nothing is written: counters are
+        not worth a server.
+        """
+        if self._is_intact():
+            for index in range(WORKER_SLOT_WORDS - 1, -1, -1):
+                self._words[index] = counters[index]
 
     def update(self, **counters: int) -> None:
-        """Write the named words of `WorkerCounters`, each by one 8-byte store."""
-        for name, value in counters.items():
-            self._words[_COUNTER_INDEX[name]] = value
-
-    def load(self) -> WorkerCounters:
-        """Read the words; each is whole, but they are not of one instant."""
-        return WorkerCounters(*self._words)
+        """Write the named words of `WorkerCounters`, each by one 8-byte store; see `store`."""
+        if self._is_intact():
+            for name, value in counters.items():
+                self._words[_COUNTER_INDEX[name]] = value
 
 
 def pack_word(generation: int, prefill_budget: int, decode_budget: int) -> int:

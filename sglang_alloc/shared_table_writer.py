@@ -27,9 +27,10 @@ class SelectorWriter:
                 f"The selector of {table.path} was to be written, but the table was opened to "
                 "look only. Open it with writable=True."
             )
+        table.require_intact()
         self._table = table
-        self._words = table.control_words()
         self._lock = _locked_file(lock_path(table.path))
+        self._words = table.control_words()
         self.epoch = table.writer_epoch() + 1
         self._words[layout.WRITER_EPOCH_WORD] = self.epoch
         self._words[layout.WRITER_PID_WORD] = os.getpid()
@@ -58,12 +59,12 @@ class SelectorWriter:
         """Ask for these budgets (activations per token) and return the new generation.
 
         Raises:
-            SharedTableError: a budget has no row.
+            SharedTableError: a budget has no row, or the file is lost.
             TableInUseError: another writer took over, because the lock file was removed.
         """
         self._table.check_budget("prefill", prefill_budget)
         self._table.check_budget("decode", decode_budget)
-        self._require_own_epoch()
+        self._require_own_table()
         selector = unpack_word(self._words[layout.SELECTOR_WORD])
         generation = next_generation(selector.generation)
         self._words[layout.SELECTOR_WORD] = pack_word(generation, prefill_budget, decode_budget)
@@ -73,9 +74,10 @@ class SelectorWriter:
         """Tell the workers that the writer lives at `now_ns` (monotonic).
 
         Raises:
+            SharedTableError: the file is lost.
             TableInUseError: another writer took over, because the lock file was removed.
         """
-        self._require_own_epoch()
+        self._require_own_table()
         self._words[layout.HEARTBEAT_WORD] = now_ns
 
     def close(self) -> None:
@@ -85,7 +87,8 @@ class SelectorWriter:
             os.close(self._lock)
             self._lock = -1
 
-    def _require_own_epoch(self) -> None:
+    def _require_own_table(self) -> None:
+        self._table.require_intact()
         found = self._words[layout.WRITER_EPOCH_WORD]
         if found != self.epoch:
             raise TableInUseError(

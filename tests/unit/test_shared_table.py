@@ -1,5 +1,6 @@
 """The shared table in one process: what is published is read, and who decides the budgets."""
 
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -230,15 +231,6 @@ def test_the_counters_of_each_rank_come_back(table: SharedTable) -> None:
     expected = first._replace(steps=99, last_step_ns=2**64 - 1)
     other = SharedTable.open(table.path, writable=False)
     assert other.worker_counters() == [expected, WorkerCounters(pid=7, rank=63)]
-    assert slot.load() == expected
-
-
-def test_a_slot_survives_the_table_that_it_came_from(table: SharedTable) -> None:
-    slot = table.worker_slot(1)
-    other = SharedTable.open(table.path, writable=False)
-    table.close()
-    slot.store(WorkerCounters(pid=7, rank=1))
-    assert other.worker_counters() == [WorkerCounters(pid=7, rank=1)]
 
 
 @pytest.mark.parametrize("rank", [-1, 64])
@@ -262,6 +254,64 @@ def test_a_table_whose_file_is_gone_is_no_longer_current(table: SharedTable) -> 
     table.path.unlink()
     assert not table.is_current()
     assert table.selector() == Selector(1, 12, 12)
+
+
+def _overwrite(path: Path, content: bytes) -> None:
+    """Change the file in place, as `cp` does, where publishing would rename."""
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("left_bytes", [0, 100, 4096, 8192, 16383])
+def test_a_file_shortened_in_place_means_fallback_and_not_a_crash(
+    table: SharedTable, left_bytes: int
+) -> None:
+    _controlled(table, NOW_NS)
+    slot = table.worker_slot(0)
+    assert table.selection(NOW_NS, SECOND_NS, FULL).source == "controller"
+    os.truncate(table.path, left_bytes)
+    assert table.selection(NOW_NS, SECOND_NS, FULL) == Selection("fallback", 2, 12, 12)
+    hold = Fallback("hold")
+    assert table.selection(NOW_NS, SECOND_NS, hold) == Selection("fallback", 2, 5, 7)
+    slot.store(WorkerCounters(pid=7))
+    slot.update(steps=7)
+    assert table.path.stat().st_size == left_bytes
+    assert not table.is_current()
+
+
+def test_a_file_overwritten_in_place_by_another_publication_means_fallback(
+    table: SharedTable, tmp_path: Path
+) -> None:
+    other = publish_and_open(tmp_path / "other.tbl")
+    _controlled(other, NOW_NS)
+    slot = table.worker_slot(0)
+    _overwrite(table.path, other.path.read_bytes())
+    assert table.selection(NOW_NS, SECOND_NS, FULL) == Selection("fallback", 0, 12, 12)
+    slot.store(WorkerCounters(pid=7))
+    assert not table.is_current()
+    with SharedTable.open(table.path) as reopened:
+        assert reopened.worker_counters() == []
+
+
+def test_a_file_rewritten_in_place_with_itself_goes_on(table: SharedTable) -> None:
+    _controlled(table, NOW_NS)
+    _overwrite(table.path, table.path.read_bytes())
+    assert table.is_current()
+    assert table.selection(NOW_NS, SECOND_NS, FULL) == Selection("controller", 2, 5, 7)
+
+
+def test_whoever_must_write_to_a_lost_file_is_told_so(table: SharedTable) -> None:
+    writer = SelectorWriter.acquire(table)
+    os.truncate(table.path, 100)
+    for action in (
+        lambda: writer.write(5, 7),
+        lambda: writer.beat(NOW_NS),
+        lambda: table.set_override(5, 7, NOW_NS, "ana"),
+        table.clear_override,
+        table.worker_counters,
+        lambda: table.override(NOW_NS),
+    ):
+        with pytest.raises(SharedTableError, match="shortened or overwritten in place"):
+            action()
 
 
 def test_publishing_states_the_time_and_leaves_no_other_file(table: SharedTable) -> None:

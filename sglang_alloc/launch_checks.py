@@ -29,7 +29,7 @@ def launch_arguments(arguments: Sequence[str]) -> LaunchArguments:
     """Read model, host and port out of SGLang's arguments, which stay as they are.
 
     Raises:
-        ConfigurationError: the port is not a number.
+        ConfigurationError: the port is not a number from 1 to 65535.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--model-path", "--model")
@@ -39,6 +39,8 @@ def launch_arguments(arguments: Sequence[str]) -> LaunchArguments:
         known, _ = parser.parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
         raise ConfigurationError(f"SGLang's arguments cannot be read: {error}.") from error
+    if not 1 <= known.port <= 65535:
+        raise ConfigurationError(f"--port {known.port} is not a port: give one from 1 to 65535.")
     return LaunchArguments(known.model_path, known.host, known.port)
 
 
@@ -104,7 +106,7 @@ def require_free_port(host: str, port: int) -> None:
             # As uvicorn does: connections of an ended server do not count.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ConfigurationError(
             f"SGLang cannot listen on {host}:{port}: {error}. Stop what uses that port, or choose "
             "another with --port."

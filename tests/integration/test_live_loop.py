@@ -1,0 +1,83 @@
+"""The loop on real parts: SGLang, controller, Prometheus; a killed controller; every panel."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from live_pair import Evidence, run_story
+
+from sglang_alloc.worker import SOURCE_CODES
+from sglang_alloc_controller.settings import LawSettings
+from sglang_alloc_controller.sglang_metrics import missing_series
+
+pytestmark = pytest.mark.server
+
+WORKER_METRICS = (
+    'sglang_alloc_budget_activations{phase="decode"',
+    'sglang_alloc_budget_activations{phase="prefill"',
+    'sglang_alloc_quota_activations{layer="0",phase="decode"',
+    'sglang_alloc_activations_per_token{phase="decode"',
+    'sglang_alloc_kept_mass_ratio{phase="decode"',
+    "sglang_alloc_distinct_experts_per_step{",
+    "sglang_alloc_acknowledged_generation{",
+    'sglang_alloc_selection_source{source="controller"',
+    "sglang_alloc_fallbacks_total{",
+)
+
+
+@pytest.fixture(scope="module")
+def evidence(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
+    binary = shutil.which("prometheus")
+    if binary is None:
+        pytest.fail("prometheus is missing: run `make tools`", pytrace=False)
+    return run_story(_folder(tmp_path_factory), binary)
+
+
+def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("live")
+
+
+def test_a_broken_slo_lowers_the_budget(evidence: Evidence) -> None:
+    assert evidence.before is not None
+    assert evidence.lowered is not None
+    assert evidence.lowered.decode_budget < evidence.before.decode_budget
+    assert evidence.lowered.generation > evidence.before.generation
+
+
+def test_killing_the_controller_loses_no_request(evidence: Evidence) -> None:
+    assert len(evidence.records) > 100
+    assert [record.error for record in evidence.records if record.error] == []
+
+
+def test_without_its_controller_the_worker_falls_back_to_full_quality(evidence: Evidence) -> None:
+    assert evidence.fallback_sources == {SOURCE_CODES["fallback"]}
+
+
+def test_a_restarted_controller_resumes_without_a_jump(evidence: Evidence) -> None:
+    assert evidence.lowered is not None
+    assert evidence.resumed is not None
+    largest_step = LawSettings().degrade_step_max
+    for before, after in zip(evidence.lowered[1:], evidence.resumed[1:], strict=True):
+        assert abs(after - before) <= largest_step * 40 + 1
+
+
+def test_a_stopped_controller_returns_to_full_quality(evidence: Evidence) -> None:
+    assert evidence.released is not None
+    assert evidence.before is not None
+    assert evidence.released[1:] == evidence.before[1:]
+
+
+@pytest.mark.parametrize("metric", WORKER_METRICS)
+def test_the_worker_is_seen_in_sglangs_own_metrics(evidence: Evidence, metric: str) -> None:
+    lines = [line for line in evidence.server_metrics.splitlines() if line.startswith(metric)]
+    assert lines, f"{metric} is not in /metrics"
+
+
+def test_sglang_still_exports_every_series_that_the_controller_reads(evidence: Evidence) -> None:
+    assert missing_series(evidence.server_metrics) == []
+
+
+def test_every_query_of_the_dashboard_returns_data_from_the_live_pair(evidence: Evidence) -> None:
+    assert evidence.empty_queries == []

@@ -144,12 +144,11 @@ def _measured(state: LawState, seen: Seen, constants: LawConstants) -> LawState:
         burn = clamped_burn(sample, constants.slo, constants.law)
         if burn is not None:
             burn = smoothed(phase.burn_ratio, burn, constants.law)
-        load = max(phase.blocked_rate_per_second, seen.event_rates[SLO_OF_PHASE[name]])
-        blocked = seen.now_seconds < phase.blocked_until_seconds
+        load = seen.event_rates[SLO_OF_PHASE[name]]
         phases[name] = replace(
             learned(name, state, seen, constants),
             burn_ratio=burn,
-            blocked_rate_per_second=load if blocked else 0.0,
+            peak_rate_per_second=max(load, phase.peak_rate_per_second),
         )
     return replace(
         state,

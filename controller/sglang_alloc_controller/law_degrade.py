@@ -11,7 +11,7 @@ from sglang_alloc_controller.law_state import (
     Reason,
     Seen,
 )
-from sglang_alloc_controller.samples import SLO_OF_PHASE, Phase
+from sglang_alloc_controller.samples import Phase
 from sglang_alloc_controller.slo import at_floor
 
 # A queue this much shorter than at the last change is shrinking, not fluctuating.
@@ -56,7 +56,6 @@ def taken_back(
         restored_at_seconds=-float("inf"),
         backoff_seconds=backoff_seconds,
         blocked_until_seconds=seen.now_seconds + backoff_seconds,
-        blocked_rate_per_second=seen.event_rates[SLO_OF_PHASE[phase]],
     )
 
 

@@ -86,11 +86,12 @@ def _refusal(phase: Phase, state: LawState, seen: Seen, constants: LawConstants)
 
 def _is_held(state: LawState, seen: Seen, constants: LawConstants) -> bool:
     law = constants.law
-    return any(
-        seen.now_seconds - phase.changed_at_seconds
-        < (law.restore_after_degrade_seconds if phase.step < 0 else law.restore_hold_seconds)
-        for phase in state.phases.values()
-    )
+    for name, phase in state.phases.items():
+        needed = phase.step < 0 and not _is_relieved(name, phase, seen, constants)
+        wait = law.restore_after_degrade_seconds if needed else law.restore_hold_seconds
+        if seen.now_seconds - phase.changed_at_seconds < wait:
+            return True
+    return False
 
 
 def _since_any_change_seconds(state: LawState, seen: Seen) -> float:
@@ -135,5 +136,10 @@ def _unhealthy(phase: Phase, state: LawState, seen: Seen, constants: LawConstant
 def _is_blocked(phase: Phase, old: PhaseState, seen: Seen, constants: LawConstants) -> bool:
     if seen.now_seconds >= old.blocked_until_seconds:
         return False
-    relief = constants.law.relief_ratio * old.blocked_rate_per_second
-    return seen.event_rates[SLO_OF_PHASE[phase]] >= relief
+    return not _is_relieved(phase, old, seen, constants)
+
+
+def _is_relieved(phase: Phase, old: PhaseState, seen: Seen, constants: LawConstants) -> bool:
+    """Tell whether the load that made the last step down necessary is gone."""
+    rate_per_second = seen.event_rates[SLO_OF_PHASE[phase]]
+    return rate_per_second < constants.law.relief_ratio * old.peak_rate_per_second

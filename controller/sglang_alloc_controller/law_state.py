@@ -55,6 +55,9 @@ class Seen(NamedTuple):
     input_state: InputState
     warming_up: bool
     samples: Mapping[Slo, Sample | None]
+    """Of the short window."""
+    long_samples: Mapping[Slo, Sample | None]
+    """Of the long window."""
     event_rates: Mapping[Slo, float]
     """Events per second of each latency: the load."""
     queue_requests: float
@@ -80,8 +83,8 @@ class PhaseState:
     backoff_seconds: float = 0.0
     """Length of the last wait after a step back that was taken back."""
     blocked_until_seconds: float = -math.inf
-    blocked_rate_per_second: float = 0.0
-    """Highest load since then."""
+    peak_rate_per_second: float = 0.0
+    """Highest load since the last step down."""
     before_change: Sample | None = None
     """Sample just before the last change, until the growth has been learned from it."""
     step: float = 0.0

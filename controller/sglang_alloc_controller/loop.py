@@ -22,8 +22,8 @@ from sglang_alloc_controller.law_state import (
     initial_state,
 )
 from sglang_alloc_controller.own_metrics import OwnMetrics
-from sglang_alloc_controller.reading_history import ReadingHistory
-from sglang_alloc_controller.samples import PHASES, SLO_OF_PHASE, InputState, Phase
+from sglang_alloc_controller.reading_history import ReadingHistory, Sample
+from sglang_alloc_controller.samples import PHASES, SLO_OF_PHASE, InputState, Phase, Slo
 from sglang_alloc_controller.settings import Settings
 from sglang_alloc_controller.source_poller import Observation
 from sglang_alloc_controller.table_link import TableLink
@@ -141,23 +141,27 @@ class ControlLoop:
 
     def _seen(self, now_seconds: float) -> Seen:
         newest = self._history.newest
-        samples = {
-            SLO_OF_PHASE[phase]: self._history.sample(
-                SLO_OF_PHASE[phase],
-                self._settings.slo,
-                window_start_seconds(phase, self._state, self._constants),
-            )
-            for phase in PHASES
-        }
         return Seen(
             now_seconds=now_seconds,
             input_state=self._history.input_state(now_seconds),
             warming_up=self._history.is_warming_up(now_seconds),
-            samples=samples,
+            samples=self._samples(self._settings.law.window_seconds),
+            long_samples=self._samples(self._settings.law.long_window_seconds),
             event_rates={slo: self._history.event_rate(slo) for slo in SLO_OF_PHASE.values()},
             queue_requests=newest.queue_requests if newest else 0.0,
             reading_at_seconds=newest.taken_at_seconds if newest else -math.inf,
         )
+
+    def _samples(self, window_seconds: float) -> dict[Slo, Sample | None]:
+        return {
+            slo: self._history.sample(
+                slo,
+                self._settings.slo,
+                window_start_seconds(phase, self._state, self._constants),
+                window_seconds,
+            )
+            for phase, slo in SLO_OF_PHASE.items()
+        }
 
     def _decide(self, seen: Seen, override: Override | None) -> Decision:
         if override is not None:

@@ -79,7 +79,9 @@ class ReadingHistory:
         """Tell whether the engine started so recently that its latencies say nothing."""
         return now_seconds - self.restarted_at_seconds < self._freshness.warmup_seconds
 
-    def sample(self, slo: Slo, settings: SloSettings, since_seconds: float) -> Sample | None:
+    def sample(
+        self, slo: Slo, settings: SloSettings, since_seconds: float, window_seconds: float
+    ) -> Sample | None:
         """Return the events of the window, which begins no earlier than `since_seconds`.
 
         The window is `window_seconds` long and grows to `window_max_seconds` while it holds fewer
@@ -89,23 +91,25 @@ class ReadingHistory:
         newest = self.newest
         if newest is None or threshold is None:
             return None
-        older = self._window_start(slo, newest, since_seconds)
+        older = self._window_start(slo, newest, since_seconds, window_seconds)
         if older is None:
             return None
         return _sample(slo, older, newest, threshold, settings.objective_ratio)
 
     def event_rate(self, slo: Slo) -> float:
-        """Return the events per second of the load window, whatever changed in it: the load."""
+        """Return the events per second of the long window, whatever changed in it: the load."""
         newest = self.newest
         if newest is None:
             return 0.0
-        start_seconds = newest.taken_at_seconds - self._law.load_window_seconds
+        start_seconds = newest.taken_at_seconds - self._law.long_window_seconds
         older = next(one for one in self._readings if one.taken_at_seconds >= start_seconds)
         span_seconds = newest.taken_at_seconds - older.taken_at_seconds
         events = newest.event_count(slo) - older.event_count(slo)
         return events / span_seconds if span_seconds > 0 else 0.0
 
-    def _window_start(self, slo: Slo, newest: Reading, since_seconds: float) -> Reading | None:
+    def _window_start(
+        self, slo: Slo, newest: Reading, since_seconds: float, window_seconds: float
+    ) -> Reading | None:
         start = None
         for older in reversed(self._readings):
             if older.taken_at_seconds < since_seconds:
@@ -115,7 +119,7 @@ class ReadingHistory:
             start = older
             span_seconds = newest.taken_at_seconds - older.taken_at_seconds
             events = newest.event_count(slo) - older.event_count(slo)
-            if span_seconds >= self._law.window_seconds and events >= self._law.min_samples:
+            if span_seconds >= window_seconds and events >= self._law.min_samples:
                 break
         return start
 

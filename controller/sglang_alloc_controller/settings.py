@@ -121,6 +121,9 @@ class LawSettings(_Section):
 
     window_seconds: Seconds = 10.0
     """Span of the samples that are judged: some tens of requests on a busy server."""
+    long_window_seconds: Seconds = 30.0
+    """Span over which a mild violation must show, and over which the load is taken: long enough
+    for arrivals that come in clumps to even out."""
     window_max_seconds: Seconds = 60.0
     """Longest span, used while a shorter one holds fewer than min_samples."""
     min_samples: Annotated[int, Field(ge=1)] = 6
@@ -133,8 +136,8 @@ class LawSettings(_Section):
     restore_burn_ratio: SecondsOrZero = 0.5
     """Burn rate under which quality may come back; between the two lies the dead band."""
     severe_burn_ratio: Positive = 3.0
-    """Burn rate from which a window need not be full to be acted on: speed matters more than
-    certainty then."""
+    """Burn rate from which the short window is acted on, full or not: speed matters more than
+    certainty then. Below it the long window must show the violation."""
     max_burn_ratio: Positive = 10.0
     """Clamp of the burn rate before smoothing, so that an outage is not remembered for long."""
     smoothing_ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -153,8 +156,9 @@ class LawSettings(_Section):
     """Smallest share of the range worth a change; less room than this is none."""
     restore_hold_seconds: Seconds = 6.0
     """Shortest time between a change of either phase and giving back."""
-    restore_after_degrade_seconds: Seconds = 20.0
-    """The same after a change downwards: calm must have lasted before it is believed."""
+    restore_after_degrade_seconds: Seconds = 60.0
+    """The same after a change downwards while the load stays: what was given up was needed. A
+    load that falls to relief_ratio ends this wait."""
     restore_margin_ratio: Annotated[float, Field(gt=0, le=1)] = 0.9
     """A step back is taken if the latency it predicts stays under this share of the SLO."""
     latency_growth_prior: Positive = 1.0
@@ -172,9 +176,7 @@ class LawSettings(_Section):
     backoff_max_seconds: Seconds = 3600.0
     """Longest such wait: one try per hour under constant load."""
     relief_ratio: Share = 0.7
-    """The wait ends early when the event rate falls to this share of what it was."""
-    load_window_seconds: Seconds = 30.0
-    """Span over which the event rate is taken for that: long enough for chance to even out."""
+    """A wait ends early when the event rate falls to this share of its highest since."""
     queue_decode_ratio: Positive = 2.0
     """Queue length, in multiples of its SLO, from which the decode budget is lowered too."""
     queue_restore_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -202,7 +204,8 @@ class LawSettings(_Section):
         at_most = (
             ("window_seconds", "window_max_seconds"),
             ("backoff_seconds", "backoff_max_seconds"),
-            ("load_window_seconds", "window_max_seconds"),
+            ("window_seconds", "long_window_seconds"),
+            ("long_window_seconds", "window_max_seconds"),
             ("degrade_hold_seconds", "restore_hold_seconds"),
             ("restore_hold_seconds", "restore_after_degrade_seconds"),
             ("restore_step_min", "restore_step_max"),

@@ -48,17 +48,25 @@ def smoothed(previous: float | None, newest: float, law: LawSettings) -> float:
 def latency_pressure(
     phase: Phase, state: LawState, seen: Seen, constants: LawConstants
 ) -> Pressure:
-    """Return what this phase's own latency asks for."""
-    slo = SLO_OF_PHASE[phase]
+    """Return what this phase's own latency asks for.
+
+    A severe violation counts from the short window at once, a mild one from a full long window.
+    """
+    slo, law = SLO_OF_PHASE[phase], constants.law
     cause = Reason.TTFT_SLO if slo == "ttft" else Reason.ITL_SLO
-    burn, sample = state.phases[phase].burn_ratio, seen.samples[slo]
-    if burn is None or sample is None:
+    burn, sample, longer = state.phases[phase].burn_ratio, seen.samples[slo], seen.long_samples[slo]
+    if burn is not None and sample is not None and burn >= law.severe_burn_ratio:
+        return _beyond_alarm(burn, sample, cause, constants)
+    if longer is None or longer.span_seconds < law.long_window_seconds:
         return Pressure(0.0, cause)
-    law = constants.law
-    is_certain = sample.span_seconds >= law.window_seconds or burn >= law.severe_burn_ratio
-    if not is_certain or burn <= alarm_burn(sample.independent_events, constants.slo, law):
+    long_burn = clamped_burn(longer, constants.slo, law)
+    return _beyond_alarm(long_burn or 0.0, longer, cause, constants)
+
+
+def _beyond_alarm(burn: float, sample: Sample, cause: Reason, constants: LawConstants) -> Pressure:
+    if burn <= alarm_burn(sample.independent_events, constants.slo, constants.law):
         return Pressure(0.0, cause)
-    return Pressure(burn - law.degrade_burn_ratio, cause)
+    return Pressure(burn - constants.law.degrade_burn_ratio, cause)
 
 
 def queue_pressure(state: LawState, constants: LawConstants) -> Pressure:

@@ -28,6 +28,7 @@ Regimes, first match first:
 Every constant is a setting of the section `law`, with its unit and reason in settings.py.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from sglang_alloc_controller.law_degrade import degraded, taken_back
@@ -68,7 +69,7 @@ def decide(state: LawState, seen: Seen, constants: LawConstants) -> tuple[LawSta
     return _decided(replace(state, phases=phases), reasons, asked, constants)
 
 
-def frozen(state: LawState, reason: Reason, seen: Seen, constants: LawConstants) -> LawState:
+def frozen(state: LawState, reason: Reason, seen: Seen) -> LawState:
     """Return the state while something else decides: budgets kept, errors forgotten.
 
     The samples of an override are not the law's doing, so they count neither as its error nor
@@ -86,6 +87,11 @@ def frozen(state: LawState, reason: Reason, seen: Seen, constants: LawConstants)
         for name, phase in state.phases.items()
     }
     return LawState(phases)
+
+
+def deficit_saturation(positions: Mapping[Phase, float]) -> float:
+    """Return the saturation of a server that keeps its SLOs at these positions."""
+    return _DEFICIT_SHARE * (1.0 - min(positions.values()))
 
 
 def window_start_seconds(phase: Phase, state: LawState, constants: LawConstants) -> float:
@@ -188,6 +194,5 @@ def _decided(
     positions = {name: phase.position for name, phase in state.phases.items()}
     excesses = {name: asked[name].excess if asked else 0.0 for name in PHASES}
     saturated = state.saturated_since_seconds is not None
-    deficit_ratio = 1.0 - min(positions.values())
-    saturation_ratio = 1.0 if saturated else _DEFICIT_SHARE * deficit_ratio
+    saturation_ratio = 1.0 if saturated else deficit_saturation(positions)
     return state, Decision(positions, reasons, excesses, saturation_ratio)

@@ -122,7 +122,16 @@ class Decision(NamedTuple):
     """0: full quality. Up to 0.8: share of the range given up. 1: at the floor and violating."""
 
 
-def initial_state(positions: Mapping[Phase, float], law: LawSettings) -> LawState:
-    """Return the state of a controller that finds these positions in the selector."""
+def initial_state(
+    positions: Mapping[Phase, float], law: LawSettings, now_seconds: float
+) -> LawState:
+    """Return the state of a controller that finds these positions in the selector at this time.
+
+    They count as just chosen: nothing moves before there are samples of them.
+    """
     growth = law.latency_growth_prior
-    return LawState({phase: PhaseState(position, growth) for phase, position in positions.items()})
+    phases = {
+        phase: PhaseState(position, growth, changed_at_seconds=now_seconds)
+        for phase, position in positions.items()
+    }
+    return LawState(phases)

@@ -11,7 +11,12 @@ from sglang_alloc.errors import AllocError, TableInUseError
 from sglang_alloc.shared_table import Override, SharedTable
 from sglang_alloc_controller.bucket_edges import missing_edges
 from sglang_alloc_controller.budget_range import budget_ranges, predicted_loss
-from sglang_alloc_controller.control_law import decide, frozen, window_start_seconds
+from sglang_alloc_controller.control_law import (
+    decide,
+    deficit_saturation,
+    frozen,
+    window_start_seconds,
+)
 from sglang_alloc_controller.decision_log import DecisionLog
 from sglang_alloc_controller.law_state import (
     Decision,
@@ -116,7 +121,8 @@ class ControlLoop:
         selector = table.selector()
         budgets = _by_phase(selector.prefill_budget, selector.decode_budget)
         positions = {phase: ranges[phase].position(budgets[phase]) for phase in PHASES}
-        self._state: LawState = initial_state(positions, self._settings.law)
+        now_seconds = self._around.clock_ns() / _NANOSECONDS
+        self._state: LawState = initial_state(positions, self._settings.law, now_seconds)
 
     def _follow_table(self) -> None:
         try:
@@ -165,17 +171,27 @@ class ControlLoop:
 
     def _decide(self, seen: Seen, override: Override | None) -> Decision:
         if override is not None:
-            return self._decide_nothing(Reason.OVERRIDE, seen)
-        if self._settings.mode == "fixed":
-            return self._decide_nothing(Reason.FIXED, seen)
+            budgets = _by_phase(override.prefill_budget, override.decode_budget)
+            return self._decide_nothing(Reason.OVERRIDE, budgets, seen)
+        fixed = self._settings.fixed
+        if self._settings.mode == "fixed" and fixed is not None:
+            budgets = _by_phase(fixed.prefill_budget, fixed.decode_budget)
+            return self._decide_nothing(Reason.FIXED, budgets, seen)
         self._state, decision = decide(self._state, seen, self._constants)
         return decision
 
-    def _decide_nothing(self, reason: Reason, seen: Seen) -> Decision:
-        self._state = frozen(self._state, reason, seen, self._constants)
+    def _decide_nothing(self, reason: Reason, budgets: dict[Phase, int], seen: Seen) -> Decision:
+        """Keep the law's own positions while these budgets are in force."""
+        self._state = frozen(self._state, reason, seen)
         positions = {phase: state.position for phase, state in self._state.phases.items()}
-        none = dict.fromkeys(PHASES, 0.0)
-        return Decision(positions, dict.fromkeys(PHASES, reason), none, 0.0)
+        ranges = self._constants.ranges
+        in_force = {phase: ranges[phase].position(budgets[phase]) for phase in PHASES}
+        return Decision(
+            positions,
+            dict.fromkeys(PHASES, reason),
+            dict.fromkeys(PHASES, 0.0),
+            deficit_saturation(in_force),
+        )
 
     def _desired(self, decision: Decision) -> dict[Phase, int]:
         fixed = self._settings.fixed

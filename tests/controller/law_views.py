@@ -1,5 +1,6 @@
 """Views and states of the control law, built by hand."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -73,4 +74,4 @@ def make_state(
 ) -> LawState:
     """A fresh state at these positions."""
     law = (constants or make_constants()).law
-    return initial_state({"prefill": prefill, "decode": decode}, law)
+    return initial_state({"prefill": prefill, "decode": decode}, law, -math.inf)

@@ -345,7 +345,7 @@ def test_a_warming_engine_moves_nothing() -> None:
 
 def test_an_override_freezes_positions_and_forgets_errors_and_trials() -> None:
     state, _ = decide(make_state(0.5, 1.0), make_seen(100.0), CONSTANTS)
-    state = frozen(state, Reason.OVERRIDE, make_seen(105.0, ttft=0.0), CONSTANTS)
+    state = frozen(state, Reason.OVERRIDE, make_seen(105.0, ttft=0.0))
     assert _positions(state) == (0.6, 1.0)
     assert state.phases["prefill"].burn_ratio is None
     _, decision = decide(state, make_seen(108.0, ttft=0.0), CONSTANTS)

@@ -1,0 +1,219 @@
+"""Real controller processes against a stand-in that serves recorded SGLang metrics.
+
+The stand-in is there because the faults - a hang, garbage, a 500, a restart of the engine - cannot
+be had from the real server on demand. Tests with the real server are in tests/integration.
+"""
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from controller_process import call, running, write_config
+from stand_in_server import StandInServer, free_port, serving
+from virtual_loop import publish_table
+
+from sglang_alloc.shared_table import SharedTable
+
+FULL = (48, 48)
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> SharedTable:
+    publish_table(tmp_path / "t.tbl")
+    return SharedTable.open(tmp_path / "t.tbl")
+
+
+@pytest.fixture
+def server(recorded: Path) -> Iterator[StandInServer]:
+    with serving((recorded / "first.txt").read_text()) as server:
+        yield server
+
+
+def _is_beating(table: SharedTable) -> bool:
+    age_ns = time.monotonic_ns() - table.heartbeat_ns()
+    return age_ns < 2_000_000_000
+
+
+def test_a_recorded_burst_lowers_the_budgets_and_sigterm_gives_them_back(
+    tmp_path: Path, table: SharedTable, server: StandInServer, recorded: Path
+) -> None:
+    with running(write_config(tmp_path, server.url)) as controller:
+        controller.wait_for(lambda: controller.is_in_state("valid"), "valid input")
+        server.page = (recorded / "burst.txt").read_text()
+        controller.wait_for(lambda: max(table.selector()[1:]) < 48, "a lower budget")
+        assert controller.has_reason("prefill", "queue_slo") or controller.has_reason(
+            "prefill", "hold"
+        )
+        assert controller.stop() == 0
+    assert table.selector()[1:] == FULL
+    assert json.loads(controller.log().splitlines()[-1])["event"] == "stopped"
+
+
+def test_after_sigkill_the_next_controller_goes_on_without_a_jump(
+    tmp_path: Path, table: SharedTable, server: StandInServer, recorded: Path
+) -> None:
+    config = write_config(tmp_path, server.url)
+    with running(config) as controller:
+        controller.wait_for(lambda: controller.is_in_state("valid"), "valid input")
+        server.page = (recorded / "burst.txt").read_text()
+        controller.wait_for(lambda: max(table.selector()[1:]) < 48, "a lower budget")
+        assert controller.stop(signal.SIGKILL) == -signal.SIGKILL
+    left = table.selector()
+    server.page = (recorded / "first.txt").read_text()
+    with running(config) as controller:
+        controller.wait_for(lambda: controller.is_in_state("valid"), "valid input")
+        assert table.selector() == left
+        assert table.writer_epoch() == 2
+        assert _is_beating(table)
+
+
+def test_a_hanging_endpoint_becomes_stale_while_the_heart_beats(
+    tmp_path: Path, table: SharedTable, server: StandInServer, recorded: Path
+) -> None:
+    with running(write_config(tmp_path, server.url)) as controller:
+        controller.wait_for(lambda: controller.is_in_state("valid"), "valid input")
+        server.page = (recorded / "burst.txt").read_text()
+        controller.wait_for(lambda: max(table.selector()[1:]) < 48, "a lower budget")
+        server.fault = "hang"
+        controller.wait_for(lambda: controller.is_in_state("stale"), "stale input")
+        controller.wait_for(lambda: table.selector()[1:] == FULL, "full quality")
+        assert _is_beating(table)
+        assert controller.get("/livez").status_code == 200
+        assert controller.get("/readyz").text == "The input is stale.\n"
+        server.fault = "none"
+        controller.wait_for(lambda: controller.is_in_state("valid"), "valid input again")
+
+
+@pytest.mark.parametrize("fault", ["garbage", "error", "cut", "drip"])
+def test_a_source_that_answers_nonsense_becomes_stale(
+    tmp_path: Path, table: SharedTable, server: StandInServer, fault: str
+) -> None:
+    with running(write_config(tmp_path, server.url)) as controller:
+        controller.wait_for(lambda: controller.is_in_state("valid"), "valid input")
+        server.fault = fault
+        controller.wait_for(lambda: controller.is_in_state("stale"), "stale input")
+        assert _is_beating(table)
+        assert "source_failed" in controller.log()
+
+
+def test_a_restarted_engine_is_seen(
+    tmp_path: Path, table: SharedTable, server: StandInServer, recorded: Path
+) -> None:
+    with running(write_config(tmp_path, server.url)) as controller:
+        controller.wait_for(lambda: controller.is_in_state("valid"), "valid input")
+        server.page = (recorded / "start.txt").read_text()
+        controller.wait_for(
+            lambda: controller.has("sglang_alloc_controller_engine_restarts_total 1.0"),
+            "the restart",
+        )
+        assert table.selector()[1:] == FULL
+
+
+def test_a_controller_waits_for_a_server_that_is_not_there_yet(
+    tmp_path: Path, table: SharedTable, recorded: Path
+) -> None:
+    port = free_port()
+    with running(write_config(tmp_path, f"http://127.0.0.1:{port}")) as controller:
+        controller.wait_for(lambda: controller.is_in_state("stale"), "stale input")
+        assert "source_not_there_yet" in controller.log()
+        with serving((recorded / "first.txt").read_text(), port):
+            controller.wait_for(lambda: controller.is_in_state("valid"), "valid input")
+        assert _is_beating(table)
+
+
+def test_a_prometheus_that_is_down_is_waited_for(tmp_path: Path, table: SharedTable) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    config = write_config(
+        tmp_path, url, source={"kind": "prometheus", "url": url, "poll_seconds": 0.1}
+    )
+    with running(config) as controller:
+        controller.wait_for(lambda: controller.is_in_state("stale"), "stale input")
+        controller.wait_for(lambda: _is_beating(table), "a heartbeat")
+        assert controller.stop() == 0
+
+
+def test_a_second_controller_is_refused(
+    tmp_path: Path, table: SharedTable, server: StandInServer
+) -> None:
+    config = write_config(tmp_path, server.url)
+    with running(config) as controller:
+        controller.wait_for(lambda: controller.is_in_state("valid"), "valid input")
+        second = call("run", "--config", str(config))
+        assert second.returncode == 2
+        assert f"but pid {controller.process.pid} already does" in second.stderr
+        assert "Traceback" not in second.stderr
+        assert _is_beating(table)
+
+
+def test_a_missing_table_is_refused(tmp_path: Path, server: StandInServer) -> None:
+    refused = call("run", "--config", str(write_config(tmp_path, server.url)))
+    assert refused.returncode == 2
+    assert "There is no shared table at" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.usefixtures("table")
+def test_an_slo_that_is_no_bucket_edge_is_refused_at_the_start(
+    tmp_path: Path, server: StandInServer
+) -> None:
+    slo = {"ttft_seconds": 0.7, "itl_seconds": 0.05}
+    refused = call("run", "--config", str(write_config(tmp_path, server.url, slo=slo)))
+    assert refused.returncode == 2
+    assert "--bucket-time-to-first-token" in refused.stderr
+
+
+@pytest.mark.usefixtures("table")
+def test_a_metrics_port_in_use_is_refused_and_the_table_left_alone(
+    tmp_path: Path, server: StandInServer
+) -> None:
+    config = write_config(tmp_path, server.url, http={"port": server.port})
+    refused = call("run", "--config", str(config))
+    assert refused.returncode == 2
+    assert f"http.port {server.port}: Address already in use" in refused.stderr
+
+
+def test_a_replaced_table_is_followed(
+    tmp_path: Path, table: SharedTable, server: StandInServer
+) -> None:
+    with running(write_config(tmp_path, server.url)) as controller:
+        controller.wait_for(lambda: controller.is_in_state("valid"), "valid input")
+        publish_table(tmp_path / "t.tbl", top_k=4)
+        replaced = SharedTable.open(tmp_path / "t.tbl")
+        controller.wait_for(lambda: replaced.heartbeat_ns() > 0, "a beat in the new table")
+        assert "table_replaced" in controller.log()
+        assert not table.is_current()
+
+
+@pytest.mark.usefixtures("table")
+def test_check_passes_where_run_would_work(tmp_path: Path, server: StandInServer) -> None:
+    checked = call("check", "--config", str(write_config(tmp_path, server.url)))
+    assert checked.returncode == 0, checked.stdout
+    assert "slo.itl_seconds 0.05 is a bucket edge" in checked.stdout
+    assert "failed" not in checked.stdout
+
+
+def test_check_tells_every_problem_at_once(tmp_path: Path, server: StandInServer) -> None:
+    slo = {"ttft_seconds": 0.7, "itl_seconds": 0.05}
+    checked = call("check", "--config", str(write_config(tmp_path, server.url, slo=slo)))
+    assert checked.returncode == 1
+    failed = [line for line in checked.stdout.splitlines() if line.startswith("failed")]
+    assert len(failed) == 2
+    assert "There is no shared table" in failed[0]
+    assert "slo.ttft_seconds is 0.7" in failed[1]
+
+
+def test_check_refuses_a_bad_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("tabel: x\n")
+    checked = call("check", "--config", str(path))
+    assert checked.returncode == 2
+    assert "tabel is not a setting" in checked.stderr
+
+
+def test_schema_prints_the_schema() -> None:
+    printed = call("schema")
+    assert printed.returncode == 0
+    assert json.loads(printed.stdout)["title"] == "Settings"

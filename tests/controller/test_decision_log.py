@@ -1,0 +1,92 @@
+"""The decision log: whole lines, rotation, and a full disk that stops nothing."""
+
+import json
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+
+from sglang_alloc.errors import ConfigurationError
+from sglang_alloc_controller.decision_log import DecisionLog
+from sglang_alloc_controller.settings import DecisionLogSettings
+
+
+def _log(path: Path, lost: list[int] | None = None, **settings: int) -> DecisionLog:
+    count = lost if lost is not None else []
+    return DecisionLog(DecisionLogSettings(path=str(path), **settings), lambda: count.append(1))
+
+
+def _numbers(path: Path) -> list[int]:
+    return [json.loads(line)["n"] for line in path.read_text().splitlines()]
+
+
+def test_lines_are_appended_to_an_earlier_log(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    for start in (0, 2):
+        log = _log(path)
+        log.write({"n": start})
+        log.write({"n": start + 1})
+        log.close()
+    assert _numbers(path) == [0, 1, 2, 3]
+
+
+def test_without_a_path_nothing_is_written(tmp_path: Path) -> None:
+    DecisionLog(DecisionLogSettings(), lambda: None).write({"n": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_log_rotates_and_keeps_so_many_files(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    log = _log(path, max_bytes=4096, keep_files=2)
+    for number in range(400):
+        log.write({"n": number, "padding": "x" * 50})
+    files = sorted(one.name for one in tmp_path.iterdir())
+    assert files == ["d.jsonl", "d.jsonl.1", "d.jsonl.2"]
+    kept = [n for name in reversed(files) for n in _numbers(tmp_path / name)]
+    assert kept == list(range(kept[0], 400))
+    assert all(one.stat().st_size <= 4096 for one in tmp_path.iterdir())
+
+
+def test_rotation_without_kept_files_starts_anew(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    log = _log(path, max_bytes=4096, keep_files=0)
+    for number in range(400):
+        log.write({"n": number, "padding": "x" * 50})
+    assert [one.name for one in tmp_path.iterdir()] == ["d.jsonl"]
+    assert _numbers(path)[-1] == 399
+
+
+def test_a_full_disk_costs_lines_and_is_over_when_there_is_room(tmp_path: Path) -> None:
+    # A file size limit stands in for a full disk: the kernel refuses to write beyond it.
+    path, lost = tmp_path / "d.jsonl", []
+    log = _log(path, lost)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (110, before[1]))
+        for number in range(10):
+            log.write({"n": number, "padding": "x" * 30})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    log.write({"n": 10})
+    assert len(lost) == 8
+    assert _numbers(path) == [0, 1, 10]
+
+
+def test_a_folder_that_vanished_costs_lines_only(tmp_path: Path) -> None:
+    folder, lost = tmp_path / "logs", []
+    folder.mkdir()
+    log = _log(folder / "d.jsonl", lost, max_bytes=4096)
+    for one in folder.iterdir():
+        one.unlink()
+    folder.rmdir()
+    for number in range(200):
+        log.write({"n": number, "padding": "x" * 50})
+    assert lost
+
+
+def test_a_path_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"decision_log\.path is .*No such file"):
+        _log(tmp_path / "none" / "d.jsonl")

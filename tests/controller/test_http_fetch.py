@@ -1,0 +1,87 @@
+"""Reading over HTTP ends in time and says what went wrong, whatever the other side does.
+
+The other side is a stand-in, because a real server cannot be asked to hang, drip or break off.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from stand_in_server import StandInServer, free_port, serving
+
+from sglang_alloc_controller.http_fetch import HttpFetcher
+from sglang_alloc_controller.samples import SourceError
+from sglang_alloc_controller.settings import SourceSettings
+from sglang_alloc_controller.sglang_metrics import SGLangMetrics
+
+LIMIT_SECONDS = 0.4
+
+
+@pytest.fixture
+def server(recorded: Path) -> Iterator[StandInServer]:
+    with serving((recorded / "burst.txt").read_text()) as server:
+        yield server
+
+
+@pytest.fixture
+def source(server: StandInServer) -> Iterator[SGLangMetrics]:
+    settings = SourceSettings(url=server.url, timeout_seconds=LIMIT_SECONDS)
+    source = SGLangMetrics(settings, time.monotonic)
+    yield source
+    source.close()
+
+
+def test_a_healthy_page_becomes_a_reading_of_now(source: SGLangMetrics) -> None:
+    before = time.monotonic()
+    reading = source.read()
+    assert reading.queue_requests == 20
+    assert before <= reading.taken_at_seconds <= time.monotonic()
+
+
+@pytest.mark.parametrize("fault", ["hang", "drip"])
+def test_a_server_that_is_too_slow_is_given_up(
+    server: StandInServer, source: SGLangMetrics, fault: str
+) -> None:
+    server.fault = fault
+    with pytest.raises(SourceError, match=r"did not answer within 0\.4 s"):
+        source.read()
+
+
+def test_an_error_status_is_told_with_what_came(
+    server: StandInServer, source: SGLangMetrics
+) -> None:
+    server.fault, server.page = "error", "Internal Server Error"
+    with pytest.raises(SourceError, match="status 500: 'Internal Server Error'"):
+        source.read()
+
+
+def test_garbage_is_no_metrics_page(server: StandInServer, source: SGLangMetrics) -> None:
+    server.fault = "garbage"
+    with pytest.raises(SourceError, match="hold no sglang:num_queue_reqs"):
+        source.read()
+
+
+def test_a_broken_connection_is_an_error_and_the_next_read_works(
+    server: StandInServer, source: SGLangMetrics
+) -> None:
+    server.fault = "cut"
+    with pytest.raises(SourceError, match="Cannot read http"):
+        source.read()
+    server.fault = "none"
+    assert source.read().queue_requests == 20
+
+
+def test_nobody_listening_is_an_error() -> None:
+    settings = SourceSettings(url=f"http://127.0.0.1:{free_port()}")
+    source = SGLangMetrics(settings, time.monotonic)
+    with pytest.raises(SourceError, match="Connection refused"):
+        source.read()
+    source.close()
+
+
+def test_an_endless_page_is_given_up(server: StandInServer) -> None:
+    fetcher = HttpFetcher(LIMIT_SECONDS, 1000, time.monotonic)
+    with pytest.raises(SourceError, match="over 1000 bytes"):
+        fetcher.get_text(f"{server.url}/metrics")
+    fetcher.close()

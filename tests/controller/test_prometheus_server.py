@@ -1,0 +1,154 @@
+"""A real Prometheus scrapes recorded SGLang metrics: its API gives the same reading."""
+
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+import yaml
+from controller_process import call, running, write_config
+from stand_in_server import StandInServer, free_port, serving
+from virtual_loop import publish_table
+
+from sglang_alloc.shared_table import SharedTable
+from sglang_alloc_controller.prometheus_api import PrometheusApi
+from sglang_alloc_controller.samples import Reading, SourceError
+from sglang_alloc_controller.settings import SourceSettings
+from sglang_alloc_controller.sglang_metrics import SGLangMetrics
+
+PATIENCE_SECONDS = 60.0
+
+
+@pytest.fixture
+def server(recorded: Path) -> Iterator[StandInServer]:
+    with serving((recorded / "burst.txt").read_text()) as server:
+        yield server
+
+
+@pytest.fixture
+def prometheus(tmp_path: Path, server: StandInServer) -> Iterator[str]:
+    """The address of a Prometheus that scrapes the server once a second."""
+    binary = shutil.which("prometheus")
+    assert binary, "This test needs a Prometheus server: apt-get install -y prometheus"
+    scrape = {
+        "job_name": "sglang",
+        "scrape_interval": "1s",
+        "scrape_timeout": "1s",
+        "static_configs": [{"targets": [f"127.0.0.1:{server.port}"]}],
+    }
+    config = tmp_path / "prometheus.yml"
+    config.write_text(yaml.safe_dump({"scrape_configs": [scrape]}))
+    port = free_port()
+    with (tmp_path / "prometheus.log").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                binary,
+                f"--config.file={config}",
+                f"--storage.tsdb.path={tmp_path / 'tsdb'}",
+                f"--web.listen-address=127.0.0.1:{port}",
+            ],
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.kill()
+            process.wait(PATIENCE_SECONDS)
+
+
+def _settings(url: str, **fields: object) -> SourceSettings:
+    return SourceSettings(kind="prometheus", url=url, selector='job="sglang"', **fields)
+
+
+def _try(source: PrometheusApi) -> Reading | SourceError:
+    try:
+        return source.read()
+    except SourceError as error:
+        return error
+
+
+def _first_reading(source: PrometheusApi) -> Reading:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not isinstance(found := _try(source), Reading):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.2)
+    return found
+
+
+def test_the_api_gives_the_same_reading_as_the_server_itself(
+    server: StandInServer, prometheus: str
+) -> None:
+    source = PrometheusApi(_settings(prometheus), time.monotonic)
+    direct = SGLangMetrics(SourceSettings(url=server.url), time.monotonic)
+    found, expected = _first_reading(source), direct.read()
+    source.close()
+    direct.close()
+    assert found.queue_requests == expected.queue_requests == 20
+    assert found.running_requests == expected.running_requests
+    for slo in ("ttft", "itl"):
+        assert list(found.series(slo).values()) == list(expected.series(slo).values())
+        assert found.edges[slo] == expected.edges[slo]
+
+
+def test_a_reading_is_as_old_as_its_scrape(server: StandInServer, prometheus: str) -> None:
+    source = PrometheusApi(_settings(prometheus), time.monotonic)
+    first = _first_reading(source)
+    assert time.monotonic() - first.taken_at_seconds < 30
+    server.fault = "error"
+    scraped = server.requests
+    while server.requests < scraped + 3:
+        time.sleep(0.1)
+    frozen = source.read()
+    while server.requests < scraped + 5:
+        time.sleep(0.1)
+    again = source.read()
+    source.close()
+    assert again.taken_at_seconds == pytest.approx(frozen.taken_at_seconds, abs=0.5)
+
+
+def test_after_the_lookback_a_dead_target_is_no_reading(
+    server: StandInServer, prometheus: str
+) -> None:
+    source = PrometheusApi(_settings(prometheus, lookback_seconds=3.0), time.monotonic)
+    _first_reading(source)
+    server.fault = "error"
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while isinstance(found := _try(source), Reading):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    source.close()
+    assert "has no sglang:num_queue_reqs" in str(found)
+
+
+def test_a_selector_that_is_no_promql_is_told(prometheus: str) -> None:
+    settings = _settings(prometheus).model_copy(update={"selector": "job="})
+    source = PrometheusApi(settings, time.monotonic)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while httpx2.get(f"{prometheus}/-/ready", timeout=5).status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    with pytest.raises(SourceError, match="status 400"):
+        source.read()
+    source.close()
+
+
+def test_a_controller_on_prometheus_answers_a_burst(
+    tmp_path: Path, server: StandInServer, prometheus: str
+) -> None:
+    publish_table(tmp_path / "t.tbl")
+    table = SharedTable.open(tmp_path / "t.tbl")
+    config = write_config(
+        tmp_path,
+        prometheus,
+        source={"kind": "prometheus", "url": prometheus, "poll_seconds": 0.5},
+        freshness={"warmup_seconds": 0.0},
+    )
+    with running(config) as controller:
+        controller.wait_for(lambda: controller.is_in_state("valid"), "valid input")
+        controller.wait_for(lambda: max(table.selector()[1:]) < 48, "a lower budget")
+        checked = call("check", "--config", str(config))
+        assert checked.returncode == 0, checked.stdout

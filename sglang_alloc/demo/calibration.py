@@ -62,7 +62,7 @@ async def _closed_loop(
             request = next(requests)._replace(due_second=second)
             records.append(await send_request(http, request, started))
 
-    async with streaming_client(url, timeout_seconds=60.0) as http:
+    async with streaming_client(url) as http:
         group = asyncio.gather(*(one_client() for _ in range(clients)))
         while not group.done():
             await asyncio.sleep(0.25)

@@ -25,7 +25,8 @@ from sglang_alloc.shared_table import SharedTable
 
 ACTOR = "demo"
 OVERRIDE_SECONDS = 600.0
-_ACKNOWLEDGE_SECONDS = 10.0
+OVERRIDE_SOURCE = 2  # WorkerCounters.acknowledged_source
+_ACKNOWLEDGE_SECONDS = 30.0  # a busy server acknowledges between two forwards
 _WINDOWS_PER_CALL = 8
 
 
@@ -70,15 +71,18 @@ class BudgetOverride:
 
     def set(self, prefill_budget: int, decode_budget: int) -> None:
         """Put budgets in force; return when the leading rank has acknowledged them."""
-        deadline_ns = time.monotonic_ns() + int(OVERRIDE_SECONDS * 1e9)
+        now_ns = time.monotonic_ns()
+        deadline_ns = now_ns + int(OVERRIDE_SECONDS * 1e9)
         self._table.set_override(prefill_budget, decode_budget, deadline_ns, ACTOR)
+        override = self._table.override(now_ns)
+        assert override is not None
         give_up = self._clock() + _ACKNOWLEDGE_SECONDS
-        while self._in_force() != (prefill_budget, decode_budget):
+        while not self._is_acknowledged(override.generation):
             if self._clock() > give_up:
                 raise DemoError(
                     f"budgets {prefill_budget}/{decode_budget} were set by override in "
-                    f"{self._table.path}, and after {_ACKNOWLEDGE_SECONDS:.0f} s the server still "
-                    f"uses {self._in_force()}: is it served with this table?"
+                    f"{self._table.path}, and after {_ACKNOWLEDGE_SECONDS:.0f} s the server has "
+                    "not acknowledged them: is it served with this table?"
                 )
             self._sleep(0.01)
 
@@ -86,9 +90,12 @@ class BudgetOverride:
         """End the override."""
         self._table.clear_override()
 
-    def _in_force(self) -> tuple[int, int] | None:
-        ranks = self._table.worker_counters()
-        return (ranks[0].prefill_budget, ranks[0].decode_budget) if ranks else None
+    def _is_acknowledged(self, generation: int) -> bool:
+        acknowledged = (OVERRIDE_SOURCE, generation)
+        return any(
+            (rank.acknowledged_source, rank.acknowledged_generation) == acknowledged
+            for rank in self._table.worker_counters()[:1]
+        )
 
 
 def cut_windows(

@@ -76,7 +76,7 @@ async def offer_load(
     """
     started = time.monotonic()
     tasks: list[asyncio.Task[RequestRecord]] = []
-    async with streaming_client(url, timeout_seconds) as client:
+    async with streaming_client(url) as client:
         work = asyncio.create_task(_send_all(client, trace, tasks, started, timeout_seconds))
         try:
             while not work.done():
@@ -90,10 +90,13 @@ async def offer_load(
                 task.cancel()
 
 
-def streaming_client(url: str, timeout_seconds: float) -> httpx2.AsyncClient:
-    """Return a client without a connection limit: a pool that queues would hide latency."""
+def streaming_client(url: str) -> httpx2.AsyncClient:
+    """Return a client without limits: a pool that queues would hide latency.
+
+    Time is limited per whole request by `send_request`, not per read.
+    """
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64)
-    return httpx2.AsyncClient(base_url=url, limits=limits, timeout=timeout_seconds, trust_env=False)
+    return httpx2.AsyncClient(base_url=url, limits=limits, timeout=None, trust_env=False)
 
 
 async def _send_all(

@@ -22,6 +22,7 @@ from sglang_alloc.demo.progress import Stage, StageProgress
 from sglang_alloc.demo.report import DemoResult
 from sglang_alloc.demo.server_process import Server, free_port, serve
 from sglang_alloc.demo.stages import (
+    CLIENTS,
     SHAPE,
     WINDOW_SCORED_BYTES,
     WINDOWS,
@@ -36,8 +37,13 @@ from sglang_alloc.shared_table import SharedTable, publish_shared_table
 # The controller may give up at most two thirds of the activations.
 FLOOR_RATIO = 1 / 3
 # float32 is several times faster than bfloat16 on CPUs without matrix extensions; chunks of 2048
-# tokens bound how long a prefill may hold up the decoding requests.
-SERVER_ARGUMENTS = ("--dtype", "float32", "--chunked-prefill-size", "2048")
+# tokens bound how long a prefill may hold up the decoding requests. SGLang prefills as long as a
+# request may start, so without a limit on the running ones an overload stops all decoding.
+SERVER_ARGUMENTS = (
+    *("--dtype", "float32"),
+    *("--chunked-prefill-size", "2048"),
+    *("--max-running-requests", str(CLIENTS)),
+)
 
 START, CALIBRATE = "starting SGLang", "measuring the capacity"
 FULL, CONTROLLED = "run at full budget", "run under the controller"

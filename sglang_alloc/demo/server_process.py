@@ -110,13 +110,13 @@ def wait_until_ready(
         while not _answers(client, health_url):
             process.require_alive()
             waited_seconds = time.monotonic() - started
+            if on_wait is not None:
+                on_wait(f"not ready after {waited_seconds:.0f} s, see {process.log_path}")
             if waited_seconds > timeout_seconds:
                 raise NotReadyError(
                     f"{process.name} did not answer {health_url} within {timeout_seconds:.0f} s. "
                     f"Its log ({process.log_path}) ends with:\n{process.log_tail()}"
                 )
-            if on_wait is not None:
-                on_wait(f"not ready after {waited_seconds:.0f} s, see {process.log_path}")
             time.sleep(_POLL_SECONDS)
 
 

@@ -16,7 +16,10 @@ TOKENS_PER_CHUNK = 1
 
 
 class _Generate(BaseHTTPRequestHandler):
-    """What to do is the first word of the prompt; anything else is answered in full."""
+    """What to do is the first word of the prompt; anything else is answered in full.
+
+    A request that hangs does so until another one says `release`, or until the server stops.
+    """
 
     released: threading.Event
 
@@ -31,8 +34,10 @@ class _Generate(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
         if behaviour == "hang":
-            self.released.wait(30)
+            self.released.wait(120)
             return
+        if behaviour == "release":
+            self.released.set()
         if behaviour == "garbage":
             self._send("not json")
             return
@@ -52,6 +57,11 @@ class _Generate(BaseHTTPRequestHandler):
         """Keep the test's output clean."""
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 512  # a burst of connections must not be refused
+
+
 def _chunk(tokens: int, reason: dict[str, str] | None = None) -> dict[str, Any]:
     meta = {"completion_tokens": tokens, "prompt_tokens": 5, "finish_reason": reason}
     return {"text": "x" * tokens, "meta_info": meta}
@@ -62,8 +72,7 @@ def streaming_server() -> Iterator[str]:
     """Serve on a free port of the loopback interface; yield the base URL."""
     released = threading.Event()
     handler = type("Generate", (_Generate,), {"released": released})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:

@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import Iterator
 
-import httpx2
 import pytest
 from streaming_server import streaming_server
 
@@ -33,7 +32,7 @@ def _make_trace(*prompts: str, due_second: float = 0.0, output_tokens: int = 4) 
     return Trace((Phase("calm", 1.0, 1.0),), tuple(requests))
 
 
-def _offer(url: str, trace: Trace, timeout_seconds: float = 10.0) -> list[RequestRecord]:
+def _offer(url: str, trace: Trace, timeout_seconds: float = 120.0) -> list[RequestRecord]:
     return asyncio.run(offer_load(url, trace, timeout_seconds=timeout_seconds))
 
 
@@ -90,7 +89,7 @@ def test_ttft_counts_from_the_due_time_of_a_request_that_was_sent_late(url: str)
     request = TracedRequest(0, "calm", 2.0, "normal words", 4)
 
     async def send() -> RequestRecord:
-        async with streaming_client(url, 10.0) as client:
+        async with streaming_client(url) as client:
             return await send_request(client, request, started=time.monotonic() - 5.0)
 
     record = asyncio.run(send())
@@ -99,12 +98,11 @@ def test_ttft_counts_from_the_due_time_of_a_request_that_was_sent_late(url: str)
     assert record.ttft_seconds >= 3.0
 
 
-def test_requests_are_sent_at_their_due_time_though_earlier_ones_hang(url: str) -> None:
-    first, *others = _offer(
-        url, _make_trace("hang on", "normal words", "normal words"), timeout_seconds=0.5
-    )
-    assert first.error is not None
-    assert all(record.error is None for record in others)
+def test_requests_are_sent_at_their_due_time_though_earlier_ones_hang() -> None:
+    with streaming_server() as address:  # the last request is what lets the first one go
+        first, *others = _offer(address, _make_trace("hang on", "normal words", "release it"))
+    assert first.error == "0 output tokens came, 4 were asked for"
+    assert [record.error for record in others] == [None, None]
 
 
 def test_what_the_tick_raises_ends_the_run(url: str) -> None:
@@ -123,4 +121,3 @@ def test_gaps_are_shared_by_the_tokens_of_a_chunk() -> None:
 def test_a_client_has_no_connection_limit_that_could_queue(url: str) -> None:
     records = _offer(url, _make_trace(*["normal words"] * 150))
     assert [record.error for record in records] == [None] * 150
-    assert isinstance(streaming_client(url, 1.0), httpx2.AsyncClient)

@@ -1,6 +1,7 @@
 """What the demo watches beside the load: gauges, budgets in force, and its own progress."""
 
 import io
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,14 @@ sglang:num_queue_reqs{engine_type="unified",model_name="m",tp_rank="0"} 7.0
 sglang:num_running_reqs{engine_type="unified",model_name="m",tp_rank="0"} 3.0
 sglang:num_running_reqs_offline_batch{model_name="m"} 99.0
 """
+
+
+def _acknowledge_override(table: SharedTable) -> None:
+    override = table.override(time.monotonic_ns())
+    assert override is not None
+    table.worker_slot(0).update(
+        pid=1, acknowledged_source=2, acknowledged_generation=override.generation
+    )
 
 
 def _acknowledge(table: SharedTable, prefill_budget: int, decode_budget: int) -> None:
@@ -63,9 +72,16 @@ def test_a_run_records_requests_and_the_acknowledged_budgets(tmp_path: Path) -> 
 
 def test_an_override_returns_when_the_server_has_acknowledged_it(tmp_path: Path) -> None:
     table = publish_and_open(tmp_path / "t.tbl")
-    override = BudgetOverride(table, sleep=lambda _: _acknowledge(table, 5, 6))
-    override.set(5, 6)
-    assert table.worker_counters()[0].prefill_budget == 5
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        _acknowledge_override(table)
+
+    BudgetOverride(table, sleep).set(5, 6)
+    assert len(waits) == 1
+    BudgetOverride(table, sleep).set(5, 6)  # the same budgets again are a new override
+    assert len(waits) == 2
     table.close()
 
 

@@ -33,6 +33,8 @@ def events_between(
     if not newer:
         return None
     changes = [_difference(older.get(name), histogram) for name, histogram in newer.items()]
+    if len(changes) == 1:
+        return changes[0]
     edges = set(changes[0].edges).intersection(*(change.edges for change in changes))
     shared = tuple(sorted(edges))
     return Histogram(

@@ -137,7 +137,7 @@ class ControlLoop:
     def _take_in(self, observation: Observation) -> None:
         if observation.error is not None:
             self._remind("source_failed", problem=observation.error)
-        if observation.reading is None:
+        if observation.reading is None or observation.reading is self._history.newest:
             return
         for sentence in missing_edges(observation.reading, self._settings.slo):
             self._remind("slo_not_measured", problem=sentence)
@@ -245,10 +245,6 @@ class ControlLoop:
         )
 
     def _publish(self, report: TickReport) -> None:
-        for phase in PHASES:
-            if report.written[phase] != report.written_before[phase]:
-                up = report.written[phase] > report.written_before[phase]
-                self._metrics.count_change(phase, up=up)
         self._metrics.report(report)
         told = story(report)
         if told == self._told and not self._settings.decision_log.every_tick:

@@ -1,164 +1,171 @@
-"""Control story, beside every step: the controller's own metrics."""
+"""Control story, beside every step: the controller's own metrics, made when they are scraped.
+
+A tick only leaves its report behind; the series are built from the last one by each scrape.
+"""
 
 import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    disable_created_metrics,
-    generate_latest,
-)
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from sglang_alloc_controller.law_state import Reason
-from sglang_alloc_controller.samples import PHASES, InputState, Phase, Slo
+from sglang_alloc_controller.samples import PHASES, SLOS, InputState, Phase
 from sglang_alloc_controller.settings import SloSettings
 from sglang_alloc_controller.tick_report import TickReport
 
-_PREFIX = "sglang_alloc_controller"
-_SLOS: tuple[Slo, ...] = ("ttft", "itl")
+_Key = TypeVar("_Key", bound=str)
+_PREFIX = "sglang_alloc_controller_"
+_MODES = ("control", "shadow", "fixed")
+_COUNTERS = {
+    "ticks": "Ticks",
+    "tick_errors": "Ticks that failed",
+    "engine_restarts": "Starts of the engine that were seen",
+    "decision_log_errors": "Lines of the decision log that were lost",
+}
 
 
-class OwnMetrics:
-    """The metrics of one controller, in a registry of their own."""
+class OwnMetrics(Collector):
+    """The counters of one controller and the report of its last tick."""
 
     def __init__(self, mode: str, slo: SloSettings) -> None:
-        """Declare every series, so that each is there from the first scrape."""
-        disable_created_metrics()  # type: ignore[no-untyped-call]
+        """Start at zero, without a tick."""
+        self._mode = mode
+        self._slo = slo
+        self._counts: Counter[str] = Counter()
+        self._changes: Counter[tuple[Phase, str]] = Counter()
+        self._tick: TickReport | None = None
+        self._tick_seconds = 0.0
         self._registry = CollectorRegistry()
-        self._desired = self._gauge(
-            "budget_desired_activations", "Budget that the law asks for", "phase"
-        )
-        self._written = self._gauge(
-            "budget_written_activations", "Budget in the shared table's selector", "phase"
-        )
-        self._acknowledged = self._gauge(
-            "budget_acknowledged_activations",
-            "Budget that the slowest worker rank uses; NaN before a worker runs",
-            "phase",
-        )
-        self._floor = self._gauge("budget_floor_activations", "Smallest allowed budget", "phase")
-        self._ceiling = self._gauge("budget_ceiling_activations", "Largest allowed budget", "phase")
-        self._loss = self._gauge(
-            "predicted_loss_nats", "Predicted loss per token of the written budget", "phase"
-        )
-        self._attainment = self._gauge(
-            "slo_attainment_ratio", "Share of the window's events within the SLO", "slo"
-        )
-        self._events = self._gauge("slo_window_events", "Events in the window", "slo")
-        self._quantile = self._gauge(
-            "latency_quantile_seconds", "Estimated latency at the objective's share", "slo"
-        )
-        self._threshold = self._gauge("slo_threshold_seconds", "Latency that is promised", "slo")
-        self._objective = self._gauge("slo_objective_ratio", "Share that is promised", "slo")
-        self._burn = self._gauge(
-            "burn_ratio", "Smoothed, clamped burn rate: misses over allowed misses", "slo"
-        )
-        self._excess = self._gauge("error_ratio", "Excess burn rate the phase reacts to", "phase")
-        self._state = self._gauge("input_state", "One-hot state of the readings", "state")
-        self._reason = self._gauge(
-            "reason", "One-hot reason of the phase's budget", "phase", "reason"
-        )
-        self._mode = self._gauge("mode", "One-hot mode", "mode")
-        self._queue = self._gauge("queue_requests", "Waiting requests of the busiest rank")
-        self._queue_slo = self._gauge("queue_slo_requests", "Waiting requests that are allowed")
-        self._running = self._gauge("running_requests", "Running requests of the busiest rank")
-        self._saturation = self._gauge(
-            "saturation_ratio", "0 full quality, up to 0.8 quality given up, 1 floor and violating"
-        )
-        self._infeasible = self._gauge(
-            "infeasible", "1: at the floor and violating for long; add capacity"
-        )
-        self._age = self._gauge("sample_age_seconds", "Age of the newest reading")
-        self._tick = self._gauge("tick_seconds", "CPU time of the last tick")
-        self._generation = self._gauge("generation", "Generation in the selector")
-        self._ticks = self._counter("ticks", "Ticks")
-        self._tick_errors = self._counter("tick_errors", "Ticks that failed")
-        self._source_failures = self._counter("source_failures", "Readings that failed")
-        self._restarts = self._counter("engine_restarts", "Starts of the engine that were seen")
-        self._log_errors = self._counter("decision_log_errors", "Log lines that were lost")
-        self._changes = self._counter("budget_changes", "Budget changes", "phase", "direction")
-        self._source_failures_seen = 0
-        self._set_constants(mode, slo)
+        self._registry.register(self)
 
     def report(self, tick: TickReport) -> None:
-        """Export one tick."""
-        self._report_budgets(tick)
-        self._report_latencies(tick)
-        for state in InputState:
-            self._state.labels(state.value).set(tick.input_state is state)
+        """Take the report of a tick and count its changes."""
+        self._counts["ticks"] += 1
         for phase in PHASES:
-            for reason in Reason:
-                self._reason.labels(phase, reason.value).set(tick.reasons[phase] is reason)
-            self._excess.labels(phase).set(tick.excesses[phase])
-        self._queue.set(tick.queue_requests)
-        self._running.set(tick.running_requests)
-        self._saturation.set(tick.saturation_ratio)
-        self._infeasible.set(Reason.INFEASIBLE in tick.reasons.values())
-        self._age.set(tick.sample_age_seconds)
-        self._ticks.inc()
-        self._source_failures.inc(tick.source_failures_total - self._source_failures_seen)
-        self._source_failures_seen = tick.source_failures_total
-
-    def count_change(self, phase: Phase, *, up: bool) -> None:
-        """Count one change of a written budget."""
-        self._changes.labels(phase, "up" if up else "down").inc()
+            if tick.written[phase] != tick.written_before[phase]:
+                up = tick.written[phase] > tick.written_before[phase]
+                self._changes[phase, "up" if up else "down"] += 1
+        self._tick = tick
 
     def report_tick_seconds(self, cpu_seconds: float) -> None:
-        """Export the CPU time that a tick took."""
-        self._tick.set(cpu_seconds)
+        """Take the CPU time that a tick took."""
+        self._tick_seconds = cpu_seconds
 
     def count_tick_error(self) -> None:
         """Count a tick that failed."""
-        self._tick_errors.inc()
+        self._counts["tick_errors"] += 1
 
     def count_restart(self) -> None:
         """Count a start of the engine."""
-        self._restarts.inc()
+        self._counts["engine_restarts"] += 1
 
     def count_log_error(self) -> None:
         """Count a decision log line that could not be written."""
-        self._log_errors.inc()
+        self._counts["decision_log_errors"] += 1
 
     def text(self) -> bytes:
         """Return the metrics in the Prometheus text format."""
         return generate_latest(self._registry)
 
-    def _report_budgets(self, tick: TickReport) -> None:
-        self._generation.set(tick.generation)
-        for phase in PHASES:
-            acknowledged = getattr(tick.worker, f"{phase}_budget") if tick.worker else math.nan
-            self._desired.labels(phase).set(tick.desired[phase])
-            self._written.labels(phase).set(tick.written[phase])
-            self._acknowledged.labels(phase).set(acknowledged)
-            self._floor.labels(phase).set(tick.floors[phase])
-            self._ceiling.labels(phase).set(tick.ceilings[phase])
-            self._loss.labels(phase).set(tick.predicted_losses[phase])
+    def collect(self) -> Iterator[Metric]:
+        """Yield every series; those of a tick only after the first one."""
+        yield from self._constants()
+        yield from self._counters()
+        tick = self._tick
+        if tick is not None:
+            yield from _budgets(tick)
+            yield from _latencies(tick)
+            yield from _state(tick)
 
-    def _report_latencies(self, tick: TickReport) -> None:
-        burns = {"ttft": tick.burn_ratios["prefill"], "itl": tick.burn_ratios["decode"]}
-        for slo in _SLOS:
-            sample, burn = tick.samples[slo], burns[slo]
-            within_ratio = sample.within_ratio if sample else None
-            self._attainment.labels(slo).set(math.nan if within_ratio is None else within_ratio)
-            self._events.labels(slo).set(sample.events if sample else 0)
-            self._quantile.labels(slo).set(sample.quantile_seconds if sample else math.nan)
-            self._burn.labels(slo).set(math.nan if burn is None else burn)
+    def _constants(self) -> Iterator[Metric]:
+        slo = self._slo
+        promised = {"ttft": slo.ttft_seconds, "itl": slo.itl_seconds}
+        yield _gauges("mode", "One-hot mode", "mode", {m: m == self._mode for m in _MODES})
+        yield _gauges("slo_threshold_seconds", "Latency that is promised", "slo", promised)
+        objectives = dict.fromkeys(SLOS, slo.objective_ratio)
+        yield _gauges("slo_objective_ratio", "Share that is promised", "slo", objectives)
+        yield _gauge("queue_slo_requests", "Waiting requests that are allowed", slo.queue_requests)
 
-    def _set_constants(self, mode: str, slo: SloSettings) -> None:
-        for name in ("control", "shadow", "fixed"):
-            self._mode.labels(name).set(name == mode)
-        thresholds = {"ttft": slo.ttft_seconds, "itl": slo.itl_seconds}
-        for name, threshold in thresholds.items():
-            self._threshold.labels(name).set(math.nan if threshold is None else threshold)
-            self._objective.labels(name).set(slo.objective_ratio)
-        self._queue_slo.set(slo.queue_requests)
+    def _counters(self) -> Iterator[Metric]:
+        for name, text in _COUNTERS.items():
+            yield CounterMetricFamily(_PREFIX + name, text, value=self._counts[name])
+        failures = self._tick.source_failures_total if self._tick else 0
+        name, text = "source_failures", "Readings that failed"
+        yield CounterMetricFamily(_PREFIX + name, text, value=failures)
+        changes = CounterMetricFamily(
+            _PREFIX + "budget_changes", "Changes of the selector", labels=["phase", "direction"]
+        )
         for phase in PHASES:
             for direction in ("up", "down"):
-                self._changes.labels(phase, direction)
+                changes.add_metric([phase, direction], self._changes[phase, direction])
+        yield changes
+        yield _gauge("tick_seconds", "CPU time of the last tick", self._tick_seconds)
 
-    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(f"{_PREFIX}_{name}", text, labels, registry=self._registry)
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"{_PREFIX}_{name}", text, labels, registry=self._registry)
+def _budgets(tick: TickReport) -> Iterator[Metric]:
+    worker = tick.worker
+    acknowledged: dict[Phase, int | None] = {
+        "prefill": worker.prefill_budget if worker else None,
+        "decode": worker.decode_budget if worker else None,
+    }
+    activations: dict[str, tuple[str, Mapping[Phase, int | None]]] = {
+        "desired": ("Budget that the law asks for", tick.desired),
+        "written": ("Budget in the shared table's selector", tick.written),
+        "acknowledged": ("Budget of the rank that is furthest behind; NaN: none", acknowledged),
+        "floor": ("Smallest allowed budget", tick.floors),
+        "ceiling": ("Largest allowed budget", tick.ceilings),
+    }
+    for name, (text, values) in activations.items():
+        yield _gauges(f"budget_{name}_activations", text, "phase", values)
+    loss = "Predicted loss per token of the written budget"
+    yield _gauges("predicted_loss_nats", loss, "phase", tick.predicted_losses)
+    yield _gauge("generation", "Generation in the selector", tick.generation)
+
+
+def _latencies(tick: TickReport) -> Iterator[Metric]:
+    samples = tick.samples
+    within = {slo: s.within_ratio if s else None for slo, s in samples.items()}
+    yield _gauges("slo_attainment_ratio", "Share of the window within the SLO", "slo", within)
+    events = {slo: s.events if s else 0 for slo, s in samples.items()}
+    yield _gauges("slo_window_events", "Events in the window", "slo", events)
+    quantiles = {slo: s.quantile_seconds if s else None for slo, s in samples.items()}
+    text = "Estimated latency that the objective's share stays under"
+    yield _gauges("latency_quantile_seconds", text, "slo", quantiles)
+    burns = {"ttft": tick.burn_ratios["prefill"], "itl": tick.burn_ratios["decode"]}
+    yield _gauges("burn_ratio", "Smoothed misses over allowed misses", "slo", burns)
+    yield _gauges("error_ratio", "Excess that the phase reacts to", "phase", tick.excesses)
+    yield _gauge("queue_requests", "Waiting requests of the busiest rank", tick.queue_requests)
+    yield _gauge("running_requests", "Running requests of the busiest rank", tick.running_requests)
+
+
+def _state(tick: TickReport) -> Iterator[Metric]:
+    states = {state.value: state is tick.input_state for state in InputState}
+    yield _gauges("input_state", "One-hot state of the readings", "state", states)
+    reasons = GaugeMetricFamily(
+        _PREFIX + "reason", "One-hot reason of the phase's budget", labels=["phase", "reason"]
+    )
+    for phase in PHASES:
+        for reason in Reason:
+            reasons.add_metric([phase, reason.value], float(tick.reasons[phase] is reason))
+    yield reasons
+    text = "0: full quality; up to 0.8: quality given up; 1: at the floor and violating"
+    yield _gauge("saturation_ratio", text, tick.saturation_ratio)
+    infeasible = Reason.INFEASIBLE in tick.reasons.values()
+    yield _gauge("infeasible", "1: at the floor and violating for long", float(infeasible))
+    yield _gauge("sample_age_seconds", "Age of the newest reading", tick.sample_age_seconds)
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(_PREFIX + name, text, value=value)
+
+
+def _gauges(name: str, text: str, label: str, values: Mapping[_Key, float | None]) -> Metric:
+    """Return one series for each label value; what is not known is NaN."""
+    family = GaugeMetricFamily(_PREFIX + name, text, labels=[label])
+    for key, value in values.items():
+        family.add_metric([key], math.nan if value is None else float(value))
+    return family

@@ -2,10 +2,11 @@
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from sglang_alloc_controller import histogram_window
-from sglang_alloc_controller.samples import InputState, Reading, Slo
+from sglang_alloc_controller.samples import SLOS, InputState, Reading, Slo
 from sglang_alloc_controller.settings import FreshnessSettings, LawSettings, SloSettings
 
 
@@ -27,6 +28,17 @@ class Sample(NamedTuple):
     """Length of the window."""
 
 
+class _Entry(NamedTuple):
+    """A reading and its totals, which every look at the window needs."""
+
+    reading: Reading
+    events: Mapping[Slo, float]
+
+    @property
+    def taken_at_seconds(self) -> float:
+        return self.reading.taken_at_seconds
+
+
 class ReadingHistory:
     """Readings of one life of the engine, oldest first, and when it last did something."""
 
@@ -34,14 +46,14 @@ class ReadingHistory:
         """Start without readings."""
         self._law = law
         self._freshness = freshness
-        self._readings: deque[Reading] = deque()
+        self._entries: deque[_Entry] = deque()
         self._active_at_seconds = -math.inf
         self.restarted_at_seconds = -math.inf
 
     @property
     def newest(self) -> Reading | None:
         """The newest reading, if there is one."""
-        return self._readings[-1] if self._readings else None
+        return self._entries[-1].reading if self._entries else None
 
     def add(self, reading: Reading, *, after_failure: bool) -> bool:
         """Take a reading in; return True when the engine started anew before it.
@@ -49,17 +61,18 @@ class ReadingHistory:
         The first reading after failures is taken as a start, since the controller was there
         first. A reading that is not newer than the last one is dropped.
         """
-        previous = self.newest
-        if previous is not None and reading.taken_at_seconds <= previous.taken_at_seconds:
+        last = self._entries[-1] if self._entries else None
+        if last is not None and reading.taken_at_seconds <= last.taken_at_seconds:
             return False
-        anew = after_failure if previous is None else _restarted(previous, reading)
+        entry = _Entry(reading, {slo: reading.event_count(slo) for slo in SLOS})
+        anew = after_failure if last is None else _restarted(last.reading, reading)
         if anew:
-            self._readings.clear()
+            self._entries.clear()
             self.restarted_at_seconds = reading.taken_at_seconds
         busy = reading.running_requests > 0 or reading.queue_requests > 0
-        if previous is None or busy or _counts(reading) != _counts(previous):
+        if last is None or busy or entry.events != last.events:
             self._active_at_seconds = reading.taken_at_seconds
-        self._readings.append(reading)
+        self._entries.append(entry)
         self._drop_old(reading.taken_at_seconds)
         return anew
 
@@ -88,37 +101,34 @@ class ReadingHistory:
         than `min_samples` events. None: no window, no events, or no such SLO.
         """
         threshold = settings.ttft_seconds if slo == "ttft" else settings.itl_seconds
+        older = self._window_start(slo, since_seconds, window_seconds)
         newest = self.newest
-        if newest is None or threshold is None:
-            return None
-        older = self._window_start(slo, newest, since_seconds, window_seconds)
-        if older is None:
+        if newest is None or older is None or threshold is None:
             return None
         return _sample(slo, older, newest, threshold, settings.objective_ratio)
 
     def event_rate(self, slo: Slo) -> float:
         """Return the events per second of the long window, whatever changed in it: the load."""
-        newest = self.newest
-        if newest is None:
+        if not self._entries:
             return 0.0
+        newest = self._entries[-1]
         start_seconds = newest.taken_at_seconds - self._law.long_window_seconds
-        older = next(one for one in self._readings if one.taken_at_seconds >= start_seconds)
+        older = next(one for one in self._entries if one.taken_at_seconds >= start_seconds)
         span_seconds = newest.taken_at_seconds - older.taken_at_seconds
-        events = newest.event_count(slo) - older.event_count(slo)
+        events = newest.events[slo] - older.events[slo]
         return events / span_seconds if span_seconds > 0 else 0.0
 
     def _window_start(
-        self, slo: Slo, newest: Reading, since_seconds: float, window_seconds: float
+        self, slo: Slo, since_seconds: float, window_seconds: float
     ) -> Reading | None:
-        start = None
-        for older in reversed(self._readings):
-            if older.taken_at_seconds < since_seconds:
+        start, backwards = None, reversed(self._entries)
+        newest = next(backwards, None)
+        for older in backwards:
+            if newest is None or older.taken_at_seconds < since_seconds:
                 break
-            if older is newest:
-                continue
-            start = older
+            start = older.reading
             span_seconds = newest.taken_at_seconds - older.taken_at_seconds
-            events = newest.event_count(slo) - older.event_count(slo)
+            events = newest.events[slo] - older.events[slo]
             if span_seconds >= window_seconds and events >= self._law.min_samples:
                 break
         return start
@@ -126,18 +136,12 @@ class ReadingHistory:
     def _drop_old(self, now_seconds: float) -> None:
         horizon_seconds = now_seconds - self._law.window_max_seconds
         # The last one before the horizon stays: it is where the longest window begins.
-        while len(self._readings) > 2 and self._readings[1].taken_at_seconds <= horizon_seconds:
-            self._readings.popleft()
-
-
-def _counts(reading: Reading) -> tuple[float, float]:
-    return reading.event_count("ttft"), reading.event_count("itl")
+        while len(self._entries) > 2 and self._entries[1].taken_at_seconds <= horizon_seconds:
+            self._entries.popleft()
 
 
 def _restarted(older: Reading, newer: Reading) -> bool:
-    return any(
-        histogram_window.restarted(older.series(slo), newer.series(slo)) for slo in ("ttft", "itl")
-    )
+    return any(histogram_window.restarted(older.series(slo), newer.series(slo)) for slo in SLOS)
 
 
 def _sample(

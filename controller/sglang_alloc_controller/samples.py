@@ -10,6 +10,7 @@ from sglang_alloc.errors import AllocError
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 Slo = Literal["ttft", "itl"]
+SLOS: tuple[Slo, ...] = ("ttft", "itl")
 # The latency that each phase's budget buys.
 SLO_OF_PHASE: Mapping[Phase, Slo] = {"prefill": "ttft", "decode": "itl"}
 

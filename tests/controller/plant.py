@@ -5,6 +5,7 @@ token. Step times grow with the budget's share of full: t = base * (1 - s + s * 
 """
 
 import random
+from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -110,6 +111,5 @@ class Plant:
 
 
 def _observe(counts: list[int], edges: tuple[float, ...], seconds: float, times: int) -> None:
-    for index, edge in enumerate(edges):
-        if seconds <= edge:
-            counts[index] += times
+    for index in range(bisect_left(edges, seconds), len(edges)):
+        counts[index] += times

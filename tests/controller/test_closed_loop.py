@@ -56,8 +56,7 @@ def test_a_calm_server_keeps_full_quality(tmp_path: Path) -> None:
     assert loop.attainment(600) == 1.0
 
 
-@pytest.mark.parametrize("gain", [0.5, 1.0, 1.5])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("gain", "seed"), [(0.5, 0), (1.0, 1), (1.5, 0)])
 def test_under_constant_load_the_budgets_settle(tmp_path: Path, gain: float, seed: int) -> None:
     loop = ClosedLoop(tmp_path, gain, seed=seed)
     loop.run(1800, 5.5)

@@ -1,8 +1,7 @@
 # Everything runs from a clone: each target installs what it needs into .venv and .tools, once.
 #
-# Where torch comes from is pip's business. On an index that offers only CUDA builds the CPU engine
-# works all the same, with a larger download; to get a CPU build, name the index or the folder that
-# has it in PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS before the first run.
+# Everything is tested with a CPU build of torch. Where pip is not offered one by default, name the
+# index or the folder that has it in PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS before the first run.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

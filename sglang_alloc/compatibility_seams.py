@@ -23,10 +23,11 @@ class Seam(NamedTuple):
     why: str
 
 
-_TOPK = "sglang.srt.layers.moe.topk"
+_MOE = "sglang.srt.layers.moe"
+_TOPK = f"{_MOE}.topk"
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
 _RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
-_TRITON = "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe"
+_TRITON = f"{_MOE}.moe_runner.triton_utils.fused_moe"
 _HOOKS = "sglang.srt.plugins.hook_registry"
 
 SEAMS: tuple[Seam, ...] = (
@@ -104,7 +105,19 @@ SEAMS: tuple[Seam, ...] = (
         "write the counters of a rank into its own slot",
     ),
     Seam(
-        "sglang.srt.layers.moe.fused_moe_native.moe_forward_native",
+        f"{_MOE}.utils.get_moe_runner_backend",
+        "function",
+        (),
+        "refuse an MoE backend whose kernels do not skip a dropped slot",
+    ),
+    Seam(
+        f"{_MOE}.utils.get_moe_a2a_backend",
+        "function",
+        (),
+        "refuse a dispatcher that has not been shown to skip a dropped slot",
+    ),
+    Seam(
+        f"{_MOE}.fused_moe_native.moe_forward_native",
         "function",
         ("layer", "x", "topk_output", "moe_runner_config"),
         "run only the kept slots through the experts on the CPU",

@@ -19,7 +19,8 @@ _CACHE = Path(__file__).parents[2] / ".cache" / "sglang-wheels"
 class ReleaseSource:
     """The Python files of one release, by the dotted names of their modules."""
 
-    def __init__(self, wheel: Path) -> None:
+    def __init__(self, version: str, wheel: Path) -> None:
+        self.version = version
         self._archive = zipfile.ZipFile(wheel)
         self._paths = frozenset(self._archive.namelist())
 
@@ -30,6 +31,12 @@ class ReleaseSource:
             if path in self._paths:
                 return self._archive.read(path).decode()
         return None
+
+    def texts_under(self, dotted: str) -> list[str]:
+        """Return the source of a module and of every module below it."""
+        stem = dotted.replace(".", "/")
+        paths = [path for path in sorted(self._paths) if path.startswith((f"{stem}.", f"{stem}/"))]
+        return [self._archive.read(path).decode() for path in paths if path.endswith(".py")]
 
     def close(self) -> None:
         self._archive.close()
@@ -42,7 +49,7 @@ def open_release(version: str) -> ReleaseSource:
         _pip("download", "--quiet", "--no-deps", f"--dest={_CACHE}", f"sglang=={version}")
         wheel = _cached_wheel(version)
     assert wheel is not None, f"pip left no wheel of sglang {version} in {_CACHE}"
-    return ReleaseSource(wheel)
+    return ReleaseSource(version, wheel)
 
 
 def offered_releases() -> tuple[str, ...]:

@@ -34,6 +34,18 @@ def calls(release: ReleaseSource, module: str, function: str) -> list[ast.Call]:
     ]
 
 
+def annotated_fields(release: ReleaseSource, *modules: str) -> set[str]:
+    """Return the names that classes in these modules, or below them, declare with a type."""
+    trees = [ast.parse(text) for module in modules for text in release.texts_under(module)]
+    classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    return {
+        statement.target.id
+        for node in classes
+        for statement in node.body
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+    }
+
+
 def _split_module(release: ReleaseSource, target: str) -> tuple[str | None, str, str]:
     """Split a dotted path behind its longest prefix that is a module: (source, prefix, rest)."""
     parts = target.split(".")

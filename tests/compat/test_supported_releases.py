@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from sglang_releases import RELEASES, ReleaseSource, offered_releases, open_release
-from source_definitions import calls, find_definition
+from source_definitions import annotated_fields, calls, find_definition
 
 from sglang_alloc.compatibility import (
     SUPPORTED_SGLANG,
@@ -16,6 +16,7 @@ from sglang_alloc.compatibility import (
     unsupported_version,
 )
 from sglang_alloc.compatibility_seams import SEAMS
+from sglang_alloc.server_check import REFUSED_OPTIONS
 
 _TRITON_RUNNER = "sglang.srt.layers.moe.moe_runner.triton"
 
@@ -57,6 +58,14 @@ def test_plugins_are_loaded_in_the_scheduler_and_in_the_main_process(
 ) -> None:
     assert calls(release, "sglang.srt.managers.scheduler", "load_plugins")
     assert calls(release, "sglang.srt.entrypoints.engine", "load_plugins")
+
+
+def test_every_option_that_is_refused_is_still_an_option(release: ReleaseSource) -> None:
+    """A renamed option would otherwise read as absent, and so as fine."""
+    fields = annotated_fields(release, "sglang.srt.server_args", "sglang.srt.arg_groups")
+    missing = set(REFUSED_OPTIONS) - fields
+    assert missing <= {"enable_nvidia_megakernel"}
+    assert ("enable_nvidia_megakernel" in missing) == (release.version != "0.5.23")
 
 
 def test_the_cpu_engine_calls_the_stand_in_kernel_with_six_arguments(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import enum
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -136,6 +138,19 @@ def test_every_path_that_the_plugin_hooks_is_a_verified_seam() -> None:
     }
     assert len(hooked) >= 8
     assert hooked - {plugin.RECEIVER} <= {seam.target for seam in SEAMS}
+
+
+def test_everything_that_the_plugin_imports_from_sglang_is_a_verified_seam() -> None:
+    tree = ast.parse(Path(plugin.__file__).read_text())
+    imported = {
+        f"{node.module}.{name.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sglang.")
+        for name in node.names
+    }
+    assert len(imported) >= 5
+    targets = [seam.target for seam in SEAMS]
+    assert [path for path in imported if not any(t.startswith(path) for t in targets)] == []
 
 
 def _raise(error: Exception) -> Callable[[str], object]:

@@ -128,7 +128,11 @@ class ControlLoop:
         try:
             if self._link.follow_replacement():
                 self._take_over(self._link.table)
-                _log.warning("table_replaced", publication_id=self._link.table.publication_id)
+                _log.warning(
+                    "table_replaced",
+                    publication_id=self._link.table.publication_id,
+                    hint="a running server keeps the earlier table, at its fallback; restart it",
+                )
         except TableInUseError:
             raise
         except AllocError as error:

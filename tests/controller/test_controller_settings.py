@@ -1,5 +1,7 @@
 """The settings: what is accepted, and the sentence that refuses the rest."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +9,21 @@ import jsonschema
 import pytest
 import yaml
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from virtual_loop import VirtualController, make_settings, publish_table
 
 from sglang_alloc.errors import ConfigurationError
-from sglang_alloc_controller.settings import Settings, json_schema, load_settings, parse_settings
+from sglang_alloc_controller.law_state import Reason
+from sglang_alloc_controller.settings import (
+    FixedSettings,
+    Settings,
+    json_schema,
+    load_settings,
+    parse_settings,
+)
 
 ROOT = Path(__file__).parents[2]
+MANUAL = ROOT / "docs" / "controller.md"
 EXAMPLE = ROOT / "deploy" / "controller.example.yaml"
 SCHEMA = ROOT / "controller" / "sglang_alloc_controller" / "config.schema.json"
 MINIMAL: dict[str, Any] = {"table": "t.tbl", "slo": {"ttft_seconds": 1.0, "itl_seconds": 0.05}}
@@ -55,6 +67,38 @@ def test_every_setting_is_described() -> None:
         for name, field in model.model_fields.items():
             section = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
             assert section or name == "fixed" or field.description, f"{model.__name__}.{name}"
+
+
+def test_the_manual_lists_every_setting_with_its_default() -> None:
+    rows = [line for line in MANUAL.read_text().splitlines() if line.startswith("| `")]
+    listed = {tuple(row.split(" | ")[:2]) for row in rows}
+    for name, field in Settings.model_fields.items():
+        section = FixedSettings if name == "fixed" else field.annotation
+        fields = {name: field}
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            fields = {f"{name}.{key}": one for key, one in section.model_fields.items()}
+        for key, one in fields.items():
+            assert (f"| `{key}`", _written(one)) in listed
+
+
+def _written(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    return json.dumps(field.default).strip('"') or '""'
+
+
+def test_the_manual_lists_every_reason_and_every_metric(tmp_path: Path) -> None:
+    manual = MANUAL.read_text()
+    for reason in Reason:
+        assert f"`{reason.value}`" in manual
+    publish_table(tmp_path / "t.tbl")
+    controller = VirtualController(make_settings(tmp_path / "t.tbl"))
+    controller.tick()
+    text = controller.metrics.text().decode()
+    names = set(re.findall(r"^sglang_alloc_controller_(\w+)", text, re.M))
+    assert len(names) == 30
+    for name in names:
+        assert f"`{name}`" in manual, name
 
 
 def _sections() -> list[type[BaseModel]]:

@@ -1,13 +1,15 @@
 """Data story, before the first step: is this file the table that it claims to be?"""
 
 import hashlib
+import mmap
 import os
 import stat
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
+import numpy.typing as npt
 
 from sglang_alloc import shared_table_layout as layout
 from sglang_alloc.budget_tables import ARRAYS
@@ -39,6 +41,37 @@ def open_checked(path: Path, *, writable: bool) -> tuple[int, layout.Header, byt
         os.close(descriptor)
         raise
     return descriptor, header, payload
+
+
+def map_words(path: Path, descriptor: int, *, writable: bool) -> mmap.mmap:
+    """Map pages 0 to 3 of a checked file; closes `descriptor` if that fails.
+
+    Raises:
+        SharedTableError: the file system does not allow it.
+    """
+    access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+    try:
+        return mmap.mmap(descriptor, layout.MAPPED_BYTES, access=access)
+    except OSError as error:
+        os.close(descriptor)
+        raise SharedTableError(
+            f"Cannot map the shared table {path}: {error.strerror}. Put it on a file system "
+            "that allows shared mappings, such as /dev/shm."
+        ) from error
+
+
+def section_array(header: layout.Header, payload: bytes, name: str) -> npt.NDArray[Any] | None:
+    """Return the read-only view of section `name` in `payload`, None if there is none."""
+    for entry in header.sections:
+        if entry.name == name:
+            flat: npt.NDArray[Any] = np.frombuffer(
+                payload,
+                dtype=entry.dtype,
+                count=entry.nbytes // np.dtype(entry.dtype).itemsize,
+                offset=entry.offset - layout.PAYLOAD_OFFSET,
+            )
+            return flat.reshape(entry.shape)
+    return None
 
 
 def _open(path: Path, *, writable: bool) -> int:

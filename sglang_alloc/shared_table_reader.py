@@ -2,14 +2,12 @@
 
 import contextlib
 import fcntl
-import mmap
 import os
 from collections.abc import Iterator
 from os import SEEK_END, lseek
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from sglang_alloc import shared_table_layout as layout
@@ -21,7 +19,7 @@ from sglang_alloc.shared_table_layout import (
     PUBLICATION_WORD,
     SELECTOR_WORD,
 )
-from sglang_alloc.shared_table_open import open_checked
+from sglang_alloc.shared_table_open import map_words, open_checked, section_array
 from sglang_alloc.shared_table_override import read_override, store_override
 from sglang_alloc.shared_table_words import (
     Fallback,
@@ -56,15 +54,7 @@ class SharedTable:
     def __init__(self, path: Path, *, writable: bool = True) -> None:
         """Open `path`; see `open`."""
         descriptor, header, payload = open_checked(path, writable=writable)
-        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
-        try:
-            self._mapping = mmap.mmap(descriptor, MAPPED_BYTES, access=access)
-        except OSError as error:
-            os.close(descriptor)
-            raise SharedTableError(
-                f"Cannot map the shared table {path}: {error.strerror}. Put it on a file system "
-                "that allows shared mappings, such as /dev/shm."
-            ) from error
+        self._mapping = map_words(path, descriptor, writable=writable)
         self._bytes = memoryview(self._mapping)
         self._words = self._bytes.cast("Q")
         self._descriptor = descriptor
@@ -108,15 +98,9 @@ class SharedTable:
         Raises:
             SharedTableError: the table was published without it.
         """
-        for entry in self._header.sections:
-            if entry.name == name:
-                flat: npt.NDArray[Any] = np.frombuffer(
-                    self._payload,
-                    dtype=entry.dtype,
-                    count=entry.nbytes // np.dtype(entry.dtype).itemsize,
-                    offset=entry.offset - layout.PAYLOAD_OFFSET,
-                )
-                return flat.reshape(entry.shape)
+        array = section_array(self._header, self._payload, name)
+        if array is not None:
+            return array
         raise SharedTableError(
             f"The shared table {self.path} has no section {name!r}, only "
             f"{', '.join(entry.name for entry in self._header.sections)}. Publish budget tables "
@@ -164,7 +148,7 @@ class SharedTable:
             return self._fallen_back(max(self._last_controller[0], 0), fallback)
         words = self._words
         if words[OVERRIDE_DEADLINE_WORD] > now_ns:
-            override = self.override(now_ns)
+            override = self._override(now_ns)
             if override is not None:
                 return Selection("override", override.generation, *override[:2])
         word = words[SELECTOR_WORD]
@@ -187,10 +171,7 @@ class SharedTable:
             SharedTableError: the file is lost.
         """
         self.require_intact()
-        override = read_override(self._words, self._bytes, now_ns)
-        if override is None or not self._has_rows(override.prefill_budget, override.decode_budget):
-            return None
-        return override
+        return self._override(now_ns)
 
     def set_override(
         self, prefill_budget: int, decode_budget: int, deadline_ns: int, actor: str
@@ -288,6 +269,12 @@ class SharedTable:
     def control_words(self) -> memoryview:
         """Return the u64 words of pages 0 to 3, for the selector's one writer; release it."""
         return self._words[:]
+
+    def _override(self, now_ns: int) -> Override | None:
+        override = read_override(self._words, self._bytes, now_ns)
+        if override is None or not self._has_rows(override.prefill_budget, override.decode_budget):
+            return None
+        return override
 
     def _fallen_back(self, word: int, fallback: Fallback) -> Selection:
         last_word, last_fallback, selection = self._last_fallback

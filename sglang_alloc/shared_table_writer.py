@@ -1,5 +1,6 @@
 """Control story, last step: the one process that moves the budget writes the selector."""
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -34,8 +35,10 @@ class SelectorWriter:
         self.epoch = table.writer_epoch() + 1
         self._words[layout.WRITER_EPOCH_WORD] = self.epoch
         self._words[layout.WRITER_PID_WORD] = os.getpid()
-        os.truncate(self._lock, 0)
-        os.pwrite(self._lock, f"{os.getpid()} {self.epoch}\n".encode(), 0)
+        # Only people and the message to a second writer read it: a full file system may say no.
+        with contextlib.suppress(OSError):
+            os.truncate(self._lock, 0)
+            os.pwrite(self._lock, f"{os.getpid()} {self.epoch}\n".encode(), 0)
 
     @classmethod
     def acquire(cls, table: SharedTable) -> "SelectorWriter":

@@ -69,15 +69,9 @@ class TableFollower:
     def look(self, now_ns: int) -> RenderableType:
         """Return what to show at `now_ns` (monotonic)."""
         try:
-            table = self._current()
+            return self._render(self._current(), now_ns)
         except SharedTableError as error:
             return Panel(Text(str(error), style="yellow"), title="waiting for a shared table")
-        counters = {worker.rank: worker for worker in table.worker_counters()}
-        self._history.append((now_ns, counters))
-        while now_ns - self._history[0][0] > _WINDOW_SECONDS * 1e9:
-            self._history.popleft()
-        earlier = self._history[0][1] if len(self._history) > 1 else {}
-        return render(table_status(table, now_ns, earlier))
 
     def close(self) -> None:
         """Let go of the table."""
@@ -85,6 +79,14 @@ class TableFollower:
             self._table.close()
         self._table = None
         self._history.clear()
+
+    def _render(self, table: SharedTable, now_ns: int) -> RenderableType:
+        counters = {worker.rank: worker for worker in table.worker_counters()}
+        self._history.append((now_ns, counters))
+        while now_ns - self._history[0][0] > _WINDOW_SECONDS * 1e9:
+            self._history.popleft()
+        earlier = self._history[0][1] if len(self._history) > 1 else {}
+        return render(table_status(table, now_ns, earlier))
 
     def _current(self) -> SharedTable:
         if self._table is not None and not self._table.is_current():

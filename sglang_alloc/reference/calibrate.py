@@ -1,0 +1,140 @@
+"""Offline story for the reference model: `python -m sglang_alloc.reference.calibrate`."""
+
+import argparse
+import hashlib
+import json
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from sglang_alloc.budget_tables import BudgetTables, save_budget_tables
+from sglang_alloc.model_identity import identity_from_config
+from sglang_alloc.reference.architecture import FAMILIES
+from sglang_alloc.reference.export import load_checkpoint
+from sglang_alloc.reference.heldout import windows_of
+from sglang_alloc.reference.model import ReferenceModel
+from sglang_alloc.reference.model_folder import model_folder
+from sglang_alloc.reference.rule_comparison import (
+    compare_modes,
+    held_out,
+    loss_table_text,
+    write_loss_rows,
+)
+from sglang_alloc.reference.samples import read_sample
+from sglang_alloc.reference.sensitivity import profile_sensitivity
+from sglang_alloc.reference.thresholds import CalibratedRow, calibrate_thresholds, measure_saliency
+from sglang_alloc.solve import solve_all_budgets
+
+WINDOW_TOKENS = 1_024  # the trained context: beyond it losses mean nothing
+WINDOWS_PER_DOMAIN = 7
+WORKERS = 2
+BUDGETS_HEAD = f"""# Loss by budget
+
+Held-out loss above the full model in nats per byte, domains weighed equally, {WINDOWS_PER_DOMAIN}
+windows of {WINDOW_TOKENS} bytes per domain; `kept` is the measured mean number of activations per
+token, summed over the layers. `loss_by_budget.csv` has the domains apart.
+
+"""
+
+
+def build_tables(
+    model: ReferenceModel,
+    folder: Path,
+    calibration: dict[str, Tensor],
+    executor: Executor,
+    progress: Progress,
+) -> BudgetTables:
+    """Measure and solve everything the tables hold, on windows (B, S + 1) per domain."""
+    windows = torch.cat(list(calibration.values()))
+    identity = identity_from_config(json.loads((folder / "config.json").read_text()))
+    saliency = measure_saliency(model, windows)
+    task = progress.add_task("sensitivities", total=None)
+    sensitivity = profile_sensitivity(model, windows, executor).numpy()
+    progress.remove_task(task)
+    solution = solve_all_budgets(sensitivity)
+    layers = model.config.num_layers
+
+    def calibrated(budget: int) -> CalibratedRow:
+        return calibrate_thresholds(model, windows, saliency, [budget / layers] * layers)
+
+    found = executor.map(calibrated, solution.budgets.tolist())
+    rows = list(progress.track(found, total=len(solution.budgets), description="thresholds"))
+    return BudgetTables(
+        model_id=folder.name,
+        fingerprint=identity.fingerprint(),
+        num_experts=model.config.num_experts,
+        top_k=model.config.top_k,
+        layer_ids=np.arange(layers, dtype=np.int32),
+        budgets=solution.budgets,
+        quotas=solution.quotas,
+        predicted_loss=solution.predicted_loss,
+        sensitivity=sensitivity,
+        thresholds=np.array([row.thresholds for row in rows], dtype=np.float32),
+        saliency=saliency.numpy(),
+        provenance={
+            "made_by": "sglang_alloc.reference.calibrate",
+            "checkpoint_sha256": _sha256(folder / "model.safetensors"),
+            "calibration_sha256": _digest(windows.numpy()),
+            "calibration_tokens": windows[:, 1:].numel(),
+            "window_tokens": windows.shape[1] - 1,
+            "domains": list(calibration),
+            "sensitivity": "isolated profile, original weights of the kept slots",
+            "threshold_score": "weight * saliency, uniform fractional quotas",
+            "threshold_calibration_loss": [round(row.loss - rows[-1].loss, 6) for row in rows],
+            "torch": torch.__version__,
+        },
+    )
+
+
+def sample_windows(split: str, windows_per_domain: int = WINDOWS_PER_DOMAIN) -> dict[str, Tensor]:
+    """Windows of each domain's committed sample of `split`, as many in each domain."""
+    return {
+        domain: windows_of(tokens, WINDOW_TOKENS, windows_per_domain)
+        for domain, tokens in read_sample(split).items()
+    }
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _digest(array: NDArray[np.int64]) -> str:
+    return hashlib.sha256(array.tobytes()).hexdigest()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write budget_tables.npz, loss_by_budget.csv and BUDGETS.md into the model's folder."""
+    parser = argparse.ArgumentParser(prog="python -m sglang_alloc.reference.calibrate")
+    parser.add_argument("--family", choices=FAMILIES, default="qwen3_moe")
+    parser.add_argument("--model", type=Path, help="model folder (default: beside this script)")
+    options = parser.parse_args(arguments)
+    folder = options.model or model_folder(options.family)
+    model = load_checkpoint(folder)
+    console = Console(stderr=True)
+    torch.set_num_threads(1)  # whole passes run side by side instead
+    with ThreadPoolExecutor(WORKERS) as executor, Progress(console=console) as progress:
+        calibration = sample_windows("calibration")
+        tables = build_tables(model, folder, calibration, executor, progress)
+        save_budget_tables(folder / "budget_tables.npz", tables)
+        layers = model.config.num_layers
+        budgets = range(tables.budget_max, tables.budget_min - 1, -layers)
+        task = progress.add_task("held-out loss", total=2 * len(budgets))
+        text = held_out(model, sample_windows("heldout"))
+        rows = []
+        for row in compare_modes(model, tables, text, budgets, executor):
+            rows.append(row)
+            progress.advance(task)
+    write_loss_rows(folder / "loss_by_budget.csv", rows)
+    (folder / "BUDGETS.md").write_text(BUDGETS_HEAD + loss_table_text(rows))
+    console.print(loss_table_text(rows), markup=False)
+    console.print(f"wrote {folder / 'budget_tables.npz'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Reference model: fill its folder with weights, loss curve, recipe and a README of the numbers."""
+
+import csv
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from sglang_alloc.reference.architecture import config_to_dict
+from sglang_alloc.reference.corpus import Manifest
+from sglang_alloc.reference.export import export_checkpoint, load_checkpoint
+from sglang_alloc.reference.heldout import heldout_losses, windows_of
+from sglang_alloc.reference.loss_curve import plot_loss_curve
+from sglang_alloc.reference.model import ReferenceModel
+from sglang_alloc.reference.recipe import Recipe
+from sglang_alloc.reference.samples import read_sample
+from sglang_alloc.reference.training_state import HistoryRow, TrainingState
+
+SAMPLE_WINDOW_TOKENS = 1_024
+
+
+def model_folder(family: str) -> Path:
+    """Where the repository keeps a family's reference model."""
+    return Path(__file__).parent / f"{family.replace('_', '-')}-ref"
+
+
+def write_model_folder(
+    folder: Path, model: ReferenceModel, recipe: Recipe, manifest: Manifest, state: TrainingState
+) -> None:
+    """Export the model and measure the exported bfloat16 weights on the committed samples."""
+    domains = tuple(manifest)
+    export_checkpoint(model, folder)
+    write_loss_curve(folder / "loss_curve.csv", state.history, domains)
+    plot_loss_curve(folder / "loss_curve.png", state.history, domains)
+    samples = {
+        domain: windows_of(tokens, SAMPLE_WINDOW_TOKENS, 1_000)
+        for domain, tokens in read_sample("heldout").items()
+    }
+    losses = heldout_losses(load_checkpoint(folder), samples)
+    last = state.history[-1]
+    record = {
+        "architecture": config_to_dict(model.config),
+        "recipe": asdict(recipe),
+        "corpus": manifest,
+        "steps": state.step,
+        "tokens": last.tokens,
+        "minutes": round(state.seconds / 60, 1),
+        "final_train_loss": round(last.train_loss, 4),
+        "heldout_documents_loss": {d: round(v, 4) for d, v in (last.heldout or {}).items()},
+        "heldout_sample_loss": {d: round(v, 4) for d, v in losses.items()},
+        "loss_unit": "nats per byte",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+    (folder / "recipe.json").write_text(json.dumps(record, indent=2) + "\n")
+    (folder / "README.md").write_text(readme_text(model, recipe, record, losses))
+
+
+def write_loss_curve(path: Path, history: list[HistoryRow], domains: tuple[str, ...]) -> None:
+    """One row per report; held-out columns are empty where they were not measured."""
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["step", "tokens", "seconds", "learning_rate", "train_loss", "balance_loss",
+                       *(f"heldout_{d}_loss" for d in domains)])  # fmt: skip
+        for row in history:
+            heldout = [f"{row.heldout[d]:.4f}" if row.heldout else "" for d in domains]
+            numbers = (f"{row.train_loss:.4f}", f"{row.balance_loss:.4f}", *heldout)
+            rate = f"{row.learning_rate:.3e}"
+            rows.writerow([row.step, row.tokens, f"{row.seconds:.1f}", rate, *numbers])
+
+
+def readme_text(
+    model: ReferenceModel, recipe: Recipe, record: dict[str, object], losses: dict[str, float]
+) -> str:
+    """The folder's README: what the model is, how it came to be, and how good it is."""
+    config = model.config
+    parameters = sum(weight.numel() for weight in model.parameters())
+    phases = ", then ".join(
+        f"{p.steps} steps of {p.windows_per_step} windows of {p.window_tokens} bytes"
+        for p in recipe.phases
+    )
+    table = "\n".join(f"| {domain} | {loss:.3f} |" for domain, loss in losses.items())
+    return f"""# {config.family} reference model
+
+A small *trained* Mixture-of-Experts for the demo, the tests and the benches: its routing means
+something, its answers do not. {config.num_layers} layers, {config.num_experts} experts per layer,
+top-{config.top_k}, hidden size {config.hidden_size}, expert width {config.moe_intermediate_size},
+{parameters / 1e6:.2f} million parameters in bfloat16. Byte-level tokenizer: a token id below 256 is
+the byte itself. **Trained context: {recipe.phases[-1].window_tokens} bytes.** SGLang accepts up to
+{config.max_positions}, but text beyond the trained context is worth nothing.
+
+Trained on {record["tokens"]} bytes in {record["minutes"]} minutes of a shared 2-core machine:
+{phases}. Text: Python's standard library (code), package and system documentation (docs), manual
+pages (man), drawn equally; `recipe.json` records the counts and digests, `loss_curve.csv` and
+`loss_curve.png` the progress.
+
+Loss on the committed held-out samples (`../samples/heldout_*.txt`, windows of
+{SAMPLE_WINDOW_TOKENS} bytes, the exported weights), nats per byte:
+
+| domain | loss |
+|---|---|
+{table}
+
+Train it again with `python -m sglang_alloc.reference.train --family {config.family}` and make its
+budget tables with `python -m sglang_alloc.reference.calibrate --family {config.family}`.
+"""

@@ -1,0 +1,53 @@
+"""Reference model, data: the corpus as tokens, frozen in a file for as long as a run lasts."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sglang_alloc.reference.corpus import Corpus, Manifest, tokens_of
+
+Streams = dict[str, NDArray[np.int16]]
+
+
+class TokenStreams(NamedTuple):
+    """Each domain's text to train on and to measure on, as tokens; `manifest` counts it."""
+
+    train: Streams
+    heldout: Streams
+    manifest: Manifest
+
+
+def streams_of(corpus: Corpus) -> TokenStreams:
+    """Concatenate the documents of each domain and split."""
+    train, heldout = (
+        {domain: tokens_of(documents) for domain, documents in corpus.documents[split].items()}
+        for split in ("train", "heldout")
+    )
+    return TokenStreams(train, heldout, corpus.manifest)
+
+
+def save_streams(path: Path, streams: TokenStreams) -> None:
+    """Write the streams, so that packages installed during a run do not change its text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Any] = {
+        f"{split}/{domain}": tokens
+        for split, part in (("train", streams.train), ("heldout", streams.heldout))
+        for domain, tokens in part.items()
+    }
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez_compressed(temporary, manifest=np.str_(json.dumps(streams.manifest)), **arrays)
+    temporary.replace(path)
+
+
+def load_streams(path: Path) -> TokenStreams:
+    """Read what `save_streams` wrote."""
+    with np.load(path, allow_pickle=False) as archive:
+        parts: dict[str, Streams] = {"train": {}, "heldout": {}}
+        for name in archive.files:
+            split, _, domain = name.partition("/")
+            if domain:
+                parts[split][domain] = archive[name]
+        return TokenStreams(parts["train"], parts["heldout"], json.loads(str(archive["manifest"])))

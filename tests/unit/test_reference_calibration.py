@@ -1,0 +1,134 @@
+"""The reference model's tables: measured on one text, true on another."""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from reference_factory import make_model, make_windows
+
+from sglang_alloc.budget_tables import BudgetTables, load_budget_tables
+from sglang_alloc.model_identity import identity_from_config
+from sglang_alloc.reference.allocations import (
+    KeptCounter,
+    apply_kept,
+    layer_allocation,
+    threshold_allocation,
+    token_allocation,
+)
+from sglang_alloc.reference.calibrate import sample_windows
+from sglang_alloc.reference.export import load_checkpoint
+from sglang_alloc.reference.heldout import token_losses, windows_of
+from sglang_alloc.reference.model import ReferenceModel
+from sglang_alloc.reference.model_folder import model_folder
+from sglang_alloc.reference.sensitivity import profile_sensitivity
+from sglang_alloc.reference.thresholds import (
+    calibrate_thresholds,
+    measure_saliency,
+    threshold_of_quota,
+)
+
+FOLDER = model_folder("qwen3_moe")
+
+
+@cache
+def _committed_tables() -> BudgetTables:
+    return load_budget_tables(FOLDER / "budget_tables.npz")
+
+
+def _sensitivity(model: ReferenceModel, windows: torch.Tensor) -> torch.Tensor:
+    with ThreadPoolExecutor(2) as executor:
+        return profile_sensitivity(model, windows, executor)
+
+
+def test_full_allocation_changes_nothing() -> None:
+    model, windows = make_model(), make_windows()
+    full = token_losses(model, windows)
+    assert torch.equal(full, token_losses(model, windows, layer_allocation([4, 4])))
+    assert torch.equal(full, token_losses(model, windows, token_allocation([4, 4])))
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_kept_weights_stay_or_carry_the_full_mass(renormalize: bool) -> None:
+    weights = torch.tensor([[0.5, 0.3, 0.2]])
+    reduced = apply_kept(weights, torch.tensor([[True, True, False]]), renormalize=renormalize)
+    expected = [[0.625, 0.375, 0.0]] if renormalize else [[0.5, 0.3, 0.0]]
+    torch.testing.assert_close(reduced, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe"])
+def test_sensitivity_is_the_loss_of_one_reduced_layer(family: str) -> None:
+    model, windows = make_model(family), make_windows()
+    sensitivity = _sensitivity(model, windows)
+    difference = token_losses(model, windows, layer_allocation([4, 2])) - token_losses(
+        model, windows
+    )
+    assert sensitivity.shape == (2, 4)
+    assert sensitivity[1, 1].item() == pytest.approx(difference.mean().item(), abs=1e-5)
+    assert sensitivity[:, -1].tolist() == [0.0, 0.0]
+
+
+def test_sensitivity_of_late_layers_reuses_the_early_ones_exactly() -> None:
+    model, windows = make_model(), make_windows()
+    reduced = token_losses(model, windows, layer_allocation([1, 4])).mean()
+    expected = reduced - token_losses(model, windows).mean()
+    found = _sensitivity(model, windows)[0, 0]
+    assert found.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("quota", [1.0, 1.5, 2.75, 4.0])
+def test_threshold_keeps_its_quota_exactly_on_its_own_text(quota: float) -> None:
+    model, windows = make_model(), make_windows()
+    saliency = measure_saliency(model, windows)
+    row = calibrate_thresholds(model, windows, saliency, [quota, quota])
+    counter = KeptCounter(threshold_allocation(row.thresholds, saliency), 2)
+    loss = token_losses(model, windows, counter).mean().item()
+    assert counter.mean_kept.tolist() == pytest.approx([quota, quota], abs=0.02)
+    assert loss == pytest.approx(row.loss, abs=1e-4)
+
+
+def test_threshold_at_quota_one_keeps_only_the_best() -> None:
+    scores = torch.tensor([[0.4, 0.9], [0.8, 0.1]])
+    assert threshold_of_quota(scores, 1.0) > 0.9
+    assert threshold_of_quota(scores, 1.5) == pytest.approx(0.4)
+    assert threshold_of_quota(scores, 2.0) == 0.0
+
+
+def test_expert_without_tokens_gets_its_layers_mean_saliency() -> None:
+    saliency = measure_saliency(make_model(), make_windows(1, 3))
+    assert torch.isfinite(saliency).all()
+    assert (saliency > 0).all()
+
+
+def test_windows_do_not_overlap() -> None:
+    tokens = np.arange(1_000, dtype=np.int16)
+    windows = windows_of(tokens, 100, 50)
+    assert windows.shape == (9, 101)
+    assert (np.diff(windows[:, 0].numpy()) >= 100).all()
+
+
+def test_committed_tables_belong_to_the_committed_checkpoint() -> None:
+    tables = _committed_tables()
+    config = json.loads((FOLDER / "config.json").read_text())
+    weights = hashlib.sha256((FOLDER / "model.safetensors").read_bytes()).hexdigest()
+    assert tables.fingerprint == identity_from_config(config).fingerprint()
+    assert tables.provenance["checkpoint_sha256"] == weights
+    assert tables.budget_min == tables.num_layers
+
+
+@pytest.mark.parametrize("full_ratio", [0.375, 0.625])
+def test_committed_thresholds_keep_their_budget_on_heldout_text(full_ratio: float) -> None:
+    tables = _committed_tables()
+    assert tables.thresholds is not None
+    assert tables.saliency is not None
+    budget = round(full_ratio * tables.budget_max)
+    rule = threshold_allocation(
+        tables.thresholds[budget - tables.budget_min].tolist(), torch.tensor(tables.saliency)
+    )
+    counter = KeptCounter(rule, tables.num_layers)
+    windows = torch.cat(list(sample_windows("heldout", 2).values()))
+    token_losses(load_checkpoint(FOLDER), windows, counter)
+    assert counter.mean_kept.sum().item() == pytest.approx(budget, rel=0.05)

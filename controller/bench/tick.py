@@ -56,7 +56,7 @@ def _measure(folder: Path, ranks: int, ticks: int) -> dict[str, float]:
     _publish(Path(settings.table))
     metrics = OwnMetrics(settings.mode, settings.slo)
     now_ns = itertools.count(1000 * _NANOSECONDS, _NANOSECONDS // 2)
-    observation = Observation(None, False, 0, None)
+    observation = Observation(None, 0, None)
     loop = ControlLoop(
         settings,
         TableLink(Path(settings.table), lambda table: None),
@@ -69,7 +69,7 @@ def _measure(folder: Path, ranks: int, ticks: int) -> dict[str, float]:
         page, at_seconds = _page(ranks, tick), 1000.0 + tick / 2
         reading, seconds = _timed(partial(parse_metrics, page, at_seconds, settings.source))
         parse_seconds.append(seconds)
-        observation = Observation(reading, False, 0, None)
+        observation = Observation(reading, 0, None)
         tick_seconds.append(_timed(loop.tick)[1])
         scrape_seconds.append(_timed(metrics.text)[1])
     return {

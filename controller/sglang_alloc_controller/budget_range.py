@@ -1,14 +1,6 @@
-"""Control story, between law and selector: positions from floor (0) to ceiling (1) as budgets."""
+"""Control story, fourth step: positions from floor (0) to ceiling (1) become budgets. Pure."""
 
 from typing import NamedTuple
-
-import numpy as np
-import numpy.typing as npt
-
-from sglang_alloc.errors import ConfigurationError
-from sglang_alloc.shared_table import SharedTable
-from sglang_alloc_controller.samples import PHASES, Phase
-from sglang_alloc_controller.settings import QualitySettings, Settings
 
 
 class BudgetRange(NamedTuple):
@@ -35,69 +27,3 @@ class BudgetRange(NamedTuple):
     def snapped(self, position: float) -> float:
         """Return the position of the nearest budget."""
         return self.position(self.budget(min(1.0, max(0.0, position))))
-
-
-def budget_ranges(table: SharedTable, settings: Settings) -> dict[Phase, BudgetRange]:
-    """Return each phase's range: the table's, narrowed by the quality settings.
-
-    Raises:
-        ConfigurationError: a budget in the settings has no row, or the bounds leave none.
-    """
-    ranges = {phase: _range(table, settings.quality, phase) for phase in PHASES}
-    if settings.mode == "fixed" and settings.fixed is not None:
-        _require_row(table, "fixed.prefill_budget", settings.fixed.prefill_budget)
-        _require_row(table, "fixed.decode_budget", settings.fixed.decode_budget)
-    return ranges
-
-
-def predicted_loss(table: SharedTable, phase: Phase) -> npt.NDArray[np.float32]:
-    """Return the predicted loss (N,) in nats per token of every budget, as this phase pays it."""
-    own = f"{phase}_predicted_loss"
-    return table.section(own if table.has_section(own) else "predicted_loss")
-
-
-def _range(table: SharedTable, quality: QualitySettings, phase: Phase) -> BudgetRange:
-    floor = _optional(table, quality, f"{phase}_floor_budget", table.shape.budget_min)
-    ceiling = _optional(table, quality, f"{phase}_ceiling_budget", table.shape.budget_max)
-    if quality.max_predicted_loss is not None:
-        floor = max(floor, _floor_for_loss(table, phase, quality.max_predicted_loss))
-    if floor > ceiling:
-        raise ConfigurationError(
-            f"The {phase} budget may not go below {floor} (quality.{phase}_floor_budget, "
-            f"quality.max_predicted_loss or the table) nor above {ceiling} "
-            f"(quality.{phase}_ceiling_budget or the table): no budget is left. Lower the floor or "
-            "raise the ceiling or the loss."
-        )
-    return BudgetRange(floor, ceiling)
-
-
-def _floor_for_loss(table: SharedTable, phase: Phase, max_loss: float) -> int:
-    """Return the smallest budget from which on no budget is predicted to lose more."""
-    too_much = np.flatnonzero(predicted_loss(table, phase) > max_loss)
-    if not too_much.size:
-        return table.shape.budget_min
-    floor = table.shape.budget_min + int(too_much[-1]) + 1
-    if floor > table.shape.budget_max:
-        raise ConfigurationError(
-            f"quality.max_predicted_loss is {max_loss} nats per token, but {table.path} predicts "
-            f"{float(predicted_loss(table, phase)[-1]):g} for {phase} at full budget already. "
-            "Raise it."
-        )
-    return floor
-
-
-def _optional(table: SharedTable, quality: QualitySettings, key: str, default: int) -> int:
-    budget: int | None = getattr(quality, key)
-    if budget is None:
-        return default
-    _require_row(table, f"quality.{key}", budget)
-    return budget
-
-
-def _require_row(table: SharedTable, key: str, budget: int) -> None:
-    shape = table.shape
-    if not shape.budget_min <= budget <= shape.budget_max:
-        raise ConfigurationError(
-            f"{key} is {budget}; {table.path} has budgets from {shape.budget_min} to "
-            f"{shape.budget_max} activations per token over {shape.num_layers} MoE layers."
-        )

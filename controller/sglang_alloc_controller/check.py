@@ -8,9 +8,10 @@ from typing import NamedTuple
 from sglang_alloc.errors import AllocError
 from sglang_alloc.shared_table import SharedTable
 from sglang_alloc_controller.bucket_edges import check_edges
-from sglang_alloc_controller.budget_range import budget_ranges
+from sglang_alloc_controller.quality_bounds import budget_ranges
 from sglang_alloc_controller.samples import PHASES, Reading
 from sglang_alloc_controller.settings import Settings
+from sglang_alloc_controller.sglang_metrics import SGLangMetrics
 from sglang_alloc_controller.source import open_source
 
 
@@ -57,9 +58,12 @@ def _source(settings: Settings) -> Iterator[Finding]:
     source = open_source(settings.source, time.monotonic)
     try:
         reading = source.read()
+        missing = source.missing_series() if isinstance(source, SGLangMetrics) else []
     finally:
         source.close()
     yield _freshness(settings, reading)
+    if missing:
+        yield Finding("unknown", f"{settings.source.url} does not show {', '.join(missing)} yet.")
     for finding in check_edges(reading, settings.slo):
         level = "ok" if finding.present else "failed" if finding.known else "unknown"
         yield Finding(level, finding.sentence)

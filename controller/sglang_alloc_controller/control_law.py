@@ -4,7 +4,8 @@ Each phase has a position p from 0 (floor) to 1 (ceiling); budget = floor + roun
 
     error      burn b = misses / allowed misses over a window that begins after the last change
                plus dead time, clamped to `max_burn_ratio`, then smoothed; reset by each change
-    pressure   x = max(b - 1 if b is above its alarm (slo.py), queue / queue SLO - 1)
+    pressure   x = max(b - 1 if b is above its alarm (slo.py), queue / queue SLO - 1), where b is
+               the short window's if it is severe, else the full long window's
     down       p -= clamp(degrade_gain * x, one activation, degrade_step_max)
     up         p += min(restore_step_max, largest step with
                         quantile * (1 + growth * step) <= restore_margin * SLO for both latencies)

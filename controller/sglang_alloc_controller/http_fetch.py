@@ -21,7 +21,13 @@ class HttpFetcher:
         self._timeout_seconds = timeout_seconds
         self._max_bytes = max_bytes
         self._clock = clock
-        self._client = httpx2.Client(timeout=timeout_seconds, follow_redirects=False)
+        # Neither a proxy of the environment nor the engine's time for compression is wanted.
+        self._client = httpx2.Client(
+            timeout=timeout_seconds,
+            follow_redirects=False,
+            trust_env=False,
+            headers={"Accept-Encoding": "identity"},
+        )
 
     def get_text(self, url: str, params: Mapping[str, str] | None = None) -> str:
         """Return the body of a 200 answer.

@@ -10,7 +10,6 @@ import structlog
 from sglang_alloc.errors import AllocError, TableInUseError
 from sglang_alloc.shared_table import Override, SharedTable
 from sglang_alloc_controller.bucket_edges import missing_edges
-from sglang_alloc_controller.budget_range import budget_ranges, predicted_loss
 from sglang_alloc_controller.control_law import (
     decide,
     deficit_saturation,
@@ -27,6 +26,7 @@ from sglang_alloc_controller.law_state import (
     initial_state,
 )
 from sglang_alloc_controller.own_metrics import OwnMetrics
+from sglang_alloc_controller.quality_bounds import budget_ranges, predicted_loss
 from sglang_alloc_controller.reading_history import ReadingHistory, Sample
 from sglang_alloc_controller.samples import PHASES, SLO_OF_PHASE, InputState, Phase, Slo
 from sglang_alloc_controller.settings import Settings
@@ -145,7 +145,7 @@ class ControlLoop:
             return
         for sentence in missing_edges(observation.reading, self._settings.slo):
             self._remind("slo_not_measured", problem=sentence)
-        if self._history.add(observation.reading, after_failure=observation.after_failure):
+        if self._history.add(observation.reading, after_failure=observation.failures_total > 0):
             self._metrics.count_restart()
             _log.info("engine_started", warmup_seconds=self._settings.freshness.warmup_seconds)
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import structlog
 
-from sglang_alloc.errors import ConfigurationError
+from sglang_alloc.errors import ConfigurationError, TableInUseError
 from sglang_alloc.shared_table import SharedTable
 from sglang_alloc_controller.bucket_edges import missing_edges
-from sglang_alloc_controller.budget_range import budget_ranges
 from sglang_alloc_controller.decision_log import DecisionLog
 from sglang_alloc_controller.loop import ControlLoop, Surroundings
 from sglang_alloc_controller.metrics_server import Health, MetricsServer
 from sglang_alloc_controller.own_metrics import OwnMetrics
+from sglang_alloc_controller.quality_bounds import budget_ranges
 from sglang_alloc_controller.samples import SourceError
 from sglang_alloc_controller.settings import Settings
 from sglang_alloc_controller.source import open_source
@@ -46,8 +46,13 @@ def run(settings: Settings) -> None:
     link = TableLink(Path(settings.table), lambda table: _accept(settings, table))
     try:
         _control(settings, link, stopped)
-    finally:
+    except TableInUseError:
+        link.close()
+        raise
+    except BaseException:
         link.leave_at_full_quality()
+        raise
+    link.leave_at_full_quality()
     _log.info("stopped", left_at="full quality")
 
 

@@ -45,6 +45,14 @@ class SGLangMetrics:
         asked_at_seconds = self._clock()
         return parse_metrics(self._fetcher.get_text(self.url), asked_at_seconds, self._settings)
 
+    def missing_series(self) -> list[str]:
+        """Return the series that the server does not show; see the function of this name.
+
+        Raises:
+            SourceError: the page cannot be read.
+        """
+        return missing_series(self._fetcher.get_text(self.url))
+
     def close(self) -> None:
         """Close the connection."""
         self._fetcher.close()

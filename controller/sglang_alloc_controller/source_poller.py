@@ -10,8 +10,6 @@ class Observation(NamedTuple):
     """The newest reading and how reading goes."""
 
     reading: Reading | None
-    after_failure: bool
-    """Whether the reading came right after a failed one."""
     failures_total: int
     error: str | None
     """What went wrong last, if the last try failed."""
@@ -26,7 +24,7 @@ class SourcePoller:
         self._poll_seconds = poll_seconds
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="source-poller", daemon=True)
-        self._observation = Observation(None, False, 0, None)
+        self._observation = Observation(None, 0, None)
 
     def start(self) -> None:
         """Start reading."""
@@ -51,7 +49,7 @@ class SourcePoller:
                 failures_total=last.failures_total + 1, error=str(error)
             )
             return
-        self._observation = Observation(reading, last.error is not None, last.failures_total, None)
+        self._observation = Observation(reading, last.failures_total, None)
 
     def _run(self) -> None:
         while not self._stopped.is_set():

@@ -19,15 +19,18 @@ PATIENCE_SECONDS = 60.0
 
 
 def write_config(folder: Path, url: str, **sections: Any) -> Path:
-    """Write a configuration for the table `folder`/t.tbl with quick limits."""
+    """Write a configuration for the table `folder`/t.tbl with quick limits.
+
+    The time limit of a reading is long, because a busy test machine may be slow to answer.
+    """
     content = {
         "table": str(folder / "t.tbl"),
         "tick_seconds": 0.1,
-        "source": {"url": url, "poll_seconds": 0.1, "timeout_seconds": 0.5},
+        "source": {"url": url, "poll_seconds": 0.1, "timeout_seconds": 5.0},
         "slo": {"ttft_seconds": 1.0, "itl_seconds": 0.05},
         "law": {"degrade_hold_seconds": 0.3, "dead_time_seconds": 0.0},
         "freshness": {
-            "stale_after_seconds": 1.0,
+            "stale_after_seconds": 2.0,
             "hold_seconds": 1.0,
             "warmup_seconds": 0.0,
             "idle_after_seconds": 60.0,
@@ -77,10 +80,6 @@ class ControllerProcess:
 
     def is_in_state(self, state: str) -> bool:
         return self.has(f'sglang_alloc_controller_input_state{{state="{state}"}} 1.0')
-
-    def has_reason(self, phase: str, reason: str) -> bool:
-        name = "sglang_alloc_controller_reason"
-        return self.has(f'{name}{{phase="{phase}",reason="{reason}"}} 1.0')
 
     def wait_for(self, fact: Callable[[], bool], what: str) -> None:
         """Wait until `fact` holds; fail with the log when it does not come."""

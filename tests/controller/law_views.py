@@ -7,7 +7,7 @@ from typing import Any
 from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.law_state import LawConstants, LawState, Seen, initial_state
 from sglang_alloc_controller.reading_history import Sample
-from sglang_alloc_controller.samples import InputState, Phase, Slo
+from sglang_alloc_controller.samples import PHASES, InputState, Phase, Slo
 from sglang_alloc_controller.settings import FreshnessSettings, LawSettings, SloSettings
 
 # 100 activations from floor to ceiling, so that positions read as per cent.
@@ -75,3 +75,9 @@ def make_state(
     """A fresh state at these positions."""
     law = (constants or make_constants()).law
     return initial_state({"prefill": prefill, "decode": decode}, law, -math.inf)
+
+
+def positions_of(state: LawState) -> tuple[float, float]:
+    """Return the positions of prefill and decode."""
+    prefill, decode = (round(state.phases[phase].position, 9) for phase in PHASES)
+    return prefill, decode

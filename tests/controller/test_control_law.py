@@ -1,25 +1,19 @@
 """The control law, computed by hand: 100 activations of range, objective 0.9."""
 
-import math
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from law_views import RANGE, make_constants, make_sample, make_seen, make_state
+from law_views import RANGE, make_constants, make_sample, make_seen, make_state, positions_of
 
 from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.control_law import decide, frozen
-from sglang_alloc_controller.law_restore import affordable_step
-from sglang_alloc_controller.law_state import LawConstants, LawState, Reason
+from sglang_alloc_controller.law_state import LawConstants, Reason
 from sglang_alloc_controller.samples import InputState
 from sglang_alloc_controller.slo import alarm_burn, burn_ratio
 
 CONSTANTS = make_constants()
-
-
-def _positions(state: LawState) -> tuple[float, float]:
-    return tuple(round(state.phases[phase].position, 9) for phase in ("prefill", "decode"))
 
 
 def test_a_burn_rate_of_one_is_exactly_the_slo() -> None:
@@ -43,26 +37,26 @@ def test_the_alarm_stays_below_the_clamp_so_that_few_events_can_sound_it() -> No
 def test_a_ttft_violation_lowers_prefill_in_proportion_to_its_excess() -> None:
     # Half within: burn 5, excess 4, step 0.06 * 4 = 0.24.
     state, decision = decide(make_state(), make_seen(100.0, ttft=0.5), CONSTANTS)
-    assert _positions(state) == (0.76, 1.0)
+    assert positions_of(state) == (0.76, 1.0)
     assert decision.reasons == {"prefill": Reason.TTFT_SLO, "decode": Reason.AT_CEILING}
     assert decision.excesses["prefill"] == pytest.approx(4.0)
 
 
 def test_an_itl_violation_lowers_decode() -> None:
     state, decision = decide(make_state(), make_seen(100.0, itl=0.7), CONSTANTS)
-    assert _positions(state) == (1.0, 0.88)
+    assert positions_of(state) == (1.0, 0.88)
     assert decision.reasons["decode"] is Reason.ITL_SLO
 
 
 def test_a_step_down_is_limited_however_bad_it_is() -> None:
     state, _ = decide(make_state(), make_seen(100.0, ttft=0.0), CONSTANTS)
-    assert _positions(state) == (0.75, 1.0)
+    assert positions_of(state) == (0.75, 1.0)
 
 
 def test_a_step_down_is_at_least_one_activation() -> None:
     coarse = make_constants({"prefill": BudgetRange(4, 8), "decode": RANGE})
     state, _ = decide(make_state(), make_seen(100.0, ttft=0.85), coarse)
-    assert _positions(state) == (0.75, 1.0)
+    assert positions_of(state) == (0.75, 1.0)
 
 
 def test_the_burn_rate_is_clamped_before_it_is_smoothed() -> None:
@@ -70,14 +64,14 @@ def test_the_burn_rate_is_clamped_before_it_is_smoothed() -> None:
     state, _ = decide(make_state(), make_seen(100.0, ttft=1.0), constants)
     state, _ = decide(state, make_seen(101.0, ttft=0.0), constants)
     # (0 + 4) / 2 = 2: excess 1, one step of 0.06. Unclamped it would have been 5 and 0.24.
-    assert _positions(state) == (0.94, 1.0)
+    assert positions_of(state) == (0.94, 1.0)
 
 
 def test_within_the_dead_band_nothing_moves() -> None:
     # 8 misses in 100: burn 0.8, between 0.5 and 1.
     state = make_state(0.5, 0.5)
     after, decision = decide(state, make_seen(100.0, ttft=0.92, itl=0.92), CONSTANTS)
-    assert _positions(after) == (0.5, 0.5)
+    assert positions_of(after) == (0.5, 0.5)
     assert set(decision.reasons.values()) == {Reason.DEADBAND}
 
 
@@ -87,7 +81,7 @@ def test_a_second_step_down_waits_for_the_hold() -> None:
     assert decision.reasons["prefill"] is Reason.HOLD
     state, decision = decide(state, make_seen(103.0, ttft=0.5), CONSTANTS)
     assert decision.reasons["prefill"] is Reason.TTFT_SLO
-    assert _positions(state) == (0.52, 1.0)
+    assert positions_of(state) == (0.52, 1.0)
 
 
 def test_a_mild_violation_must_show_in_a_full_long_window() -> None:
@@ -117,14 +111,14 @@ def test_too_few_samples_decide_nothing() -> None:
 def test_a_queue_above_its_slo_lowers_prefill_before_any_request_was_late() -> None:
     # 6 waiting where 4 are allowed: excess 0.5, step 0.03.
     state, decision = decide(make_state(), make_seen(100.0, queue_requests=6.0), CONSTANTS)
-    assert _positions(state) == (0.97, 1.0)
+    assert positions_of(state) == (0.97, 1.0)
     assert decision.reasons["prefill"] is Reason.QUEUE_SLO
 
 
 def test_a_long_queue_lowers_decode_too() -> None:
     # 12 waiting: excess 2, step 0.12 for both.
     state, decision = decide(make_state(), make_seen(100.0, queue_requests=12.0), CONSTANTS)
-    assert _positions(state) == (0.88, 0.88)
+    assert positions_of(state) == (0.88, 0.88)
     assert set(decision.reasons.values()) == {Reason.QUEUE_SLO}
 
 
@@ -145,10 +139,10 @@ def test_a_shrinking_queue_is_not_waited_for_for_ever() -> None:
 
 def test_a_phase_at_its_floor_passes_its_violation_on() -> None:
     state, decision = decide(make_state(0.0, 1.0), make_seen(100.0, ttft=0.5), CONSTANTS)
-    assert _positions(state) == (0.0, 0.76)
+    assert positions_of(state) == (0.0, 0.76)
     assert decision.reasons == {"prefill": Reason.AT_FLOOR, "decode": Reason.TTFT_SLO}
     state, decision = decide(make_state(1.0, 0.0), make_seen(100.0, itl=0.5), CONSTANTS)
-    assert _positions(state) == (0.76, 0.0)
+    assert positions_of(state) == (0.76, 0.0)
     assert decision.reasons == {"prefill": Reason.ITL_SLO, "decode": Reason.AT_FLOOR}
 
 
@@ -173,133 +167,12 @@ def test_nothing_winds_up_at_the_floor() -> None:
     for second in range(1000):
         state, _ = decide(state, make_seen(100.0 + second, ttft=0.0), CONSTANTS)
     state, _ = decide(state, make_seen(1200.0), CONSTANTS)
-    assert _positions(state) == (0.1, 0.0)
-
-
-def test_with_room_one_phase_at_a_time_gets_a_step_back_the_lower_first() -> None:
-    state, decision = decide(make_state(0.6, 0.5), make_seen(100.0), CONSTANTS)
-    assert _positions(state) == (0.6, 0.6)
-    assert decision.reasons == {"prefill": Reason.OTHER_PHASE_FIRST, "decode": Reason.RESTORE}
-    state, decision = decide(state, make_seen(105.9), CONSTANTS)
-    assert decision.reasons["prefill"] is Reason.HOLD
-    state, _ = decide(state, make_seen(106.0), CONSTANTS)
-    assert _positions(state) == (0.7, 0.6)
-
-
-def test_after_a_step_down_quality_stays_down_for_a_minute_while_the_load_stays() -> None:
-    state, _ = decide(make_state(), make_seen(100.0, ttft=0.5), CONSTANTS)
-    _, decision = decide(state, make_seen(159.9), CONSTANTS)
-    assert decision.reasons["prefill"] is Reason.HOLD
-    _, decision = decide(state, make_seen(160.0), CONSTANTS)
-    assert decision.reasons["prefill"] is Reason.RESTORE
-
-
-def test_when_the_load_has_gone_quality_comes_back_after_the_short_hold() -> None:
-    state, _ = decide(make_state(), make_seen(100.0, ttft=0.5), CONSTANTS)
-    _, decision = decide(state, make_seen(106.0, rate_per_second=6.9), CONSTANTS)
-    assert decision.reasons["prefill"] is Reason.RESTORE
-
-
-def test_a_queue_keeps_quality_from_coming_back() -> None:
-    _, decision = decide(make_state(0.5, 0.5), make_seen(100.0, queue_requests=3.0), CONSTANTS)
-    assert set(decision.reasons.values()) == {Reason.DEADBAND}
-
-
-def test_a_step_back_is_as_large_as_the_prediction_affords() -> None:
-    # 0.9 * 1.0 / 0.84 - 1 = 0.0714: growth 1 affords 7 per cent of the range.
-    near = make_sample(1.0, quantile_seconds=0.84)
-    state, decision = decide(make_state(0.5, 1.0), make_seen(100.0, ttft=near), CONSTANTS)
-    assert decision.reasons["prefill"] is Reason.RESTORE
-    assert _positions(state) == (0.57, 1.0)
-
-
-def test_a_step_back_that_is_predicted_to_violate_is_not_taken() -> None:
-    near = make_sample(1.0, quantile_seconds=0.88)
-    recent = make_state(0.5, 1.0)
-    state = replace(
-        recent,
-        phases={n: replace(p, changed_at_seconds=90.0) for n, p in recent.phases.items()},
-    )
-    state, decision = decide(state, make_seen(149.0, ttft=near), CONSTANTS)
-    assert decision.reasons["prefill"] is Reason.PREDICTED_VIOLATION
-    state, decision = decide(state, make_seen(150.0, ttft=near), CONSTANTS)
-    assert decision.reasons["prefill"] is Reason.PROBE
-    assert _positions(state) == (0.54, 1.0)
-
-
-def test_a_latency_that_grows_more_affords_less() -> None:
-    seen = make_seen(100.0, ttft=make_sample(1.0, quantile_seconds=0.6))
-    assert affordable_step(1.0, seen, CONSTANTS) == pytest.approx(0.5)
-    assert affordable_step(2.0, seen, CONSTANTS) == pytest.approx(0.25)
-
-
-def test_the_other_latency_limits_the_step_too() -> None:
-    seen = make_seen(100.0, itl=make_sample(1.0, quantile_seconds=0.05))
-    assert affordable_step(1.0, seen, CONSTANTS) == 0.0
-
-
-def _after_a_failed_restore() -> LawState:
-    state, _ = decide(make_state(0.5, 1.0), make_seen(100.0), CONSTANTS)
-    assert _positions(state) == (0.6, 1.0)
-    state, decision = decide(state, make_seen(110.0, ttft=0.88), CONSTANTS)
-    assert decision.reasons["prefill"] is Reason.RESTORE_TAKEN_BACK
-    return state
-
-
-def test_a_violation_soon_after_a_step_back_takes_it_back() -> None:
-    assert _positions(_after_a_failed_restore()) == (0.5, 1.0)
-
-
-def test_the_next_step_back_waits_longer_each_time() -> None:
-    state = _after_a_failed_restore()
-    _, decision = decide(state, make_seen(229.0), CONSTANTS)
-    assert decision.reasons["prefill"] is Reason.BACKOFF
-    state, decision = decide(state, make_seen(230.0), CONSTANTS)
-    assert decision.reasons["prefill"] is Reason.RESTORE
-    state, _ = decide(state, make_seen(240.0, ttft=0.88), CONSTANTS)
-    assert state.phases["prefill"].blocked_until_seconds == 240.0 + 4 * 120.0
-
-
-def test_the_wait_ends_when_the_load_falls() -> None:
-    state = _after_a_failed_restore()
-    _, decision = decide(state, make_seen(175.0, rate_per_second=7.1), CONSTANTS)
-    assert decision.reasons["prefill"] is Reason.BACKOFF
-    _, decision = decide(state, make_seen(175.0, rate_per_second=6.9), CONSTANTS)
-    assert decision.reasons["prefill"] is Reason.RESTORE
-
-
-def test_a_burst_during_a_trial_costs_more_than_the_step_back() -> None:
-    state, _ = decide(make_state(0.5, 1.0), make_seen(100.0), CONSTANTS)
-    state, _ = decide(state, make_seen(110.0, ttft=0.0), CONSTANTS)
-    assert _positions(state) == (0.35, 1.0)
-
-
-def test_a_step_back_that_lasted_is_no_longer_to_blame() -> None:
-    state, _ = decide(make_state(0.5, 1.0), make_seen(100.0), CONSTANTS)
-    state, decision = decide(state, make_seen(221.0, ttft=0.5), CONSTANTS)
-    assert decision.reasons["prefill"] is Reason.TTFT_SLO
-
-
-def test_the_growth_is_learned_from_a_change_under_the_same_load() -> None:
-    before = make_sample(0.88, mean_seconds=0.40)
-    state, _ = decide(make_state(), make_seen(100.0, ttft=before), CONSTANTS)
-    step = state.phases["prefill"].step
-    after = make_sample(0.95, mean_seconds=0.40 * math.exp(2.0 * step))
-    state, _ = decide(state, make_seen(110.0, ttft=after), CONSTANTS)
-    assert state.phases["prefill"].latency_growth == pytest.approx(1.0 + 0.3 * (2.0 - 1.0))
-
-
-def test_nothing_is_learned_when_the_load_changed() -> None:
-    before = make_sample(0.88, mean_seconds=0.40)
-    state, _ = decide(make_state(), make_seen(100.0, ttft=before), CONSTANTS)
-    after = make_sample(0.95, mean_seconds=0.1, rate_per_second=5.0)
-    state, _ = decide(state, make_seen(110.0, ttft=after), CONSTANTS)
-    assert state.phases["prefill"].latency_growth == 1.0
+    assert positions_of(state) == (0.1, 0.0)
 
 
 def test_an_idle_server_is_ramped_to_the_ceiling_in_the_ramp_time() -> None:
     state, times = make_state(0.0, 0.0), 0
-    while _positions(state) != (1.0, 1.0):
+    while positions_of(state) != (1.0, 1.0):
         seen = make_seen(100.0 + times * 0.5, None, None, state=InputState.IDLE)
         state, decision = decide(state, seen, CONSTANTS)
         assert set(decision.reasons.values()) == {Reason.IDLE}
@@ -312,10 +185,10 @@ def test_a_stale_input_is_held_for_a_while_and_then_ramped_to_full() -> None:
     state, decision = decide(state, make_seen(100.0, state=InputState.STALE), CONSTANTS)
     assert set(decision.reasons.values()) == {Reason.STALE_HOLD}
     state, decision = decide(state, make_seen(114.9, state=InputState.STALE), CONSTANTS)
-    assert _positions(state) == (0.3, 0.3)
+    assert positions_of(state) == (0.3, 0.3)
     state, decision = decide(state, make_seen(115.0, state=InputState.STALE), CONSTANTS)
     assert set(decision.reasons.values()) == {Reason.STALE_RAMP}
-    assert _positions(state) == (0.4, 0.4)
+    assert positions_of(state) == (0.4, 0.4)
 
 
 def test_a_stale_input_is_held_for_ever_when_asked_to() -> None:
@@ -325,7 +198,7 @@ def test_a_stale_input_is_held_for_ever_when_asked_to() -> None:
     for now_seconds in (100.0, 1e6):
         seen = make_seen(now_seconds, state=InputState.STALE)
         state, decision = decide(state, seen, constants)
-    assert _positions(state) == (0.3, 0.3)
+    assert positions_of(state) == (0.3, 0.3)
     assert set(decision.reasons.values()) == {Reason.STALE_HOLD}
 
 
@@ -339,14 +212,14 @@ def test_each_hiccup_has_its_own_hold() -> None:
 def test_a_warming_engine_moves_nothing() -> None:
     seen = make_seen(100.0, ttft=0.0, queue_requests=50.0, warming_up=True)
     state, decision = decide(make_state(0.5, 0.5), seen, CONSTANTS)
-    assert _positions(state) == (0.5, 0.5)
+    assert positions_of(state) == (0.5, 0.5)
     assert set(decision.reasons.values()) == {Reason.WARMUP}
 
 
 def test_an_override_freezes_positions_and_forgets_errors_and_trials() -> None:
     state, _ = decide(make_state(0.5, 1.0), make_seen(100.0), CONSTANTS)
     state = frozen(state, Reason.OVERRIDE, make_seen(105.0, ttft=0.0))
-    assert _positions(state) == (0.6, 1.0)
+    assert positions_of(state) == (0.6, 1.0)
     assert state.phases["prefill"].burn_ratio is None
     _, decision = decide(state, make_seen(108.0, ttft=0.0), CONSTANTS)
     assert decision.reasons["prefill"] is Reason.TTFT_SLO
@@ -366,7 +239,7 @@ def test_a_latency_without_a_promise_never_asks_for_speed() -> None:
     constants = CONSTANTS._replace(slo=slo)
     state, decision = decide(make_state(1.0, 0.5), make_seen(100.0, itl=None), constants)
     assert decision.reasons["decode"] is Reason.RESTORE
-    assert _positions(state) == (1.0, 0.6)
+    assert positions_of(state) == (1.0, 0.6)
 
 
 def test_a_range_of_one_budget_is_at_floor_and_ceiling() -> None:
@@ -374,7 +247,7 @@ def test_a_range_of_one_budget_is_at_floor_and_ceiling() -> None:
     assert (only.budget(0.0), only.budget(1.0), only.position(48)) == (48, 48, 1.0)
     constants = make_constants({"prefill": only, "decode": only})
     state, decision = decide(make_state(), make_seen(100.0, ttft=0.0), constants)
-    assert _positions(state) == (1.0, 1.0)
+    assert positions_of(state) == (1.0, 1.0)
     assert decision.saturation_ratio == 1.0
 
 

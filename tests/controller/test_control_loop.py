@@ -9,7 +9,7 @@ from virtual_loop import NS, VirtualController, make_settings, publish_table
 
 from sglang_alloc.errors import ConfigurationError, TableInUseError
 from sglang_alloc.shared_table import SelectorWriter, SharedTable, WorkerCounters
-from sglang_alloc_controller.budget_range import budget_ranges
+from sglang_alloc_controller.quality_bounds import budget_ranges
 from sglang_alloc_controller.samples import Histogram, Reading
 
 FULL = (48, 48)

@@ -43,17 +43,15 @@ def test_failures_keep_the_last_reading_and_are_counted() -> None:
     assert (observation.failures_total, observation.error) == (2, "away")
 
 
-def test_the_first_reading_after_a_failure_says_so() -> None:
+def test_a_reading_ends_the_error_and_keeps_the_count() -> None:
     source = Source()
     poller = SourcePoller(source, 1.0)
     source.error = "away"
     poller.poll_once()
     source.error = None
     poller.poll_once()
-    assert poller.latest().after_failure
     assert poller.latest().error is None
-    poller.poll_once()
-    assert not poller.latest().after_failure
+    assert poller.latest().failures_total == 1
 
 
 def test_a_read_that_hangs_blocks_neither_looking_nor_stopping() -> None:

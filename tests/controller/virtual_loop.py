@@ -77,7 +77,7 @@ class VirtualController:
     def __init__(self, settings: Settings, log: DecisionLogSettings | None = None) -> None:
         self.settings = settings
         self.clock = VirtualClock()
-        self.observation = Observation(None, False, 0, None)
+        self.observation = Observation(None, 0, None)
         self.metrics = OwnMetrics(settings.mode, settings.slo)
         self.link = TableLink(Path(settings.table), lambda table: None)
         decision_log = DecisionLog(log or settings.decision_log, self.metrics.count_log_error)
@@ -97,10 +97,7 @@ class VirtualController:
             failures = self.observation.failures_total + 1
             self.observation = self.observation._replace(failures_total=failures, error="away")
         else:
-            after_failure = self.observation.error is not None
-            self.observation = Observation(
-                reading, after_failure, self.observation.failures_total, None
-            )
+            self.observation = Observation(reading, self.observation.failures_total, None)
         return self.observation
 
     def _sleep(self, seconds: float) -> bool:

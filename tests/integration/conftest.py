@@ -10,14 +10,6 @@ import tiny_models
 
 from sglang_alloc.shared_table import publish_shared_table
 
-pytestmark = pytest.mark.server
-
-# Few and short: the tests compare runs of the same requests, one after the other.
-PROMPTS = [
-    [(7 * i + offset) % 256 for i in range(length)]
-    for offset, length in ((1, 3), (5, 33), (9, 120))
-]
-
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:

@@ -8,6 +8,12 @@ import httpx2
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
+# Few and short: the tests compare runs of the same requests, one after the other.
+PROMPTS = [
+    [(7 * i + offset) % 256 for i in range(length)]
+    for offset, length in ((1, 3), (5, 33), (9, 120))
+]
+
 
 class Generated(NamedTuple):
     """Greedy tokens and their logprobs, and the logprobs of the prompt, exactly as served."""

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny_models
-from conftest import PROMPTS
-from generation import Generated, generate_all
+from generation import PROMPTS, Generated, generate_all
 
 from sglang_alloc.demo.server_process import Server, serve
 from sglang_alloc.shared_table import SharedTable

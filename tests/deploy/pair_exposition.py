@@ -60,7 +60,6 @@ def worker_text() -> str:
 def controller_text(ticks: int = 1) -> str:
     """Return the controller's metrics after `ticks` ticks under load, the decode budget lowered."""
     metrics = OwnMetrics("control", SloSettings(ttft_seconds=2.0, itl_seconds=0.1))
-    metrics.count_change("decode", up=False)
     for _ in range(ticks):
         metrics.report(_busy_tick())
     metrics.report_tick_seconds(0.002)

@@ -108,7 +108,7 @@ def test_a_source_that_answers_nonsense_becomes_stale(
         server.fault = fault
         controller.wait_for(lambda: controller.is_in_state("stale"), "stale input")
         assert _is_beating(table)
-        assert "source_failed" in controller.log()
+        controller.wait_for(lambda: "source_failed" in controller.log(), "the problem")
 
 
 def test_a_restarted_engine_is_seen(

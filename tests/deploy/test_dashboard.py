@@ -76,7 +76,7 @@ def test_every_query_of_every_panel_returns_data(prometheus: str, tmp_path: Path
             RULE_FILES,
         ) as server,
     ):
-        assert server.wait_until_none_is_empty(queries, timeout_seconds=60) == []
+        assert server.wait_until_none_is_empty(queries, timeout_seconds=120) == []
         running = server.query("sglang_alloc:running_requests")
         assert {series["metric"]["instance"] for series in running} == {new_spelling, old_spelling}
     assert len(queries) > 25

@@ -34,6 +34,7 @@ class Document(NamedTuple):
     origin: str
     text: str
     licence: str  # SPDX-like name when the document itself grants a permissive licence, else ""
+    copyright: str = ""  # the document's own copyright lines
 
     @property
     def digest(self) -> str:
@@ -82,7 +83,8 @@ def _read_source(source: Source) -> Iterator[Document]:
         for text in source.to_texts(path, raw):
             if len(text) >= DOCUMENT_BYTES_MIN and _mostly_ascii(text):
                 origin = f"{source.label}/{relative.as_posix()}"
-                yield Document(source.domain, origin, text[:DOCUMENT_BYTES_MAX], licence)
+                kept = text[:DOCUMENT_BYTES_MAX]
+                yield Document(source.domain, origin, kept, licence, copyright_lines(raw))
 
 
 def _counts(source: Source, relative: Path) -> bool:
@@ -127,6 +129,12 @@ def permissive_licence(raw: str) -> str:
     if re.search(r"GNU (Lesser |Affero |Free )?\w* ?(General Public|Documentation)|GPL", head):
         return ""
     return next((name for name, pattern in _LICENCES.items() if pattern.search(head)), "")
+
+
+def copyright_lines(raw: str) -> str:
+    """The first lines in which a document names its copyright holders, on one line."""
+    lines = re.findall(r"Copyright\b[^\n]*\d{4}[^\n]*", raw)
+    return "; ".join(" ".join(line.split()) for line in dict.fromkeys(lines[:3]))
 
 
 def _limit_families(documents: list[Document]) -> Iterator[Document]:

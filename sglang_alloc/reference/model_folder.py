@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import platform
 from dataclasses import asdict
 from pathlib import Path
@@ -51,6 +52,7 @@ def write_model_folder(
         "heldout_documents_loss": {d: round(v, 4) for d, v in (last.heldout or {}).items()},
         "heldout_sample_loss": {d: round(v, 4) for d, v in losses.items()},
         "loss_unit": "nats per byte",
+        "processor": f"a shared machine with {os.cpu_count()} CPU cores",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
     (folder / "recipe.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -84,24 +86,32 @@ def readme_text(
     return f"""# {config.family} reference model
 
 A small *trained* Mixture-of-Experts for the demo, the tests and the benches: its routing means
-something, its answers do not. {config.num_layers} layers, {config.num_experts} experts per layer,
-top-{config.top_k}, hidden size {config.hidden_size}, expert width {config.moe_intermediate_size},
-{parameters / 1e6:.2f} million parameters in bfloat16. Byte-level tokenizer: a token id below 256 is
-the byte itself. **Trained context: {recipe.phases[-1].window_tokens} bytes.** SGLang accepts up to
-{config.max_positions}, but text beyond the trained context is worth nothing.
+something, its answers do not.
 
-Trained on {record["tokens"]} bytes in {record["minutes"]} minutes of a shared 2-core machine:
-{phases}. Text: Python's standard library (code), package and system documentation (docs), manual
-pages (man), drawn equally; `recipe.json` records the counts and digests, `loss_curve.csv` and
-`loss_curve.png` the progress.
+- {config.num_layers} layers, {config.num_experts} experts in each, top-{config.top_k}, hidden size
+  {config.hidden_size}, expert width {config.moe_intermediate_size}: {parameters / 1e6:.2f} million
+  parameters, bfloat16.
+- Byte-level tokenizer: a token id below 256 is the byte itself.
+- **Trained context: {recipe.phases[-1].window_tokens} bytes.** SGLang accepts up to
+  {config.max_positions}, but beyond the trained context the text and its loss mean nothing.
+- Seen: {record["tokens"]} bytes in {record["minutes"]} minutes on {record["processor"]}:
+  {phases}.
+- Text: Python's standard library (code), package and system documentation (docs), manual pages
+  (man), drawn equally. `recipe.json` holds the counts and digests of each split, `loss_curve.csv`
+  and `loss_curve.png` the progress.
 
-Loss on the committed held-out samples (`../samples/heldout_*.txt`, windows of
-{SAMPLE_WINDOW_TOKENS} bytes, the exported weights), nats per byte:
+Loss of the exported weights on the committed held-out text (`../samples/heldout_*.txt`, windows of
+{SAMPLE_WINDOW_TOKENS} bytes), nats per byte:
 
 | domain | loss |
 |---|---|
 {table}
 
-Train it again with `python -m sglang_alloc.reference.train --family {config.family}` and make its
-budget tables with `python -m sglang_alloc.reference.calibrate --family {config.family}`.
+How the loss grows with a smaller budget: `BUDGETS.md`; which rule spends a budget best: `RULES.md`.
+
+Made by, in this order, each with `--family {config.family}`:
+
+1. `python -m sglang_alloc.reference.train` (resumes when interrupted; `--restart` starts anew)
+2. `python -m sglang_alloc.reference.calibrate` (`budget_tables.npz`, `BUDGETS.md`)
+3. `python -m sglang_alloc.reference.rule_survey` (`RULES.md`)
 """

@@ -30,7 +30,7 @@ def sample_documents(documents: list[Document]) -> list[Document]:
 
 
 def write_samples(corpus: Corpus, folder: Path = SAMPLES) -> None:
-    """Write one text per split and domain, and ORIGINS.json with each excerpt's licence."""
+    """Write one text per split and domain, and ORIGINS.json with each excerpt's terms."""
     folder.mkdir(parents=True, exist_ok=True)
     origins = {}
     for split in ("heldout", "calibration"):
@@ -40,9 +40,10 @@ def write_samples(corpus: Corpus, folder: Path = SAMPLES) -> None:
             name = f"{split}_{domain}.txt"
             (folder / name).write_text(SEPARATOR.join(d.text for d in chosen))
             origins[name] = [
-                {"origin": d.origin, "licence": d.licence, "characters": len(d.text)}
+                {"origin": d.origin, "licence": d.licence, "copyright": d.copyright,
+                 "characters": len(d.text)}
                 for d in chosen
-            ]
+            ]  # fmt: skip
     (folder / "ORIGINS.json").write_text(json.dumps(origins, indent=1) + "\n")
 
 

@@ -14,16 +14,23 @@ from sglang_alloc.shared_table import Fallback, Selection, SharedTable
 
 @dataclass(frozen=True)
 class BudgetChange:
-    """A selection on its way to every rank, as one element of the broadcast request list."""
+    """A selection on its way to every rank, as one element of the broadcast request list.
+
+    `rule` names what the budgets mean on the rank that sent them: table contents and mode.
+    """
 
     selection: Selection
+    rule: str
 
 
 class BudgetFollower:
     """Tells when the selection of a shared table differs from the one last announced."""
 
-    def __init__(self, table: SharedTable, stale_after_seconds: float, fallback: Fallback) -> None:
+    def __init__(
+        self, table: SharedTable, rule: str, stale_after_seconds: float, fallback: Fallback
+    ) -> None:
         self._table = table
+        self._rule = rule
         self._stale_after_ns = int(stale_after_seconds * 1e9)
         self._fallback = fallback
         self._announced: Selection | None = None
@@ -34,4 +41,4 @@ class BudgetFollower:
         if selection == self._announced:
             return None
         self._announced = selection
-        return BudgetChange(selection)
+        return BudgetChange(selection, self._rule)

@@ -54,11 +54,15 @@ class Enforcement(Protocol):
     def set_budgets(self, prefill_budget: int, decode_budget: int) -> None:
         """Take the budgets, in activations per token, that the following forwards obey."""
 
-    def begin_forward(self, phase: Phase | None) -> None:
-        """Start a forward of this phase; None (draft models, idle) leaves routing alone."""
+    def begin_forward(self, phase: Phase) -> None:
+        """Start a forward of the served model in this phase."""
 
     def drops_slots(self) -> bool:
         """Return whether the forward under way may hold dropped slots."""
 
-    def apply(self, layer_index: int, slots: RoutedSlots) -> RoutedSlots:
-        """Return the slots with those beyond the budget dropped; the same object when none is."""
+    def drop(self, layer_index: int, slots: RoutedSlots) -> RoutedSlots:
+        """Return the slots of a layer with those beyond the budget dropped.
+
+        May be recorded once, into a CUDA graph, and replayed under other budgets: on a device it
+        must read the budget from tensors alone. Returns the same object where nothing is dropped.
+        """

@@ -36,27 +36,23 @@ class DeviceEnforcement:
         )
         self._budgets = {"prefill": tables.budget_max, "decode": tables.budget_max}
         self._loaded: tuple[Phase, int] | None = None
-        self._phase: Phase | None = "decode"
         self._load("decode")
 
     def set_budgets(self, prefill_budget: int, decode_budget: int) -> None:
         self._budgets = {"prefill": prefill_budget, "decode": decode_budget}
 
-    def begin_forward(self, phase: Phase | None) -> None:
-        self._phase = phase
-        if phase is not None and self._loaded != (phase, self._budgets[phase]):
+    def begin_forward(self, phase: Phase) -> None:
+        if self._loaded != (phase, self._budgets[phase]):
             self._load(phase)
 
     def drops_slots(self) -> bool:
-        return self._phase is not None
+        return True  # the host cannot know what a replayed graph reads
 
     def buffer_address(self) -> int:
         """Return the address that captured graphs read the rows in force from."""
         return self._active.data_ptr()
 
-    def apply(self, layer_index: int, slots: RoutedSlots) -> RoutedSlots:
-        if self._phase is None:
-            return slots
+    def drop(self, layer_index: int, slots: RoutedSlots) -> RoutedSlots:
         routed_width = slots.ids.shape[1] - slots.num_shared
         weights, ids = slots.weights[:, :routed_width], slots.ids[:, :routed_width]
         row = self._active[layer_index]

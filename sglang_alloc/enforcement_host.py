@@ -22,22 +22,21 @@ class HostEnforcement:
         self._saliency = (
             None if tables.saliency is None else torch.from_numpy(np.array(tables.saliency))
         )
-        self._phase: Phase | None = None
+        self._phase: Phase = "decode"
 
     def set_budgets(self, prefill_budget: int, decode_budget: int) -> None:
         self._budgets = {"prefill": prefill_budget, "decode": decode_budget}
 
-    def begin_forward(self, phase: Phase | None) -> None:
+    def begin_forward(self, phase: Phase) -> None:
         self._phase = phase
 
     def drops_slots(self) -> bool:
-        phase = self._phase
-        return phase is not None and self._budgets[phase] < self._tables.budget_max
+        return self._budgets[self._phase] < self._tables.budget_max
 
-    def apply(self, layer_index: int, slots: RoutedSlots) -> RoutedSlots:
-        phase = self._phase
-        if phase is None or self._budgets[phase] >= self._tables.budget_max:
+    def drop(self, layer_index: int, slots: RoutedSlots) -> RoutedSlots:
+        if not self.drops_slots():
             return slots
+        phase = self._phase
         routed_width = slots.ids.shape[1] - slots.num_shared
         weights = slots.weights[:, :routed_width]
         ids = slots.ids[:, :routed_width]

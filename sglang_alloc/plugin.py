@@ -1,8 +1,8 @@
 """Data story: every seam between SGLang and the budget, in this one file.
 
-SGLang calls `register` in each of its processes and only logs what it raises. A plugin that is
-configured but not in place would serve without its budget, so a problem found here ends the process
-(`SystemExit` passes SGLang's handler) or fails the load of the model, which stops the server.
+A plugin that is configured but not in place would serve without its budget. So a problem found
+before the hooks ends the process (`plugin_entry`), one found in a hook fails the load of the model,
+and a scheduler that got past both without a bound table refuses its first iteration.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sglang_alloc.cpu_moe import forward_kept_slots
 from sglang_alloc.enforcement import RoutedSlots
 from sglang_alloc.errors import AllocError, UnsupportedServerError
 from sglang_alloc.model_identity import ModelIdentity, identity_from_config
-from sglang_alloc.server_check import REFUSED_OPTIONS, ServerFacts, check_server
+from sglang_alloc.server_check import REFUSED_OPTIONS, ExpertKernel, ServerFacts, check_server
 from sglang_alloc.shared_table import SharedTable
 from sglang_alloc.worker import ServedModel, Worker, check_fits, make_enforcement
 from sglang_alloc.worker_settings import WorkerSettings, settings_from_environment
@@ -57,21 +57,21 @@ class _Process:
 
     settings: WorkerSettings | None = None
     worker: Worker | None = None
-    layer_index_of: dict[int, int] = field(default_factory=dict)  # by id of a TopKConfig
+    # By id of a layer's TopKConfig: one object, made with the model and living as long.
+    layer_index_of: dict[int, int] = field(default_factory=dict)
 
 
 _process = _Process()
 
 
-def register() -> None:
-    """SGLang's plugin entry point: put the hooks in place, or end the process saying why not."""
-    try:
-        _process.settings = settings_from_environment()
-        if _process.settings is None:
-            return  # inert: no table is configured
-        _check_before_hooks(_process.settings)
-    except AllocError as error:
-        raise SystemExit(_refusal(error)) from error
+def register_hooks() -> None:
+    """Put the hooks in place; raises what keeps the budget from being enforced.
+
+    Called by `plugin_entry.register`, and only when a table is configured.
+    """
+    _process.settings = settings_from_environment()
+    assert _process.settings is not None
+    _check_before_hooks(_process.settings)
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     for target, hook, kind in _hooks():
@@ -84,9 +84,10 @@ def _check_before_hooks(settings: WorkerSettings) -> None:
     problems = problems or verify_seams(pkgutil.resolve_name)
     if problems:
         raise UnsupportedServerError("; ".join(problems))
-    table = SharedTable.open(settings.table_path)
-    choose_mode(settings.mode, table)
-    table.close()
+    with SharedTable.open(settings.table_path) as table:
+        choose_mode(settings.mode, table)
+        if settings.fallback.kind == "budget":
+            table.check_budget("fallback", settings.fallback.decode_budget)
 
 
 def _hooks() -> list[tuple[str, Callable[..., Any], Any]]:
@@ -141,7 +142,7 @@ def _bind(model_runner: Any, config: dict[str, Any]) -> None:
     if missing:
         raise UnsupportedServerError(f"these hooks did not take effect: {', '.join(missing)}")
     routers = _moe_routers(model_runner.model)
-    check_server(_server_facts(model_runner, list(routers.values())))
+    check_server(_server_facts(model_runner, routers))
     model = _served_model(model_runner, routers, identity_from_config(config))
     worker = Worker(_process.settings)
     check_fits(worker.table, model)
@@ -157,8 +158,9 @@ def _prove(model_runner: Any) -> None:
     assert _process.worker is not None
     assert _process.settings is not None
     model = _process.worker.model
-    for router in _moe_routers(model_runner.model).values():
-        _prove_routing(_process.worker, router)
+    for layer_index, router in enumerate(_moe_routers(model_runner.model).values()):
+        _prove_routing(_process.worker, layer_index, router)
+    _process.worker.watch_layers()
     logger.info(
         "sglang-alloc is in force: model %s, %d MoE layers, %d experts, top-%d, table %s, mode %s, "
         "rank %d, %d hooks verified",
@@ -171,36 +173,53 @@ def _moe_routers(model: torch.nn.Module) -> dict[int, Any]:
     """Return the model's routers by layer id, in order.
 
     The id comes from the module's name ("model.layers.3.mlp.topk"): before SGLang 0.5.22 some
-    architectures leave `TopK.layer_id` empty.
+    architectures leave `TopK.layer_id` empty. Raises UnsupportedServerError for a router whose
+    layer cannot be told, or a layer with two.
     """
     from sglang.srt.layers.moe.topk import TopK
 
-    routers = {
-        int(match.group(1)): module
-        for name, module in model.named_modules()
-        if isinstance(module, TopK) and (match := _LAYER_IN_NAME.search(name))
-    }
+    routers: dict[int, Any] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, TopK):
+            continue
+        match = _LAYER_IN_NAME.search(name)
+        layer_id = int(match.group(1)) if match else module.layer_id
+        if layer_id is None or layer_id in routers:
+            raise UnsupportedServerError(
+                f"the router {name!r} is not the only one of a numbered layer, so the table has "
+                "no row for it: this architecture is not supported"
+            )
+        routers[layer_id] = module
     return dict(sorted(routers.items()))
 
 
-def _server_facts(model_runner: Any, routers: list[Any]) -> ServerFacts:
+def _server_facts(model_runner: Any, routers: dict[int, Any]) -> ServerFacts:
     """Read what is in force, which from 0.5.20 on is not what the command line says."""
-    from sglang.srt.layers.moe.utils import get_moe_a2a_backend, get_moe_runner_backend
+    from sglang.srt.layers.moe.utils import get_moe_a2a_backend
 
     arguments = model_runner.server_args
     resolved = arguments.resolved_dict() if hasattr(arguments, "resolved_dict") else vars(arguments)
+    modules = list(model_runner.model.modules())
     return ServerFacts(
         model_path=str(arguments.model_path),
         device_type=str(model_runner.device),
-        runner_backend=str(get_moe_runner_backend().value),
+        is_rocm=torch.version.hip is not None,
         a2a_backend=str(get_moe_a2a_backend().value),
         options={name: resolved.get(name) for name in REFUSED_OPTIONS},
-        router_widths={router.topk_config.top_k for router in routers},
-        module_types={type(module).__name__ for module in model_runner.model.modules()},
-        amx_experts=any(
-            getattr(module, "use_intel_amx_backend", False) and hasattr(module, "w13_weight")
-            for module in model_runner.model.modules()
-        ),
+        router_widths={router.topk_config.top_k for router in routers.values()},
+        module_types={type(module).__name__ for module in modules},
+        expert_kernels={_expert_kernel(m) for m in modules if hasattr(m, "moe_runner_config")},
+    )
+
+
+def _expert_kernel(experts: Any) -> ExpertKernel:
+    """Tell which kernel computes one layer's experts; quantisation may choose it per layer."""
+    method = experts.quant_method
+    backend = getattr(getattr(method, "runner", None), "runner_backend", None)
+    return ExpertKernel(
+        quant_method=type(method).__name__,
+        runner_backend=str(getattr(backend, "value", backend)),
+        amx=bool(getattr(experts, "use_intel_amx_backend", False)),
     )
 
 
@@ -232,44 +251,65 @@ def _metrics(server_args: Any, rank: int) -> WorkerMetrics | None:
     return WorkerMetrics(rank)
 
 
-def _prove_routing(worker: Worker, router: Any) -> None:
+def _prove_routing(worker: Worker, layer_index: int, router: Any) -> None:
     """Route three made-up tokens through a real layer at the smallest budget.
 
-    Proves that the layer's own call reaches the hook and that slots are dropped: a stale binding
-    or a backend that routes elsewhere shows here, before the server is ready. The logits fall so
-    steeply that under softmax and sigmoid alike all but the first slots weigh next to nothing.
+    Proves that the layer's own call reaches the hook, and that slots are dropped where the quota
+    asks for it: a stale binding or a backend that routes elsewhere shows here, before the server
+    is ready. The logits fall so steeply that, under softmax and sigmoid alike, all but the first
+    slots weigh next to nothing.
     """
     shape, model = worker.table.shape, worker.model
     hidden_states = torch.zeros(3, 8, device=model.device_type)
     logits = -4.0 * torch.arange(model.num_experts, device=model.device_type).float()
     worker.enforcement.set_budgets(shape.budget_min, shape.budget_min)
     worker.enforcement.begin_forward("decode")
-    output = router(hidden_states, logits.repeat(3, 1))
-    worker.enforcement.begin_forward(None)
-    worker.enforcement.set_budgets(shape.budget_max, shape.budget_max)
+    try:
+        output = router(hidden_states, logits.repeat(3, 1))
+    finally:
+        worker.enforcement.set_budgets(shape.budget_max, shape.budget_max)
+        worker.enforcement.begin_forward("decode")
     if type(output).__name__ != "StandardTopKOutput":
         raise UnsupportedServerError(
             f"the MoE backend routes inside its kernel ({type(output).__name__}), so no slot can "
             "be dropped: start SGLang with --moe-runner-backend triton"
         )
-    if model.top_k > 1 and not bool((output.topk_ids < 0).any()):
+    quota = worker.quotas("decode", shape.budget_min)[layer_index]
+    must_drop = worker.mode != "threshold" and quota < model.top_k
+    dropped = bool((output.topk_ids < 0).any())
+    if not worker.has_seen(layer_index) or (must_drop and not dropped):
         raise UnsupportedServerError(
-            "a layer's routing at the smallest budget dropped no slot: the hook on "
-            f"{SELECT_EXPERTS} is registered but not reached"
+            f"the routing of MoE layer {model.layer_ids[layer_index]} does not obey the budget: "
+            f"the hook on {SELECT_EXPERTS} is registered but not reached"
         )
+
+
+def _worker_in_force() -> Worker | None:
+    """Return the worker; None while the plugin is inert.
+
+    Raises RuntimeError, which stops the server before its first request, when a table is configured
+    and no model was bound to it: then the hook on the load of the model did not take effect.
+    """
+    if _process.worker is None and _process.settings is not None:
+        raise RuntimeError(
+            "sglang-alloc refuses to serve: a scheduler runs and no model was bound to "
+            f"{_process.settings.table_path}: the hook on {LOAD_MODEL} did not take effect"
+        )
+    return _process.worker
 
 
 def _after_pull_requests(requests: list[Any] | None, *args: Any, **kwargs: Any) -> None:
     """On the leading rank (the one that holds a list), let a change join the broadcast."""
-    if _process.worker is None or requests is None:
+    worker = _worker_in_force()
+    if worker is None or requests is None:
         return
-    change = _process.worker.poll(time.monotonic_ns())
+    change = worker.poll(time.monotonic_ns())
     if change is not None:
         requests.append(change)
 
 
 def _after_receive_requests(requests: list[Any], *args: Any, **kwargs: Any) -> list[Any] | None:
-    """On every rank, take the change out of the broadcast and put it in force."""
+    """On every rank, take the changes out of the broadcast and put the last one in force."""
     if _process.worker is None or not requests:
         return None
     changes = [request for request in requests if isinstance(request, BudgetChange)]
@@ -280,14 +320,17 @@ def _after_receive_requests(requests: list[Any], *args: Any, **kwargs: Any) -> l
 
 
 def _before_forward(model_runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
-    if _process.worker is None:
+    """On every rank, tell the worker which phase begins; a draft model's forwards are its own."""
+    if model_runner.is_draft_worker:
         return
-    phase = None if model_runner.is_draft_worker else _phase(forward_batch.forward_mode)
-    _process.worker.begin_forward(phase, len(forward_batch.input_ids))
+    worker = _worker_in_force()
+    phase = _phase(forward_batch.forward_mode)
+    if worker is not None and phase is not None:
+        worker.begin_forward(phase, len(forward_batch.input_ids))
 
 
 def _phase(forward_mode: Any) -> Phase | None:
-    """Prefill for extends (a mixed batch counts as prefill), decode for decodes and verifies."""
+    """Decode for decodes and verifies, prefill for extends and for mixed batches, None for idle."""
     if forward_mode.is_decode() or forward_mode.is_target_verify():
         return "decode"
     return "prefill" if forward_mode.is_extend() else None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from sglang_alloc.errors import NotMoEError, UnsupportedServerError
 
-# MoE runner backends whose kernels leave out a slot of id -1; others are refused until shown to.
-SKIPPING_BACKENDS = ("auto", "triton")
 DEVICES = ("cpu", "cuda")
+
+_SHARDED = "has not been shown to leave every rank with the same routing and quotas"
+_PHYSICAL_IDS = "renumbers experts, and the table's saliency belongs to the model's own numbers"
 
 # Options under which the budget would not hold: the value that is fine, and why others are not.
 REFUSED_OPTIONS: dict[str, tuple[object, str]] = {
@@ -20,17 +22,33 @@ REFUSED_OPTIONS: dict[str, tuple[object, str]] = {
         "data-parallel ranks of one server do not share a request broadcast; run one server per "
         "replica instead",
     ),
+    "attn_cp_size": (1, _SHARDED),
+    "moe_dp_size": (1, _SHARDED),
     "enable_dp_attention": (False, "its padding rows have not been shown to stay out of routing"),
+    "enable_eplb": (False, _PHYSICAL_IDS),
+    "ep_num_redundant_experts": (0, _PHYSICAL_IDS),
+    "init_expert_location": ("trivial", _PHYSICAL_IDS),
+    "enable_lora": (False, "adapters on experts have not been shown to take a dropped slot"),
+    "enable_pdmux": (False, "prefill and decode would run at once and share the rows in force"),
     "enable_nvidia_megakernel": (False, "the kernel routes inside itself"),
     "enable_two_batch_overlap": (False, "prefill and decode halves would share one budget"),
     "enable_torch_compile": (
         False,
         "the compiled CPU experts cannot take a dropped slot, and compiled routing is untested",
     ),
+    "kt_weight_path": (None, "experts computed by KTransformers have not been shown to skip slots"),
 }
 
 # Routers of single architectures that choose experts without the common routing function.
 OWN_ROUTERS = ("HashTopK", "TransformersFusedMoE")
+
+
+class ExpertKernel(NamedTuple):
+    """What computes a layer's experts: SGLang's names of quantisation method and runner."""
+
+    quant_method: str
+    runner_backend: str
+    amx: bool
 
 
 @dataclass(frozen=True)
@@ -38,17 +56,17 @@ class ServerFacts:
     """What is in force on this rank, after SGLang has resolved its arguments.
 
     `options` holds the values of REFUSED_OPTIONS; `router_widths` the distinct top-k widths of the
-    routers found; `amx_experts` whether Intel's AMX expert kernels run.
+    routers found; `expert_kernels` what computes the experts, over all MoE layers.
     """
 
     model_path: str
     device_type: str
-    runner_backend: str
+    is_rocm: bool
     a2a_backend: str
     options: Mapping[str, object]
     router_widths: set[int]
     module_types: set[str]
-    amx_experts: bool
+    expert_kernels: set[ExpertKernel]
 
 
 def check_server(facts: ServerFacts) -> None:
@@ -56,44 +74,56 @@ def check_server(facts: ServerFacts) -> None:
 
     A model without any MoE router raises NotMoEError.
     """
-    if not facts.router_widths and not facts.module_types.intersection(OWN_ROUTERS):
+    own_routers = facts.module_types.intersection(OWN_ROUTERS)
+    if not facts.router_widths and not own_routers:
         raise NotMoEError(
             f"{facts.model_path!r} has no Mixture-of-Experts layer, so there is no budget to set: "
             "serve it without SGLANG_ALLOC_TABLE"
         )
-    problems = [*_options(facts), *_backends(facts), *_routers(facts)]
+    problems = [*_options(facts), *_kernels(facts), *_routers(facts)]
     if problems:
         raise UnsupportedServerError("; ".join(problems))
 
 
 def _options(facts: ServerFacts) -> list[str]:
-    return [
+    problems = [
         f"--{name.replace('_', '-')} {found} is not supported: {reason}"
         for name, (fine, reason) in REFUSED_OPTIONS.items()
         if (found := facts.options.get(name)) not in (None, fine)
     ]
-
-
-def _backends(facts: ServerFacts) -> list[str]:
-    problems = []
-    if facts.device_type not in DEVICES:
-        problems.append(f"device {facts.device_type!r} is not supported: use cpu or cuda")
-    if facts.runner_backend not in SKIPPING_BACKENDS:
-        problems.append(
-            f"--moe-runner-backend {facts.runner_backend} has not been shown to skip a dropped "
-            "slot: use --moe-runner-backend triton"
-        )
     if facts.a2a_backend != "none":
         problems.append(
             f"--moe-a2a-backend {facts.a2a_backend} has not been shown to skip a dropped slot: "
             "use --moe-a2a-backend none"
         )
-    if facts.amx_experts:
-        problems.append(
-            "the AMX expert kernels have not been shown to take a dropped slot: use the native CPU "
-            "path or a GPU"
-        )
     return problems
+
+
+def _kernels(facts: ServerFacts) -> list[str]:
+    if facts.device_type not in DEVICES or facts.is_rocm:
+        device = "ROCm" if facts.is_rocm else repr(facts.device_type)
+        return [f"device {device} is not supported: use a CPU or an NVIDIA GPU"]
+    if not facts.expert_kernels:
+        return ["no layer tells which kernel computes its experts, so none can be trusted"]
+    skips = _skips_on_cpu if facts.device_type == "cpu" else _skips_on_cuda
+    return [
+        f"experts computed by {kernel.quant_method} (runner {kernel.runner_backend}"
+        f"{', AMX' if kernel.amx else ''}) have not been shown to skip a dropped slot: "
+        + ("serve unquantised weights" if facts.device_type == "cpu" else _USE_TRITON)
+        for kernel in sorted(facts.expert_kernels)
+        if not skips(kernel)
+    ]
+
+
+_USE_TRITON = "start SGLang with --moe-runner-backend triton"
+
+
+def _skips_on_cpu(kernel: ExpertKernel) -> bool:
+    return kernel.quant_method == "UnquantizedFusedMoEMethod" and not kernel.amx
+
+
+def _skips_on_cuda(kernel: ExpertKernel) -> bool:
+    return kernel.runner_backend == "triton"
 
 
 def _routers(facts: ServerFacts) -> list[str]:

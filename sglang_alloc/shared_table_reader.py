@@ -69,6 +69,7 @@ class SharedTable:
         self.shape = header.shape
         self.fingerprint = header.fingerprint.hex()
         self.publication_id = header.publication_id.hex()
+        self.payload_digest = header.payload_sha256.hex()
         self.model_id = header.model_id
         self.mode_note = header.mode_note
         self.published_ns = header.published_ns

@@ -49,11 +49,15 @@ class Worker:
         self.settings = settings
         self.table = SharedTable.open(settings.table_path)
         self.mode: Mode = choose_mode(settings.mode, self.table)
-        self._follower = BudgetFollower(self.table, settings.stale_after_seconds, settings.fallback)
+        self.rule = f"{self.mode}:{self.table.payload_digest}"
+        self._follower = BudgetFollower(
+            self.table, self.rule, settings.stale_after_seconds, settings.fallback
+        )
         full = self.table.shape.budget_max
         self.in_force = Selection("fallback", 0, full, full)
         self.steps = 0
         self.fallbacks = 0
+        self._controlled = False  # whether a controller was in charge last, overrides aside
         self._reported_ns = 0
 
     def bind(
@@ -64,6 +68,7 @@ class Worker:
         self.enforcement = enforcement
         self.metrics = metrics
         self.statistics = WorkerStatistics(model.num_experts)
+        self._unseen_layers = set(range(len(model.layer_ids)))
         self._slot = self.table.worker_slot(model.rank)
         self._record = (
             StepRecord(self.settings.step_record, model.rank) if self.settings.step_record else None
@@ -75,31 +80,45 @@ class Worker:
         return self._follower.poll(now_ns)
 
     def apply(self, change: BudgetChange) -> None:
-        """Every rank, before the batch that follows: put the change in force."""
+        """Every rank, before the batch that follows: put the change in force.
+
+        Raises UnsupportedServerError, which stops the server, when the sending rank means other
+        quotas by the same budgets: partial sums of different mixtures would be added up. The first
+        change comes before the first request.
+        """
+        if change.rule != self.rule:
+            raise UnsupportedServerError(
+                f"rank {self.model.rank} follows {self.rule} and the leading rank {change.rule} "
+                f"(mode:contents of {self.settings.table_path}): give all ranks the same table and "
+                "mode, and publish no other table while the server starts"
+            )
         selection = change.selection
-        if selection.source == "fallback" and self.in_force.source != "fallback":
+        if selection.source == "fallback" and self._controlled:
             self.fallbacks += 1
+        if selection.source != "override":
+            self._controlled = selection.source == "controller"
         self.in_force = selection
         self.enforcement.set_budgets(selection.prefill_budget, selection.decode_budget)
         self.report(time.monotonic_ns())
 
-    def begin_forward(self, phase: Phase | None, num_tokens: int) -> None:
-        """Every rank, at the start of each forward; phase None leaves routing alone."""
+    def begin_forward(self, phase: Phase, num_tokens: int) -> None:
+        """Every rank, at the start of each forward of the served model."""
+        now_ns = time.monotonic_ns()
+        if now_ns - self._reported_ns > REPORT_EVERY_NS:
+            self.report(now_ns)  # before this forward is sampled: its layers are still to come
+        if self._unseen_layers and self.steps:
+            self._refuse_unseen_layers()
         self.enforcement.begin_forward(phase)
-        if phase is None:
-            return
         if self.model.device_type == "cpu":  # measuring reads tensors: never on an accelerator
             self.statistics.begin_forward(phase, num_tokens)
         self.steps += 1
         if self._record is not None:
             self._record.add(self.steps, self.in_force, phase, num_tokens)
-        now_ns = time.monotonic_ns()
-        if now_ns - self._reported_ns > REPORT_EVERY_NS:
-            self.report(now_ns)
 
     def route(self, layer_index: int, slots: RoutedSlots) -> RoutedSlots:
         """Apply the budget to one layer's routing."""
-        kept = self.enforcement.apply(layer_index, slots)
+        self._unseen_layers.discard(layer_index)
+        kept = self.enforcement.drop(layer_index, slots)
         if self.statistics.samples_this_forward():
             self.statistics.observe(slots, kept)
         return kept
@@ -109,6 +128,22 @@ class Worker:
         rows = enforcement_tables(self.table, self.mode)
         quotas = rows.prefill.quotas if phase == "prefill" else rows.decode.quotas
         return [int(quota) for quota in quotas[budget - rows.budget_min]]
+
+    def watch_layers(self) -> None:
+        """From now on a forward in which a layer does not route here is noticed."""
+        self._unseen_layers = set(range(len(self.model.layer_ids)))
+
+    def has_seen(self, layer_index: int) -> bool:
+        """Return whether the layer has routed here since the last `watch_layers`."""
+        return layer_index not in self._unseen_layers
+
+    def _refuse_unseen_layers(self) -> None:
+        names = ", ".join(str(self.model.layer_ids[i]) for i in sorted(self._unseen_layers))
+        raise UnsupportedServerError(
+            f"after a whole forward, the MoE layers {names} had not routed through SGLang's "
+            "select_experts: this architecture chooses experts on a way of its own there, so the "
+            "budget would not hold. Serve it without SGLANG_ALLOC_TABLE."
+        )
 
     def report(self, now_ns: int) -> None:
         """Write this rank's counters to the shared table and its metrics to the engine's."""
@@ -126,7 +161,7 @@ class Worker:
     def _counters(self, now_ns: int) -> WorkerCounters:
         prefill, decode = (self.statistics.by_phase[phase] for phase in ("prefill", "decode"))
         mass = prefill.mass + decode.mass
-        kept_ratio = (prefill.kept_mass + decode.kept_mass) / mass if mass else 1.0
+        kept_ratio = (prefill.kept_mass + decode.kept_mass) / mass if mass else 0.0
         return WorkerCounters(
             pid=os.getpid(),
             rank=self.model.rank,

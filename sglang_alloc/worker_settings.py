@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from sglang_alloc.errors import ConfigurationError
+from sglang_alloc.plugin_entry import TABLE_VARIABLE
 from sglang_alloc.shared_table import Fallback
 
-TABLE_VARIABLE = "SGLANG_ALLOC_TABLE"
 MODE_VARIABLE = "SGLANG_ALLOC_MODE"
 STALE_AFTER_VARIABLE = "SGLANG_ALLOC_STALE_AFTER_SECONDS"
 FALLBACK_VARIABLE = "SGLANG_ALLOC_FALLBACK"

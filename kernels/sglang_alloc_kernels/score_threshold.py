@@ -14,6 +14,7 @@ def score_threshold_torch(scores: torch.Tensor, threshold: float | torch.Tensor)
     """Return the kept mask of the slots at or above the threshold, and of each token's best one.
 
     scores: (T, K) float, weight times expert saliency where the table has saliency; threshold: a
-    number or a tensor of one element on the device of `scores`. Returns (T, K) bool.
+    number or a tensor of one element on the device of `scores`. A NaN is below nothing, so it is
+    kept: only the router may decide what to make of it. Returns (T, K) bool.
     """
-    return (scores >= threshold) | (slot_rank_torch(scores) == 0)
+    return ~(scores < threshold) | (slot_rank_torch(scores) == 0)

@@ -110,8 +110,9 @@ def test_threshold_decides_each_token_from_that_token_alone() -> None:
     assert torch.equal(alone, score_threshold_torch(scores, 0.4))
 
 
-def test_threshold_keeps_one_slot_of_a_row_of_nan() -> None:
-    assert int(score_threshold_torch(torch.full((1, 4), NAN), 0.1).sum()) == 1
+def test_threshold_leaves_a_row_of_nan_to_the_router() -> None:
+    assert score_threshold_torch(torch.full((1, 4), NAN), 0.1).all()
+    assert score_threshold_torch(torch.full((1, 4), NAN), float("-inf")).all()
 
 
 def test_dropped_slots_get_id_minus_one_and_weight_zero_and_the_inputs_stay() -> None:

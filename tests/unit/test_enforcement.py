@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from sglang_alloc.enforcement import Enforcement, EnforcementTables, PhaseRows, RoutedSlots
 from sglang_alloc.enforcement_device import DeviceEnforcement
@@ -49,14 +50,14 @@ def _make_slots(num_shared: int = 0) -> RoutedSlots:
 def _kept(enforcement: Enforcement, budget: int, slots: RoutedSlots) -> torch.Tensor:
     enforcement.set_budgets(budget, budget)
     enforcement.begin_forward("decode")
-    return enforcement.apply(0, slots).ids >= 0
+    return enforcement.drop(0, slots).ids >= 0
 
 
 @pytest.mark.parametrize("mode", ["layer", "token", "threshold"])
 def test_a_full_budget_on_the_host_returns_the_same_object(mode: str) -> None:
     enforcement, slots = HostEnforcement(_make_tables(mode)), _make_slots()
     enforcement.begin_forward("prefill")
-    assert enforcement.apply(0, slots) is slots
+    assert enforcement.drop(0, slots) is slots
     assert not enforcement.drops_slots()
 
 
@@ -66,7 +67,7 @@ def test_a_full_budget_on_a_device_changes_no_bit(mode: str, gains: bool) -> Non
     enforcement = DeviceEnforcement(_make_tables(mode, gains=gains), CPU)
     slots = _make_slots()
     enforcement.begin_forward("decode")
-    after = enforcement.apply(1, slots)
+    after = enforcement.drop(1, slots)
     assert torch.equal(after.weights, slots.weights)
     assert torch.equal(after.ids, slots.ids)
 
@@ -90,9 +91,9 @@ def test_prefill_and_decode_obey_their_own_budgets() -> None:
     enforcement, slots = HostEnforcement(_make_tables("layer")), _make_slots()
     enforcement.set_budgets(prefill_budget=LAYERS, decode_budget=3 * LAYERS)
     enforcement.begin_forward("prefill")
-    prefill = enforcement.apply(0, slots).ids
+    prefill = enforcement.drop(0, slots).ids
     enforcement.begin_forward("decode")
-    decode = enforcement.apply(0, slots).ids
+    decode = enforcement.drop(0, slots).ids
     assert ((prefill >= 0).sum(dim=1) == 1).all()
     assert ((decode >= 0).sum(dim=1) == 3).all()
 
@@ -103,7 +104,7 @@ def test_shared_expert_columns_are_never_dropped(make: type[HostEnforcement]) ->
     enforcement = make(_make_tables("layer"))
     enforcement.set_budgets(BUDGET_MIN, BUDGET_MIN)
     enforcement.begin_forward("decode")
-    after = enforcement.apply(0, slots)
+    after = enforcement.drop(0, slots)
     assert torch.equal(after.ids[:, TOP_K:], slots.ids[:, TOP_K:])
     assert torch.equal(after.weights[:, TOP_K:], slots.weights[:, TOP_K:])
     assert ((after.ids[:, :TOP_K] >= 0).sum(dim=1) == 1).all()
@@ -115,17 +116,23 @@ def test_gains_scale_the_kept_weights(make: type[HostEnforcement]) -> None:
     enforcement = make(_make_tables("layer", gains=True))
     enforcement.set_budgets(BUDGET_MIN, BUDGET_MIN)
     enforcement.begin_forward("decode")
-    after = enforcement.apply(0, slots)
+    after = enforcement.drop(0, slots)
     kept = after.ids >= 0
     assert torch.allclose(after.weights[kept], slots.weights[kept] * 1.5)
 
 
-@pytest.mark.parametrize("make", [HostEnforcement, lambda t: DeviceEnforcement(t, CPU)])
-def test_a_forward_without_a_phase_is_left_alone(make: type[HostEnforcement]) -> None:
-    enforcement, slots = make(_make_tables("layer")), _make_slots()
-    enforcement.set_budgets(BUDGET_MIN, BUDGET_MIN)
-    enforcement.begin_forward(None)
-    assert enforcement.apply(0, slots) is slots
+def test_what_a_graph_recorded_follows_the_budgets_set_later() -> None:
+    """A captured graph replays kernels, not Python: tracing stands in for capture on a CPU."""
+    enforcement, slots = DeviceEnforcement(_make_tables("layer"), CPU), _make_slots()
+
+    def route(weights: torch.Tensor) -> torch.Tensor:
+        return enforcement.drop(0, RoutedSlots(weights, slots.ids, 0)).ids
+
+    recorded = make_fx(route)(slots.weights)
+    for budget in (BUDGET_MIN, 2 * LAYERS, BUDGET_MAX):
+        enforcement.set_budgets(budget, budget)
+        enforcement.begin_forward("decode")
+        assert ((recorded(slots.weights) >= 0).sum(dim=1) == budget // LAYERS).all()
 
 
 def test_the_device_buffer_keeps_its_address_through_changes() -> None:

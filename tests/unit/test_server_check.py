@@ -7,37 +7,54 @@ from dataclasses import replace
 import pytest
 
 from sglang_alloc.errors import NotMoEError, UnsupportedServerError
-from sglang_alloc.server_check import REFUSED_OPTIONS, ServerFacts, check_server
+from sglang_alloc.server_check import (
+    REFUSED_OPTIONS,
+    ExpertKernel,
+    ServerFacts,
+    check_server,
+)
 
+TRITON = ExpertKernel("UnquantizedFusedMoEMethod", "triton", amx=False)
+NATIVE = ExpertKernel("UnquantizedFusedMoEMethod", "auto", amx=False)
 GOOD = ServerFacts(
     model_path="org/model",
     device_type="cuda",
-    runner_backend="triton",
+    is_rocm=False,
     a2a_backend="none",
     options={name: fine for name, (fine, _) in REFUSED_OPTIONS.items()},
     router_widths={8},
     module_types={"TopK", "FusedMoE"},
-    amx_experts=False,
+    expert_kernels={TRITON},
 )
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_the_native_and_the_triton_experts_are_served(device: str, backend: str) -> None:
-    check_server(replace(GOOD, device_type=device, runner_backend=backend))
+def test_the_triton_experts_are_served_on_a_gpu_whatever_the_weights() -> None:
+    check_server(
+        replace(GOOD, expert_kernels={TRITON, ExpertKernel("Fp8MoEMethod", "triton", False)})
+    )
+
+
+def test_the_native_experts_are_served_on_a_cpu() -> None:
+    check_server(replace(GOOD, device_type="cpu", expert_kernels={NATIVE}))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"runner_backend": "flashinfer_trtllm"}, "flashinfer_trtllm has not been shown to skip"),
+        (
+            {"expert_kernels": {TRITON, ExpertKernel("AWQMoEMethod", "marlin", False)}},
+            "AWQMoEMethod",
+        ),
+        ({"expert_kernels": {NATIVE}}, "runner auto"),
+        ({"expert_kernels": set()}, "no layer tells which kernel"),
         ({"a2a_backend": "deepep"}, "deepep has not been shown to skip"),
         ({"device_type": "npu"}, "device 'npu' is not supported"),
-        ({"amx_experts": True}, "AMX"),
+        ({"is_rocm": True}, "device ROCm is not supported"),
         ({"router_widths": {6, 8}}, "different numbers of experts"),
         ({"module_types": {"HashTopK"}}, "chooses experts by itself"),
         ({"options": {"ep_size": 4}}, "--ep-size 4 is not supported"),
         ({"options": {"enable_dp_attention": True}}, "--enable-dp-attention True"),
+        ({"options": {"init_expert_location": "plan.json"}}, "renumbers experts"),
     ],
 )
 def test_what_would_break_the_budget_is_named(change: dict[str, object], message: str) -> None:
@@ -45,9 +62,23 @@ def test_what_would_break_the_budget_is_named(change: dict[str, object], message
         check_server(replace(GOOD, **change))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        ExpertKernel("UnquantizedFusedMoEMethod", "auto", amx=True),
+        ExpertKernel("AWQMoEMethod", "auto", amx=False),
+        ExpertKernel("W8A8Int8MoEMethod", "auto", amx=False),
+    ],
+)
+def test_cpu_experts_that_never_reach_the_native_function_are_refused(kernel: ExpertKernel) -> None:
+    with pytest.raises(UnsupportedServerError, match="serve unquantised weights"):
+        check_server(replace(GOOD, device_type="cpu", expert_kernels={kernel}))
+
+
 def test_every_problem_is_named_at_once() -> None:
+    kernel = ExpertKernel("Fp8MoEMethod", "cutlass", amx=False)
     with pytest.raises(UnsupportedServerError, match=r"pp-size.*cutlass"):
-        check_server(replace(GOOD, options={"pp_size": 2}, runner_backend="cutlass"))
+        check_server(replace(GOOD, options={"pp_size": 2}, expert_kernels={kernel}))
 
 
 def test_a_model_without_routers_is_dense() -> None:

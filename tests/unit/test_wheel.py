@@ -56,7 +56,7 @@ def test_sglang_finds_the_plugin_and_users_find_the_commands(wheel: zipfile.ZipF
     entry_points = configparser.ConfigParser()
     entry_points.read_string(_metadata_file(wheel, "entry_points.txt"))
     assert dict(entry_points["sglang.srt.plugins"]) == {
-        "sglang_alloc": "sglang_alloc.plugin:register"
+        "sglang_alloc": "sglang_alloc.plugin_entry:register"
     }
     assert set(entry_points["console_scripts"]) == {"sglang-alloc", "sglang-alloc-controller"}
 

@@ -30,6 +30,7 @@ from sglang_alloc.worker_tables import choose_mode, enforcement_tables
 SECOND_NS = 10**9
 LAYERS, TOP_K, EXPERTS = 3, 4, 8
 FULL = LAYERS * TOP_K
+RULE = "layer:digest"
 
 
 def _make_model(**changes: Any) -> ServedModel:
@@ -72,7 +73,7 @@ def _make_slots(tokens: int = 6) -> RoutedSlots:
 
 
 def test_without_a_controller_the_fallback_is_announced_once(table: SharedTable) -> None:
-    follower = BudgetFollower(table, 10.0, FULL_QUALITY)
+    follower = BudgetFollower(table, RULE, 10.0, FULL_QUALITY)
     change = follower.poll(SECOND_NS)
     assert change is not None
     assert change.selection[0] == "fallback"
@@ -81,7 +82,7 @@ def test_without_a_controller_the_fallback_is_announced_once(table: SharedTable)
 
 
 def test_a_new_selector_is_announced_and_a_stale_heartbeat_falls_back(table: SharedTable) -> None:
-    follower = BudgetFollower(table, 10.0, Fallback("budget", 5, 5))
+    follower = BudgetFollower(table, RULE, 10.0, Fallback("budget", 5, 5))
     writer = SelectorWriter.acquire(table)
     writer.beat(100 * SECOND_NS)
     generation = writer.write(4, 7)
@@ -102,7 +103,8 @@ def test_an_applied_change_is_enforced_and_acknowledged(worker: Worker, table: S
     assert change is not None
     worker.apply(change)
     worker.begin_forward("prefill", 6)
-    assert ((worker.route(0, _make_slots()).ids >= 0).sum(dim=1) == 1).all()
+    for layer_index in range(LAYERS):
+        assert ((worker.route(layer_index, _make_slots()).ids >= 0).sum(dim=1) == 1).all()
     worker.begin_forward("decode", 6)
     slots = _make_slots()
     assert worker.route(0, slots) is slots
@@ -112,18 +114,53 @@ def test_an_applied_change_is_enforced_and_acknowledged(worker: Worker, table: S
 
 
 def test_falling_back_from_a_controller_is_counted(worker: Worker) -> None:
-    worker.apply(_change("controller", 2, 5, 5))
-    worker.apply(_change("fallback", 2, FULL, FULL))
-    worker.apply(_change("fallback", 3, FULL, FULL))
+    _apply(worker, "controller", 2, 5, 5)
+    _apply(worker, "override", 1, 4, 4)
+    _apply(worker, "fallback", 2, FULL, FULL)
+    _apply(worker, "fallback", 3, FULL, FULL)
     assert worker.fallbacks == 1
 
 
-def _change(*selection: Any) -> BudgetChange:
-    return BudgetChange(Selection(*selection))
+def test_an_override_that_expires_without_a_controller_is_no_fallback(worker: Worker) -> None:
+    _apply(worker, "fallback", 1, FULL, FULL)
+    _apply(worker, "override", 1, 4, 4)
+    _apply(worker, "fallback", 1, FULL, FULL)
+    assert worker.fallbacks == 0
+
+
+def _apply(worker: Worker, *selection: Any) -> None:
+    worker.apply(BudgetChange(Selection(*selection), worker.rule))
+
+
+@pytest.mark.parametrize("rule", ["token:{digest}", "layer:{other}"])
+def test_a_rank_that_means_other_quotas_by_a_budget_stops(worker: Worker, rule: str) -> None:
+    digest = worker.table.payload_digest
+    foreign = rule.format(digest=digest, other="00" * 32)
+    with pytest.raises(UnsupportedServerError, match="give all ranks the same table and mode"):
+        worker.apply(BudgetChange(Selection("controller", 2, 5, 5), foreign))
+    assert worker.in_force.generation == 0
+
+
+def test_a_layer_that_routes_elsewhere_stops_the_second_forward(worker: Worker) -> None:
+    worker.watch_layers()
+    worker.begin_forward("prefill", 6)
+    for layer_index in (0, 2):
+        worker.route(layer_index, _make_slots())
+    with pytest.raises(UnsupportedServerError, match="the MoE layers 2 had not routed"):
+        worker.begin_forward("decode", 6)
+
+
+def test_once_every_layer_has_routed_nothing_is_watched(worker: Worker) -> None:
+    worker.begin_forward("prefill", 6)
+    for layer_index in range(LAYERS):
+        worker.route(layer_index, _make_slots())
+    worker.begin_forward("decode", 6)  # as a replayed graph: no layer calls Python
+    worker.begin_forward("decode", 6)
+    assert worker.steps == 3
 
 
 def test_measured_activations_are_the_kept_slots(worker: Worker) -> None:
-    worker.apply(_change("override", 1, 2 * LAYERS, 2 * LAYERS))
+    _apply(worker, "override", 1, 2 * LAYERS, 2 * LAYERS)
     worker.begin_forward("decode", 6)
     kept = [worker.route(layer, _make_slots()) for layer in range(LAYERS)]
     measured = worker.statistics.take_recent("decode")
@@ -138,22 +175,19 @@ def test_measured_activations_are_the_kept_slots(worker: Worker) -> None:
 def test_only_a_sample_of_the_forwards_is_measured(worker: Worker) -> None:
     for _ in range(32):
         worker.begin_forward("decode", 3)
+        for layer_index in range(LAYERS):
+            worker.route(layer_index, _make_slots())
     assert worker.statistics.by_phase["decode"].forwards == 32
     assert worker.statistics.by_phase["decode"].sampled_forwards == 2
-
-
-def test_a_forward_of_a_draft_model_is_not_counted(worker: Worker) -> None:
-    worker.begin_forward(None, 3)
-    slots = _make_slots()
-    assert worker.route(0, slots) is slots
-    assert worker.steps == 0
 
 
 def test_the_step_record_holds_one_line_per_forward(table_path: Path, tmp_path: Path) -> None:
     worker = Worker(WorkerSettings(table_path, step_record=tmp_path / "steps"))
     worker.bind(_make_model(), make_enforcement(worker.table, "layer", "cpu"), metrics=None)
-    worker.apply(_change("controller", 9, 5, 6))
+    _apply(worker, "controller", 9, 5, 6)
     worker.begin_forward("prefill", 40)
+    for layer_index in range(LAYERS):
+        worker.route(layer_index, _make_slots())
     worker.begin_forward("decode", 2)
     worker.close()
     lines = (tmp_path / "steps" / "rank0.csv").read_text().splitlines()

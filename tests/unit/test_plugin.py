@@ -1,0 +1,244 @@
+"""The hooks, with small objects in place of SGLang's, with a worker and without one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from table_factory import FINGERPRINT, make_tables
+
+from sglang_alloc import plugin, plugin_entry
+from sglang_alloc.budget_follower import BudgetChange
+from sglang_alloc.errors import SharedTableError, UnsupportedServerError
+from sglang_alloc.shared_table import Fallback, Selection, publish_shared_table
+from sglang_alloc.worker import ServedModel, Worker, make_enforcement
+from sglang_alloc.worker_settings import WorkerSettings
+
+LAYERS, TOP_K, EXPERTS = 3, 4, 8
+
+
+class StandardTopKOutput(NamedTuple):
+    """SGLang's, field by field; tests/compat checks that it is so in every release."""
+
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+    router_logits: torch.Tensor | None
+
+
+@pytest.fixture(scope="module")
+def forward_mode() -> Any:
+    """SGLang's real ForwardMode, whose import warns of what a CPU lacks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from sglang.srt.model_executor.forward_batch_info import ForwardMode
+    return ForwardMode
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> WorkerSettings:
+    publish_shared_table(tmp_path / "tiny.tbl", make_tables(LAYERS, TOP_K, EXPERTS))
+    return WorkerSettings(tmp_path / "tiny.tbl")
+
+
+@pytest.fixture
+def process(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A process of its own, inert at first."""
+    process = plugin._Process()
+    monkeypatch.setattr(plugin, "_process", process)
+    return process
+
+
+@pytest.fixture
+def worker(process: Any, settings: WorkerSettings) -> Iterator[Worker]:
+    worker = Worker(settings)
+    model = ServedModel("tiny", FINGERPRINT, (1, 2, 3), TOP_K, EXPERTS, 0, "cpu")
+    worker.bind(model, make_enforcement(worker.table, worker.mode, "cpu"), metrics=None)
+    process.settings, process.worker = settings, worker
+    yield worker
+    worker.close()
+
+
+class _Router:
+    """Stands in for SGLang's TopK: its call reaches the hook, unless told to go around it."""
+
+    def __init__(self, process: Any, index: int, *, reaches_hook: bool = True) -> None:
+        self.topk_config = SimpleNamespace(top_k=TOP_K, num_shared_topk_slots=0)
+        self.layer_id = index
+        self._reaches_hook = reaches_hook
+        process.layer_index_of[id(self.topk_config)] = index
+
+    def __call__(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> StandardTopKOutput:
+        weights, ids = logits.softmax(dim=1).topk(TOP_K)
+        output = StandardTopKOutput(weights, ids, logits)
+        if not self._reaches_hook:
+            return output
+        changed = plugin._after_select_experts(output, topk_config=self.topk_config)
+        return output if changed is None else changed
+
+
+def _reduce(worker: Worker, budget: int) -> None:
+    worker.apply(BudgetChange(Selection("override", 1, budget, budget), worker.rule))
+
+
+def test_an_inert_plugin_touches_nothing(process: Any) -> None:
+    output = StandardTopKOutput(torch.ones(1, 4), torch.zeros(1, 4, dtype=torch.int32), None)
+    assert plugin._after_select_experts(output, topk_config=object()) is None
+    assert plugin._after_receive_requests(["a request"]) is None
+    requests: list[Any] = []
+    plugin._after_pull_requests(requests)
+    assert requests == []
+
+
+def test_a_scheduler_without_a_bound_model_refuses_its_first_iteration(
+    process: Any, settings: WorkerSettings
+) -> None:
+    process.settings = settings
+    with pytest.raises(RuntimeError, match="no model was bound"):
+        plugin._after_pull_requests([])
+    runner = SimpleNamespace(is_draft_worker=False)
+    with pytest.raises(RuntimeError, match="no model was bound"):
+        plugin._before_forward(runner, SimpleNamespace(forward_mode=None))
+
+
+def test_a_change_travels_with_the_requests_and_is_taken_out_again(worker: Worker) -> None:
+    requests: list[Any] = ["a request"]
+    plugin._after_pull_requests(requests)
+    assert isinstance(requests[1], BudgetChange)
+    assert plugin._after_receive_requests(requests) == ["a request"]
+    assert worker.in_force.source == "fallback"
+    plugin._after_pull_requests(unchanged := ["another"])
+    assert unchanged == ["another"]
+
+
+def test_a_rank_that_does_not_lead_announces_nothing(worker: Worker) -> None:
+    assert plugin._after_pull_requests(None) is None
+
+
+def test_the_last_of_several_changes_counts(worker: Worker) -> None:
+    changes = [
+        BudgetChange(Selection("controller", generation, 5, 6), worker.rule)
+        for generation in (4, 5)
+    ]
+    assert plugin._after_receive_requests(changes) == []
+    assert worker.in_force.generation == 5
+
+
+@pytest.mark.parametrize(
+    ("mode", "phase"),
+    [
+        ("DECODE", "decode"),
+        ("TARGET_VERIFY", "decode"),
+        ("EXTEND", "prefill"),
+        ("MIXED", "prefill"),
+        ("IDLE", None),
+    ],
+)
+def test_every_forward_mode_has_its_phase(forward_mode: Any, mode: str, phase: str | None) -> None:
+    assert plugin._phase(forward_mode[mode]) == phase
+
+
+def test_a_draft_models_forwards_and_layers_are_left_alone(worker: Worker, process: Any) -> None:
+    _reduce(worker, LAYERS)
+    draft = SimpleNamespace(is_draft_worker=True)
+    plugin._before_forward(draft, SimpleNamespace(forward_mode=None))
+    assert worker.steps == 0
+    output = StandardTopKOutput(torch.ones(1, 4), torch.zeros(1, 4, dtype=torch.int32), None)
+    assert plugin._after_select_experts(output, topk_config=object()) is None
+
+
+def test_the_cpu_experts_run_the_kept_slots_only(worker: Worker, process: Any) -> None:
+    router = _Router(process, 0)
+    _reduce(worker, LAYERS)
+    worker.begin_forward("decode", 2)
+    routed = router(torch.zeros(2, 8), torch.randn(2, EXPERTS))
+    seen = []
+
+    def experts(layer: Any, rows: torch.Tensor, output: Any, config: Any) -> torch.Tensor:
+        seen.append(output.topk_ids)
+        return rows * output.topk_weights
+
+    plugin._around_cpu_experts(experts, None, torch.ones(2, 8), routed, None)
+    assert [ids.shape for ids in seen] == [(2, 1)]
+    _reduce(worker, LAYERS * TOP_K)
+    plugin._around_cpu_experts(experts, None, torch.ones(2, TOP_K), routed, None)
+    assert seen[1] is routed.topk_ids
+
+
+def test_the_proof_accepts_a_layer_that_obeys_and_leaves_full_quality(
+    worker: Worker, process: Any
+) -> None:
+    for index in range(LAYERS):
+        plugin._prove_routing(worker, index, _Router(process, index))
+    assert not worker.enforcement.drops_slots()
+
+
+def test_the_proof_refuses_a_layer_whose_hook_is_not_reached(worker: Worker, process: Any) -> None:
+    worker.watch_layers()
+    with pytest.raises(UnsupportedServerError, match="MoE layer 2 does not obey the budget"):
+        plugin._prove_routing(worker, 1, _Router(process, 1, reaches_hook=False))
+    assert not worker.enforcement.drops_slots()
+
+
+def test_the_proof_refuses_a_backend_that_routes_in_its_kernel(worker: Worker) -> None:
+    def bypassed(hidden_states: torch.Tensor, logits: torch.Tensor) -> object:
+        return SimpleNamespace(topk_ids=None)
+
+    with pytest.raises(UnsupportedServerError, match="routes inside its kernel"):
+        plugin._prove_routing(worker, 0, bypassed)
+
+
+def test_the_number_of_shared_columns_is_read_under_either_name() -> None:
+    assert plugin._num_shared(SimpleNamespace(num_shared_topk_slots=1)) == 1
+    assert plugin._num_shared(SimpleNamespace(num_fused_shared_experts=2)) == 2
+    assert plugin._num_shared(SimpleNamespace(num_fused_shared_experts=None)) == 0
+
+
+def test_a_hook_under_a_foreign_wrapper_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hook() -> None: ...
+
+    def wrapped() -> None:
+        hook()
+
+    def foreign() -> None: ...
+
+    foreign.__wrapped__ = wrapped  # type: ignore[attr-defined]
+    monkeypatch.setattr(plugin.pkgutil, "resolve_name", lambda target: foreign)
+    assert plugin._is_hooked("any.target", hook)
+    assert not plugin._is_hooked("any.target", test_a_hook_under_a_foreign_wrapper_is_found)
+
+
+def test_a_fallback_without_a_row_is_refused_before_anything_is_patched(
+    settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugin, "verify_seams", lambda resolve: [])  # has its own tests
+    beyond = WorkerSettings(settings.table_path, fallback=Fallback("budget", 99, 99))
+    with pytest.raises(SharedTableError, match="99"):
+        plugin._check_before_hooks(beyond)
+
+
+def test_without_a_table_the_entry_point_imports_nothing_of_ours() -> None:
+    script = (
+        "import sys, sglang_alloc.plugin_entry as e; e.register();"
+        "assert 'torch' not in sys.modules and 'sglang_alloc.plugin' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, env={})
+
+
+@pytest.mark.parametrize("error", [ImportError("half an upgrade"), ValueError("no signature")])
+def test_whatever_goes_wrong_ends_the_process(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails() -> None:
+        raise error
+
+    monkeypatch.setenv(plugin_entry.TABLE_VARIABLE, "/some.tbl")
+    monkeypatch.setattr(plugin, "register_hooks", fails)
+    with pytest.raises(SystemExit, match=f"refuses to serve: {error}"):
+        plugin_entry.register()

@@ -208,7 +208,11 @@ def _server_facts(model_runner: Any, routers: dict[int, Any]) -> ServerFacts:
         options={name: resolved.get(name) for name in REFUSED_OPTIONS},
         router_widths={router.topk_config.top_k for router in routers.values()},
         module_types={type(module).__name__ for module in modules},
-        expert_kernels={_expert_kernel(m) for m in modules if hasattr(m, "moe_runner_config")},
+        expert_kernels={
+            _expert_kernel(module)
+            for module in modules
+            if hasattr(module, "moe_runner_config") and hasattr(module, "quant_method")
+        },
     )
 
 

@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 from sglang_alloc.budget_tables import BudgetTables, load_budget_tables
 from sglang_alloc.errors import ConfigurationError
+from sglang_alloc.plugin_entry import TABLE_VARIABLE
 from sglang_alloc.shared_table import SharedTable, TableShape, publish_shared_table
 from sglang_alloc.table_path import default_shared_path
 from sglang_alloc.worker_settings import (
     FALLBACK_VARIABLE,
     MODE_VARIABLE,
     STALE_AFTER_VARIABLE,
-    TABLE_VARIABLE,
     WorkerSettings,
     settings_from_environment,
 )

@@ -28,15 +28,16 @@ from sglang_alloc.reference.rule_comparison import (
 )
 from sglang_alloc.reference.samples import read_sample
 from sglang_alloc.reference.sensitivity import profile_sensitivity
+from sglang_alloc.reference.threshold_quotas import threshold_quotas
 from sglang_alloc.reference.thresholds import CalibratedRow, calibrate_thresholds, measure_saliency
 from sglang_alloc.solve import solve_all_budgets
 
 WINDOW_TOKENS = 1_024  # the trained context: beyond it losses mean nothing
-WINDOWS_PER_DOMAIN = 7
+CALIBRATION_WINDOWS, HELDOUT_WINDOWS = 5, 7  # per domain
 WORKERS = 2
 BUDGETS_HEAD = f"""# Loss by budget
 
-Held-out loss above the full model in nats per byte, domains weighed equally, {WINDOWS_PER_DOMAIN}
+Held-out loss above the full model in nats per byte, domains weighed equally, {HELDOUT_WINDOWS}
 windows of {WINDOW_TOKENS} bytes per domain; `kept` is the measured mean number of activations per
 token, summed over the layers. `loss_by_budget.csv` has the domains apart.
 
@@ -58,19 +59,21 @@ def build_tables(
     sensitivity = profile_sensitivity(model, windows, executor).numpy()
     progress.remove_task(task)
     solution = solve_all_budgets(sensitivity)
-    layers = model.config.num_layers
+    task = progress.add_task("quotas of thresholds", total=None)
+    targets = threshold_quotas(model, windows, saliency, executor).tolist()
+    progress.remove_task(task)
 
-    def calibrated(budget: int) -> CalibratedRow:
-        return calibrate_thresholds(model, windows, saliency, [budget / layers] * layers)
+    def calibrated(quotas: list[float]) -> CalibratedRow:
+        return calibrate_thresholds(model, windows, saliency, quotas)
 
-    found = executor.map(calibrated, solution.budgets.tolist())
-    rows = list(progress.track(found, total=len(solution.budgets), description="thresholds"))
+    found = executor.map(calibrated, targets)
+    rows = list(progress.track(found, total=len(targets), description="thresholds"))
     return BudgetTables(
         model_id=folder.name,
         fingerprint=identity.fingerprint(),
         num_experts=model.config.num_experts,
         top_k=model.config.top_k,
-        layer_ids=np.arange(layers, dtype=np.int32),
+        layer_ids=np.arange(model.config.num_layers, dtype=np.int32),
         budgets=solution.budgets,
         quotas=solution.quotas,
         predicted_loss=solution.predicted_loss,
@@ -85,14 +88,15 @@ def build_tables(
             "window_tokens": windows.shape[1] - 1,
             "domains": list(calibration),
             "sensitivity": "isolated profile, original weights of the kept slots",
-            "threshold_score": "weight * saliency, uniform fractional quotas",
+            "threshold_score": "weight * saliency",
+            "threshold_quotas": targets,
             "threshold_calibration_loss": [round(row.loss - rows[-1].loss, 6) for row in rows],
             "torch": torch.__version__,
         },
     )
 
 
-def sample_windows(split: str, windows_per_domain: int = WINDOWS_PER_DOMAIN) -> dict[str, Tensor]:
+def sample_windows(split: str, windows_per_domain: int) -> dict[str, Tensor]:
     """Windows of each domain's committed sample of `split`, as many in each domain."""
     return {
         domain: windows_of(tokens, WINDOW_TOKENS, windows_per_domain)
@@ -119,13 +123,13 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console(stderr=True)
     torch.set_num_threads(1)  # whole passes run side by side instead
     with ThreadPoolExecutor(WORKERS) as executor, Progress(console=console) as progress:
-        calibration = sample_windows("calibration")
+        calibration = sample_windows("calibration", CALIBRATION_WINDOWS)
         tables = build_tables(model, folder, calibration, executor, progress)
         save_budget_tables(folder / "budget_tables.npz", tables)
         layers = model.config.num_layers
         budgets = range(tables.budget_max, tables.budget_min - 1, -layers)
         task = progress.add_task("held-out loss", total=2 * len(budgets))
-        text = held_out(model, sample_windows("heldout"))
+        text = held_out(model, sample_windows("heldout", HELDOUT_WINDOWS))
         rows = []
         for row in compare_modes(model, tables, text, budgets, executor):
             rows.append(row)

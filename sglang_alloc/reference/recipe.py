@@ -31,7 +31,8 @@ class Recipe:
     beta2: float = 0.98
     gradient_norm_max: float = 1.0
     balance_weight: float = 0.01  # as OLMoE; without it a few experts take all the tokens
-    # At the full rate each token's first expert takes 70-90% of the weight and the others idle.
+    # At the full rate a token's first expert took 67-93% of the weight (layer means), top-4 lost
+    # 0.002 nats against top-8, and held-out loss was higher.
     router_learning_rate_ratio: float = 0.1
     micro_batches: int = 2
 

@@ -22,12 +22,13 @@ from sglang_alloc.reference.allocations import (
     token_allocation,
 )
 from sglang_alloc.reference.architecture import FAMILIES
-from sglang_alloc.reference.calibrate import WORKERS, sample_windows
+from sglang_alloc.reference.calibrate import CALIBRATION_WINDOWS, WORKERS, sample_windows
 from sglang_alloc.reference.export import load_checkpoint
 from sglang_alloc.reference.heldout import token_losses
 from sglang_alloc.reference.model import Allocation, ReferenceModel
 from sglang_alloc.reference.model_folder import model_folder
 from sglang_alloc.reference.sensitivity import profile_sensitivity
+from sglang_alloc.reference.threshold_quotas import threshold_quotas
 from sglang_alloc.reference.thresholds import calibrate_thresholds, measure_saliency
 from sglang_alloc.solve import solve_all_budgets
 
@@ -63,6 +64,8 @@ def rules_of(
         profile_sensitivity(model, windows, executor, renormalize=True).numpy()
     )
 
+    fractional = threshold_quotas(model, windows, saliency, executor)
+
     def thresholds(targets: Sequence[float], scores: Tensor | None) -> list[float]:
         return calibrate_thresholds(model, windows, scores, targets).thresholds
 
@@ -73,6 +76,7 @@ def rules_of(
         by_weight = thresholds(uniform, None)
         by_score = thresholds(uniform, saliency)
         by_score_solved = thresholds(solved, saliency)
+        by_score_fractional = thresholds(fractional[row].tolist(), saliency)
         choices: dict[str, Allocation] = {
             "uniform k": layer_allocation(uniform),
             "uniform k, rescaled to full mass": layer_allocation(uniform, renormalize=True),
@@ -81,11 +85,12 @@ def rules_of(
             "token selection, uniform quotas": token_allocation(uniform),
             "threshold on weight": threshold_allocation(by_weight, None),
             "threshold on weight x saliency": threshold_allocation(by_score, saliency),
-            "the same, rescaled to full mass": threshold_allocation(
+            "the same, uniform and rescaled to full mass": threshold_allocation(
                 by_score, saliency, renormalize=True
             ),
-            "threshold on weight x saliency, DP quotas": threshold_allocation(
-                by_score_solved, saliency
+            "the same, DP quotas": threshold_allocation(by_score_solved, saliency),
+            "the same, DP in half slots under thresholds": threshold_allocation(
+                by_score_fractional, saliency
             ),
         }
         return [Rule(name, k, allocation) for name, allocation in choices.items()]
@@ -145,7 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
     folder = options.model or model_folder(options.family)
     model = load_checkpoint(folder)
     torch.set_num_threads(1)
-    calibration = torch.cat(list(sample_windows("calibration").values()))
+    calibration = torch.cat(list(sample_windows("calibration", CALIBRATION_WINDOWS).values()))
     heldout = torch.cat(list(sample_windows("heldout", HELDOUT_WINDOWS_PER_DOMAIN).values()))
     with ThreadPoolExecutor(WORKERS) as executor:
         rules = rules_of(model, calibration, executor, UNIFORM_QUOTAS)

@@ -21,9 +21,7 @@ def profile_sensitivity(
     layers at top-1, predicts worse. The layers before l are run once for all. The last column is 0.
     """
     layers, top_k = model.config.num_layers, model.config.top_k
-    entering = [model.embed_tokens(windows[:, :-1])]
-    for layer in range(layers):
-        entering.append(model.run_layer(layer, entering[-1])[0])
+    entering = entering_states(model, windows)
     full = loss_from_layer(model, layers, entering[-1], windows, None)
 
     def loss_at(place: tuple[int, int]) -> float:
@@ -35,6 +33,15 @@ def profile_sensitivity(
     losses = list(executor.map(loss_at, product(range(layers), range(1, top_k))))
     reduced = torch.tensor(losses, dtype=torch.float64).view(layers, top_k - 1) - full
     return torch.cat([reduced, torch.zeros(layers, 1, dtype=torch.float64)], dim=1)
+
+
+@torch.no_grad()
+def entering_states(model: ReferenceModel, windows: Tensor) -> list[Tensor]:
+    """Hidden states (B, S, H) in front of each layer of the full model, and behind the last."""
+    states = [model.embed_tokens(windows[:, :-1])]
+    for layer in range(model.config.num_layers):
+        states.append(model.run_layer(layer, states[-1])[0])
+    return states
 
 
 @torch.no_grad()

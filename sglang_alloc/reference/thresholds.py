@@ -57,23 +57,30 @@ def threshold_of_quota(slot_scores: Tensor, quota: float) -> float:
     return float(others.topk(extra, sorted=False).values.min())
 
 
-@torch.no_grad()
-def calibrate_thresholds(
-    model: ReferenceModel, windows: Tensor, saliency: Tensor | None, quotas: Sequence[float]
-) -> CalibratedRow:
-    """Set each layer's threshold for a mean of quotas[layer] kept slots, in one pass.
+class ThresholdCalibration:
+    """An allocation that sets each layer's threshold when the layer runs, from what it sees.
 
     A layer is calibrated on the hidden states that the reduced layers before it produce, because
     those are what it will see when it serves.
     """
-    thresholds: list[float] = []
 
-    def calibrate(layer: int, _x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        slot_scores = scores(layer, ids, weights, saliency)
-        thresholds.append(threshold_of_quota(slot_scores, quotas[layer]))
-        kept = score_threshold_torch(slot_scores, thresholds[-1])
-        return apply_kept(weights, kept, renormalize=False)
+    def __init__(self, quotas: Sequence[float], saliency: Tensor | None) -> None:
+        self._quotas, self._saliency = quotas, saliency
+        self.thresholds: dict[int, float] = {}
 
+    def __call__(self, layer: int, _x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        slot_scores = scores(layer, ids, weights, self._saliency)
+        threshold = threshold_of_quota(slot_scores, self._quotas[layer])
+        self.thresholds[layer] = threshold
+        return apply_kept(weights, score_threshold_torch(slot_scores, threshold), renormalize=False)
+
+
+@torch.no_grad()
+def calibrate_thresholds(
+    model: ReferenceModel, windows: Tensor, saliency: Tensor | None, quotas: Sequence[float]
+) -> CalibratedRow:
+    """Set the thresholds at which layer l keeps quotas[l] slots per token on windows (B, S + 1)."""
+    calibration = ThresholdCalibration(quotas, saliency)
     x = model.embed_tokens(windows[:, :-1])
-    loss = loss_from_layer(model, 0, x, windows, calibrate)
-    return CalibratedRow(thresholds, loss)
+    loss = loss_from_layer(model, 0, x, windows, calibration)
+    return CalibratedRow([calibration.thresholds[layer] for layer in range(len(quotas))], loss)

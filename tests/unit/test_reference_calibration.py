@@ -25,6 +25,11 @@ from sglang_alloc.reference.heldout import token_losses, windows_of
 from sglang_alloc.reference.model import ReferenceModel
 from sglang_alloc.reference.model_folder import model_folder
 from sglang_alloc.reference.sensitivity import profile_sensitivity
+from sglang_alloc.reference.threshold_quotas import (
+    measured_quotas,
+    profile_threshold_losses,
+    threshold_quotas,
+)
 from sglang_alloc.reference.thresholds import (
     calibrate_thresholds,
     measure_saliency,
@@ -95,6 +100,29 @@ def test_threshold_at_quota_one_keeps_only_the_best() -> None:
     assert threshold_of_quota(scores, 1.0) > 0.9
     assert threshold_of_quota(scores, 1.5) == pytest.approx(0.4)
     assert threshold_of_quota(scores, 2.0) == 0.0
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe"])
+def test_quotas_of_thresholds_spend_every_budget(family: str) -> None:
+    model, windows = make_model(family), make_windows()
+    with ThreadPoolExecutor(2) as executor:
+        quotas = threshold_quotas(model, windows, measure_saliency(model, windows), executor)
+    assert quotas.sum(axis=1).tolist() == list(range(2, 9))
+    assert quotas.min() == 1
+    assert quotas[-1].tolist() == [4, 4]
+
+
+def test_threshold_losses_fall_with_the_quota_and_end_at_zero() -> None:
+    with ThreadPoolExecutor(2) as executor:
+        losses = profile_threshold_losses(make_model(), make_windows(), None, executor)
+    assert losses.shape == (2, 7)
+    assert (np.diff(losses, axis=1) <= 0).all()
+    assert losses[:, -1].tolist() == [0, 0]
+
+
+def test_loss_bends_below_half_the_slots_so_more_quotas_are_measured_there() -> None:
+    assert measured_quotas(4) == [1, 1.5, 2, 3, 4]
+    assert measured_quotas(6) == [1, 1.5, 2, 2.5, 3, 4, 5, 6]
 
 
 def test_expert_without_tokens_gets_its_layers_mean_saliency() -> None:

@@ -48,6 +48,17 @@ class ReferenceConfig:
         return self.head_dim * (1 if self.family == "qwen3_moe" else self.num_kv_heads)
 
 
+def reference_config(family: str) -> ReferenceConfig:
+    """The shape that is trained for a family.
+
+    SGLang's OLMoE normalises keys over the whole hidden size with an epsilon of 1e-5, so it serves
+    only as many key heads as query heads and only that epsilon.
+    """
+    if family == "olmoe":
+        return ReferenceConfig(family, num_kv_heads=4, rms_norm_eps=1e-5)
+    return ReferenceConfig(family)
+
+
 def config_to_dict(config: ReferenceConfig) -> dict[str, object]:
     """Fields of the config, for the recipe."""
     return asdict(config)

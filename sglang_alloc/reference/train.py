@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sglang_alloc.reference.architecture import FAMILIES, ReferenceConfig
+from sglang_alloc.reference.architecture import FAMILIES, reference_config
 from sglang_alloc.reference.corpus import build_corpus
 from sglang_alloc.reference.documents import DOMAINS, read_documents, standard_sources
 from sglang_alloc.reference.model_folder import model_folder, write_model_folder
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
         state_path.unlink(missing_ok=True)
         streams_path.unlink(missing_ok=True)
     streams = run_streams(streams_path, console)
-    config, recipe = ReferenceConfig(options.family), replace(Recipe(), seed=options.seed)
+    config, recipe = reference_config(options.family), replace(Recipe(), seed=options.seed)
     run = TrainingRun(config, recipe, streams, state_path, device=options.device)
     if not train(run, console, stop_after=options.stop_after):
         console.print(f"stopped after step {run.step}; the same command goes on from there")

@@ -9,13 +9,14 @@ from reference_factory import make_model
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from sglang_alloc.reference.architecture import FAMILIES, ReferenceConfig
+from sglang_alloc.reference.architecture import FAMILIES, ReferenceConfig, reference_config
 from sglang_alloc.reference.export import (
     CHECKPOINT_BYTES_MAX,
     config_from_folder,
     export_checkpoint,
     load_checkpoint,
 )
+from sglang_alloc.reference.model import ReferenceModel
 from sglang_alloc.reference.model_folder import model_folder
 from sglang_alloc.reference.tokenizer import END_OF_TEXT, VOCAB_SIZE, build_tokenizer
 
@@ -50,6 +51,21 @@ def test_output_embedding_is_stored_because_sglang_does_not_tie(tmp_path: Path) 
         output = stored.get_tensor("lm_head.weight")
         assert torch.equal(output, stored.get_tensor("model.embed_tokens.weight"))
     assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trained_shape_fits_the_repository_and_keeps_alignment(family: str) -> None:
+    config = reference_config(family)
+    weights = sum(weight.numel() for weight in ReferenceModel(config).parameters())
+    output_embedding = config.vocab_size * config.hidden_size
+    assert 2 * (weights + output_embedding) < CHECKPOINT_BYTES_MAX - 500_000
+    assert config.moe_intermediate_size % 8 == config.vocab_size % 8 == 0
+
+
+def test_olmoe_has_the_key_norm_that_sglang_serves() -> None:
+    config = reference_config("olmoe")
+    assert config.key_norm_size == config.query_norm_size == config.hidden_size
+    assert config.rms_norm_eps == 1e-5
 
 
 def test_unknown_family_is_refused() -> None:

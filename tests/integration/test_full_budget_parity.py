@@ -6,7 +6,6 @@ reduced budget left in it would be used again at full budget.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,13 @@ import httpx2
 import pytest
 from generation import PROMPTS, Generated, generate_all
 
+from sglang_alloc.demo.heldout_loss import BudgetOverride
 from sglang_alloc.demo.server_process import Server, serve
 from sglang_alloc.shared_table import SharedTable, WorkerCounters
 
 pytestmark = pytest.mark.server
 
 EXTRA = ("--dtype", "float32", "--skip-server-warmup")
-MINUTE_NS = 60 * 10**9
 
 
 @dataclass(frozen=True)
@@ -56,26 +55,17 @@ class _Budgeted:
 
     def __init__(self, server: Server, table: SharedTable) -> None:
         self._url, self.table = server.url, table
+        self._override = BudgetOverride(table)
         self.full = table.shape.budget_max
 
     def at(self, prefill: int, decode: int) -> tuple[list[Generated], WorkerCounters]:
         """Generate at these budgets on an empty cache; return what was counted meanwhile too."""
-        self._set(prefill, decode)
+        self._override.set(prefill, decode)
         before = self.table.worker_counters()[0]
         generated = _generate(self._url)
-        self._set(self.full, self.full)
+        self._override.set(self.full, self.full)
         after = self.table.worker_counters()[0]
         return generated, WorkerCounters(*(b - a for a, b in zip(before, after, strict=True)))
-
-    def _set(self, prefill: int, decode: int) -> None:
-        now_ns = time.monotonic_ns()
-        self.table.set_override(prefill, decode, now_ns + MINUTE_NS, "test")
-        override = self.table.override(now_ns)
-        assert override is not None
-        deadline = time.monotonic() + 30.0
-        while self.table.worker_counters()[0].acknowledged_generation != override.generation:
-            assert time.monotonic() < deadline, "the budgets were not acknowledged within 30 s"
-            time.sleep(0.02)
 
 
 def _generate(url: str) -> list[Generated]:

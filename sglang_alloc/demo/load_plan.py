@@ -11,7 +11,7 @@ from sglang_alloc.demo.errors import DemoError
 from sglang_alloc.demo.trace import Phase
 
 # Two calm stretches around a burst; the last is long enough to see quality come back.
-CALM_SECONDS, BURST_SECONDS, AFTER_SECONDS = 20.0, 30.0, 40.0
+CALM_SECONDS, BURST_SECONDS, AFTER_SECONDS = 15.0, 40.0, 35.0
 # Calm leaves half of the capacity free, so that full quality meets its SLOs there.
 CALM_UTILISATION_RATIO = 0.5
 # The burst lies this far between the capacities at full and at floor: full quality cannot follow,
@@ -19,8 +19,8 @@ CALM_UTILISATION_RATIO = 0.5
 BURST_POSITION_RATIO = 0.5
 # Where the floor gains next to nothing, the burst still overloads full quality by this much.
 BURST_OVERLOAD_MIN_RATIO = 1.08
-# An SLO is this many times what an idle server (TTFT) or a full batch (ITL) takes.
-TTFT_SLACK_RATIO, ITL_SLACK_RATIO = 12.0, 4.0
+# An SLO is this many times what a request gets in a full batch without a queue.
+TTFT_SLACK_RATIO, ITL_SLACK_RATIO = 3.0, 4.0
 
 # Edges of SGLang's latency histograms, ten per decade as in the R10 series: an SLO must be an edge,
 # because only then does the histogram say exactly how many requests kept it.
@@ -71,7 +71,7 @@ def plan_load(idle: ClosedLoop, full: ClosedLoop, floor: ClosedLoop) -> LoadPlan
         Phase("calm again", AFTER_SECONDS, calm),
     )
     slo = Slo(
-        ttft_seconds=next_edge(TTFT_SLACK_RATIO * idle.median_ttft_seconds, TTFT_EDGES_SECONDS),
+        ttft_seconds=next_edge(TTFT_SLACK_RATIO * full.median_ttft_seconds, TTFT_EDGES_SECONDS),
         itl_seconds=next_edge(ITL_SLACK_RATIO * full.mean_itl_seconds, ITL_EDGES_SECONDS),
     )
     return LoadPlan(phases, slo, idle, full, floor)

@@ -12,7 +12,13 @@ from typing import Any
 from sglang_alloc.demo import machine, plots
 from sglang_alloc.demo.calibration import ClosedLoop, RequestShape
 from sglang_alloc.demo.heldout_loss import LevelLoss, loss_increase_error, weighted_loss
-from sglang_alloc.demo.load_plan import BURST_POSITION_RATIO, CALM_UTILISATION_RATIO, LoadPlan
+from sglang_alloc.demo.load_plan import (
+    BURST_POSITION_RATIO,
+    CALM_UTILISATION_RATIO,
+    ITL_SLACK_RATIO,
+    TTFT_SLACK_RATIO,
+    LoadPlan,
+)
 from sglang_alloc.demo.observation import RunRecord
 from sglang_alloc.demo.outcome import summarise_run
 from sglang_alloc.demo.page import render_page
@@ -126,7 +132,9 @@ def _load(result: DemoResult) -> dict[str, Any]:
             f"capacity, the burst at {BURST_POSITION_RATIO:.0%} of the way from the full to the "
             "floor capacity, so full quality cannot keep up and the floor can. Requests are sent "
             "at their due times whether or not earlier ones were answered, and TTFT counts from "
-            "the due time."
+            f"the due time. The SLOs are {TTFT_SLACK_RATIO:g} times the median TTFT and "
+            f"{ITL_SLACK_RATIO:g} times the mean inter-token latency of the closed loop at full "
+            "budget, rounded up to a bucket edge of the server's histograms."
         ),
         "phases": [phase._asdict() for phase in plan.phases],
         "prompt_bytes": shape.prompt_bytes,

@@ -53,6 +53,8 @@ def calibrate(session: Session, floor_budget: int) -> LoadPlan:
     override = BudgetOverride(session.table)
 
     def measure(budget: int, clients: int, seconds: float) -> ClosedLoop:
+        # Each measurement draws the same prompts: what the cache keeps of them would flatter it.
+        _flush(session)
         override.set(budget, budget)
         return _closed_loop(session, budget, clients, seconds)
 
@@ -66,8 +68,7 @@ def calibrate(session: Session, floor_budget: int) -> LoadPlan:
 
 def run_trace(session: Session, trace: Trace, keep: Path) -> RunRecord:
     """Run the trace on an empty prefix cache; keep each request's record as a JSON line."""
-    with httpx2.Client(base_url=session.server.url, trust_env=False) as client:
-        flush_cache(client)
+    _flush(session)
 
     def on_tick(second: float, sent: int, finished: int) -> None:
         session.server.process.require_alive()
@@ -106,6 +107,11 @@ def measure_losses(session: Session, controlled: RunRecord) -> tuple[LevelLoss, 
     ]
     override.clear()
     return full_loss, losses
+
+
+def _flush(session: Session) -> None:
+    with httpx2.Client(base_url=session.server.url, timeout=30.0, trust_env=False) as client:
+        flush_cache(client)
 
 
 def _closed_loop(session: Session, budget: int, clients: int, seconds: float) -> ClosedLoop:

@@ -29,7 +29,7 @@ def test_a_floor_that_gains_nothing_still_gives_an_overload() -> None:
 
 
 def test_slos_are_bucket_edges_of_the_server() -> None:
-    plan = plan_load(make_loop(3.0, ttft=0.0371), make_loop(6.0, itl=0.0213), make_loop(9.0))
+    plan = plan_load(make_loop(3.0), make_loop(6.0, ttft=0.371, itl=0.0213), make_loop(9.0))
     flags = bucket_arguments()
     itl_flag = flags.index("--bucket-inter-token-latency")
     assert float(f"{plan.slo.ttft_seconds:g}") in [float(edge) for edge in flags[1:itl_flag]]
@@ -48,4 +48,4 @@ def test_edges_ascend() -> None:
 
 def test_a_machine_too_slow_for_any_edge_is_told_so() -> None:
     with pytest.raises(DemoError, match="too slow or too busy"):
-        plan_load(make_loop(0.1, ttft=90.0), make_loop(6.0), make_loop(9.0))
+        plan_load(make_loop(3.0), make_loop(0.1, ttft=90.0), make_loop(9.0))

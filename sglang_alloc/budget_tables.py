@@ -34,6 +34,8 @@ def save_budget_tables(path: Path, tables: BudgetTables) -> None:
         TableFormatError: a field breaks the format, or the file cannot be written.
     """
     tables.validate()
+    if tables.probes:
+        refuse("probes", "budget tables", "a table of probes, which is published, never saved")
     content = io.BytesIO()
     scalars = {
         "format_version": np.int64(FORMAT_VERSION),

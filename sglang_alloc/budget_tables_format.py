@@ -23,14 +23,33 @@ REQUIRED_ARRAYS: dict[str, tuple[str, str]] = {
 }
 OPTIONAL_ARRAYS: dict[str, tuple[str, str]] = {
     "sensitivity": ("<f8", "LK"),
+    "prefill_sensitivity": ("<f8", "LK"),
     "prefill_quotas": ("<i2", "NL"),
     "prefill_predicted_loss": ("<f4", "N"),
     "thresholds": ("<f4", "NL"),
+    "threshold_quotas": ("<f4", "NL"),
+    "threshold_predicted_loss": ("<f4", "N"),
     "prefill_thresholds": ("<f4", "NL"),
+    "prefill_threshold_quotas": ("<f4", "NL"),
+    "prefill_threshold_loss": ("<f4", "N"),
+    "union_quotas": ("<i2", "NL"),
+    "union_predicted_loss": ("<f4", "N"),
     "gains": ("<f4", "NL"),
     "saliency": ("<f4", "LE"),
 }
 ARRAYS = REQUIRED_ARRAYS | OPTIONAL_ARRAYS
+QUOTA_ARRAYS = ("quotas", "prefill_quotas", "union_quotas")
+# Arrays that mean nothing without another one.
+_NEEDS = {
+    "prefill_quotas": "prefill_predicted_loss",
+    "prefill_predicted_loss": "prefill_quotas",
+    "union_quotas": "union_predicted_loss",
+    "union_predicted_loss": "union_quotas",
+    "threshold_predicted_loss": "thresholds",
+    "threshold_quotas": "thresholds",
+    "prefill_threshold_loss": "prefill_thresholds",
+    "prefill_threshold_quotas": "prefill_thresholds",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +58,13 @@ class BudgetTables:
 
     A budget is a number of routed-expert activations per token, summed over the MoE layers. Row n
     belongs to `budgets[n]`. Losses are in nats per token above the full model. Decode uses
-    `quotas` and `thresholds`; prefill uses the `prefill_` arrays where they are present, else the
-    same ones.
+    `quotas`, `thresholds` or `union_quotas`, by the mode that is served; prefill uses the
+    `prefill_` arrays where they are present, else decode's. `threshold_quotas` is the mean number
+    of slots that each threshold was calibrated to keep.
+
+    A table of `probes` is for profiling alone: its rows are numbered from 1, in no order of size,
+    and only the last one is the full model. In mode `threshold` it has no thresholds: the worker
+    keeps `threshold_quotas` on average over each forward.
     """
 
     model_id: str
@@ -52,13 +76,21 @@ class BudgetTables:
     quotas: Array
     predicted_loss: Array
     sensitivity: Array | None = None
+    prefill_sensitivity: Array | None = None
     prefill_quotas: Array | None = None
     prefill_predicted_loss: Array | None = None
     thresholds: Array | None = None
+    threshold_quotas: Array | None = None
+    threshold_predicted_loss: Array | None = None
     prefill_thresholds: Array | None = None
+    prefill_threshold_quotas: Array | None = None
+    prefill_threshold_loss: Array | None = None
+    union_quotas: Array | None = None
+    union_predicted_loss: Array | None = None
     gains: Array | None = None
     saliency: Array | None = None
     provenance: Mapping[str, object] = field(default_factory=dict)
+    probes: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -88,16 +120,18 @@ class BudgetTables:
         """Raise `TableFormatError`, naming the field, unless every promise of the format holds."""
         _check_scalars(self)
         _check_shapes(self)
-        _check_budgets(self)
-        _check_quotas(self, "quotas")
-        if (self.prefill_quotas is None) != (self.prefill_predicted_loss is None):
-            refuse(
-                "prefill_quotas and prefill_predicted_loss",
-                "both or neither",
-                "only one of them",
-            )
-        if self.prefill_quotas is not None:
-            _check_quotas(self, "prefill_quotas")
+        _check_layer_ids(self)
+        if self.probes:
+            _check_probe_numbers(self)
+        else:
+            _check_budgets(self)
+            _check_companions(self)
+        for name in QUOTA_ARRAYS:
+            if getattr(self, name) is not None:
+                _check_quotas(self, name)
+        for name in ("threshold_quotas", "prefill_threshold_quotas"):
+            if getattr(self, name) is not None:
+                _check_mean_quotas(self, name)
 
 
 def _check_scalars(tables: BudgetTables) -> None:
@@ -129,10 +163,26 @@ def _check_shapes(tables: BudgetTables) -> None:
             refuse(name, "finite numbers only", "NaN or infinity")
 
 
-def _check_budgets(tables: BudgetTables) -> None:
-    layer_ids, budgets = tables.layer_ids, tables.budgets
+def _check_layer_ids(tables: BudgetTables) -> None:
+    layer_ids = tables.layer_ids
     if layer_ids[0] < 0 or (np.diff(layer_ids) <= 0).any():
         refuse("layer_ids", "ascending layer numbers from 0", str(layer_ids.tolist()))
+
+
+def _check_probe_numbers(tables: BudgetTables) -> None:
+    budgets = tables.budgets
+    if budgets[0] != 1 or (np.diff(budgets) != 1).any():
+        refuse("budgets", "probe numbers from 1 on", f"{budgets[0]} to {budgets[-1]}")
+
+
+def _check_companions(tables: BudgetTables) -> None:
+    for name, companion in _NEEDS.items():
+        if getattr(tables, name) is not None and getattr(tables, companion) is None:
+            refuse(name, f"{companion} beside it", "none")
+
+
+def _check_budgets(tables: BudgetTables) -> None:
+    budgets = tables.budgets
     full = tables.num_layers * tables.top_k
     if (np.diff(budgets) != 1).any() or budgets[-1] != full or budgets[0] < tables.num_layers:
         refuse(
@@ -146,13 +196,28 @@ def _check_quotas(tables: BudgetTables, name: str) -> None:
     quotas: Array = getattr(tables, name)
     if quotas.min() < 1 or quotas.max() > tables.top_k:
         refuse(name, f"1 to {tables.top_k}", f"{quotas.min()} to {quotas.max()}")
-    spent = quotas.sum(axis=1, dtype=np.int64)
-    over = np.flatnonzero(spent > tables.budgets)
+    if not tables.probes:
+        _check_spent(tables, name, quotas.sum(axis=1, dtype=np.int64), tables.budgets)
+    if (quotas[-1] != tables.top_k).any():
+        refuse(name, f"{tables.top_k} in every layer of the last row", str(quotas[-1].tolist()))
+
+
+def _check_mean_quotas(tables: BudgetTables, name: str) -> None:
+    """Mean slots may be fractions; a millionth of a slot is rounding."""
+    quotas: Array = getattr(tables, name)
+    if quotas.min() < 1 or quotas.max() > tables.top_k:
+        refuse(name, f"1 to {tables.top_k}", f"{quotas.min()} to {quotas.max()}")
+    if not tables.probes:
+        _check_spent(
+            tables, name, quotas.sum(axis=1, dtype=np.float64), tables.budgets * (1 + 1e-6)
+        )
+
+
+def _check_spent(tables: BudgetTables, name: str, spent: Array, allowed: Array) -> None:
+    over = np.flatnonzero(spent > allowed)
     if over.size:
         row = int(over[0])
         refuse(name, f"a sum of at most {tables.budgets[row]} in row {row}", str(spent[row]))
-    if (quotas[-1] != tables.top_k).any():
-        refuse(name, f"{tables.top_k} in every layer of the last row", str(quotas[-1].tolist()))
 
 
 def refuse(name: str, expected: str, found: str) -> NoReturn:

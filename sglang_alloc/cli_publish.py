@@ -1,7 +1,7 @@
 """`sglang-alloc publish`: put budget tables where the server and the controller meet."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -21,6 +21,15 @@ def publish(
         Path, typer.Argument(metavar="TABLES.npz", help="Budget tables made by profiling.")
     ],
     shared_path: SharedPathOption = None,
+    mode: Annotated[
+        Literal["layer", "token", "threshold", "union"] | None,
+        typer.Option(
+            metavar="MODE",
+            help="The one mode that servers of this table run in, whose predicted loss the "
+            "controller then takes. Default: any, and the largest loss of the table's modes.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Publish budget tables for a server and a controller to share, at full budget.
 
@@ -28,14 +37,17 @@ def publish(
     it is started again.
     """
     # Imported here because help must not wait for numpy.
+    from sglang_alloc.allocation_mode import require_support
     from sglang_alloc.budget_tables import load_budget_tables
     from sglang_alloc.shared_table import publish_shared_table
     from sglang_alloc.table_path import default_shared_path
 
     loaded = load_budget_tables(tables)
+    if mode is not None:
+        require_support(mode, loaded.arrays().__contains__, loaded.model_id)
     path = shared_path or default_shared_path(loaded.model_id)
     warn_of_running_servers(path)
-    publish_shared_table(path, loaded)
+    publish_shared_table(path, loaded, mode_note=mode or "")
     typer.echo(
         f"Published {loaded.model_id} ({loaded.num_layers} MoE layers, top-{loaded.top_k} of "
         f"{loaded.num_experts} experts, budgets {loaded.budget_min} to {loaded.budget_max}) at "

@@ -81,7 +81,7 @@ def serve(
     warn_of_running_servers(source.shared_path)
     if "--enable-metrics" not in arguments:
         typer.echo("warning: the controller reads metrics; add --enable-metrics", err=True)
-    serve_table.publish_source(source)
+    serve_table.publish_source(source, mode)
     _become_sglang(arguments, environment)
 
 

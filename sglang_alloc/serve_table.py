@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from sglang_alloc.budget_tables import BudgetTables, load_budget_tables
+from sglang_alloc.allocation_mode import MODES, PROBE_NOTE, default_mode, require_support
+from sglang_alloc.budget_tables import ARRAYS, BudgetTables, load_budget_tables
 from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.plugin_entry import TABLE_VARIABLE
 from sglang_alloc.shared_table import SharedTable, TableShape, publish_shared_table
@@ -28,7 +29,8 @@ class TableSource(NamedTuple):
     model_id: str
     fingerprint: str
     shape: TableShape
-    has_thresholds: bool
+    sections: frozenset[str]
+    mode_note: str
 
 
 def read_source(table: Path, shared_path: Path | None) -> TableSource:
@@ -53,7 +55,8 @@ def read_source(table: Path, shared_path: Path | None) -> TableSource:
                 tables.budget_min,
                 tables.budget_max,
             ),
-            tables.thresholds is not None,
+            frozenset(tables.arrays()),
+            "",
         )
     if shared_path is not None and shared_path != table:
         raise ConfigurationError(
@@ -67,7 +70,8 @@ def read_source(table: Path, shared_path: Path | None) -> TableSource:
             opened.model_id,
             opened.fingerprint,
             opened.shape,
-            opened.has_section("thresholds"),
+            frozenset(name for name in ARRAYS if opened.has_section(name)),
+            opened.mode_note,
         )
 
 
@@ -89,10 +93,11 @@ def worker_environment(
     return environment
 
 
-def publish_source(source: TableSource) -> None:
-    """Publish the budget tables of `source`, if it has any."""
+def publish_source(source: TableSource, mode: str | None) -> None:
+    """Publish the budget tables of `source`, if it has any, for `mode` or the best they support."""
     if source.tables is not None:
-        publish_shared_table(source.shared_path, source.tables)
+        note = mode or default_mode(source.sections.__contains__)
+        publish_shared_table(source.shared_path, source.tables, mode_note=note)
 
 
 def _is_npz(path: Path) -> bool:
@@ -112,11 +117,19 @@ def _parsed(environment: Mapping[str, str]) -> WorkerSettings:
 
 
 def _require_fit(settings: WorkerSettings, source: TableSource) -> None:
-    if settings.mode == "threshold" and not source.has_thresholds:
+    if source.mode_note.startswith(PROBE_NOTE):
         raise ConfigurationError(
-            f"Mode threshold was asked for, but the table of {source.model_id} holds no "
-            "thresholds. Use --mode layer or token, or calibrate thresholds for the table."
+            f"{source.shared_path} is a table of probes, made to profile {source.model_id}: it "
+            "cannot be served. Give budget tables."
         )
+    if settings.mode is not None:
+        require_support(settings.mode, source.sections.__contains__, source.model_id)
+        if source.mode_note in MODES and source.mode_note != settings.mode:
+            raise ConfigurationError(
+                f"Mode {settings.mode} was asked for, but {source.shared_path} was published for "
+                f"mode {source.mode_note}, which the controller counts on. Publish it for this "
+                f"mode: sglang-alloc publish TABLES.npz --mode {settings.mode}"
+            )
     low, high = source.shape.budget_min, source.shape.budget_max
     budgets = settings.fallback[1:]
     if settings.fallback.kind == "budget" and not low <= min(budgets) <= max(budgets) <= high:

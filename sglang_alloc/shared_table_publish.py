@@ -7,31 +7,24 @@ from pathlib import Path
 
 from sglang_alloc import shared_table_layout as layout
 from sglang_alloc.atomic_file import replace_file
-from sglang_alloc.budget_tables import BudgetTables
+from sglang_alloc.budget_tables import ARRAYS, BudgetTables
 from sglang_alloc.errors import SharedTableError, TableFormatError
 from sglang_alloc.shared_table_words import BUDGET_LIMIT, pack_word
 
 # Server, controller and operator share a user or a group: each of them writes words of its own.
 # Nobody else may move the budget, and there is nothing for others to read.
 _FILE_MODE = 0o660
-_SECTIONS = (
-    "quotas",
-    "predicted_loss",
-    "prefill_quotas",
-    "prefill_predicted_loss",
-    "thresholds",
-    "prefill_thresholds",
-    "gains",
-    "saliency",
-    "layer_ids",
-)
+# Sensitivities are the offline path's own.
+_UNPUBLISHED = frozenset({"budgets", "sensitivity", "prefill_sensitivity"})
+_SECTIONS = tuple(name for name in ARRAYS if name not in _UNPUBLISHED)
 
 
 def publish_shared_table(path: Path, tables: BudgetTables, *, mode_note: str = "") -> None:
     """Write `tables` to `path` in one step, at full budget, generation 1 and without a heartbeat.
 
     A server or controller that has an earlier publication open keeps that one; see
-    `SharedTable.is_current`. `mode_note` (at most 112 bytes) says in words which modes it serves.
+    `SharedTable.is_current`. `mode_note` (at most 112 bytes) names the one mode
+    that it is served in, or is empty: see `allocation_mode`.
 
     Raises:
         TableFormatError: `tables` break their format, or are too large for the selector.
@@ -85,6 +78,7 @@ def _payload(tables: BudgetTables) -> tuple[tuple[layout.SectionEntry, ...], byt
         if name not in arrays:
             continue
         array = arrays[name]
+        assert len(name) <= layout.SECTION_NAME_BYTES
         rows, columns = array.shape if array.ndim == 2 else (array.shape[0], 0)
         offset = layout.PAYLOAD_OFFSET + len(payload)
         entries.append(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 
+from sglang_alloc.allocation_mode import MODES, PROBE_NOTE, default_mode, require_support
 from sglang_alloc.enforcement import EnforcementTables, PhaseRows
 from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.shared_table import SharedTable
@@ -11,16 +14,25 @@ from sglang_alloc.worker_settings import Mode
 
 
 def choose_mode(asked: Mode | None, table: SharedTable) -> Mode:
-    """Return the mode to serve in; raise ConfigurationError when the table cannot support it."""
-    has_thresholds = table.has_section("thresholds")
-    if asked is None:
-        return "threshold" if has_thresholds else "layer"
-    if asked == "threshold" and not has_thresholds:
+    """Return the mode to serve in; raise ConfigurationError when the table does not allow it.
+
+    A table that was published for one mode is served in that one, because the controller takes its
+    predicted loss for what the budgets cost.
+    """
+    note = table.mode_note
+    if note.startswith(PROBE_NOTE):
         raise ConfigurationError(
-            "mode 'threshold' was asked for, but the table holds no calibrated thresholds: "
-            "use mode 'layer' or 'token', or publish a table with thresholds"
+            f"{table.path} is a table of probes, made to profile {table.model_id}: it cannot be "
+            "served. Publish budget tables with `sglang-alloc publish`."
         )
-    return asked
+    if note in MODES and asked not in {None, note}:
+        raise ConfigurationError(
+            f"mode {asked!r} was asked for, but {table.path} was published for mode {note!r}, "
+            "which the controller counts on: publish it with --mode for the other one"
+        )
+    mode = asked or cast(Mode, note if note in MODES else default_mode(table.has_section))
+    require_support(mode, table.has_section, table.model_id)
+    return mode
 
 
 def enforcement_tables(table: SharedTable, mode: Mode) -> EnforcementTables:

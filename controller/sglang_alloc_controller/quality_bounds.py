@@ -1,13 +1,15 @@
 """Control story, before the first step: how far the quality settings let each budget move."""
 
 import numpy as np
-import numpy.typing as npt
 
+from sglang_alloc.allocation_mode import predicted_loss
 from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.shared_table import SharedTable
 from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.samples import PHASES, Phase
 from sglang_alloc_controller.settings import QualitySettings, Settings
+
+__all__ = ["budget_ranges", "predicted_loss"]
 
 
 def budget_ranges(table: SharedTable, settings: Settings) -> dict[Phase, BudgetRange]:
@@ -21,12 +23,6 @@ def budget_ranges(table: SharedTable, settings: Settings) -> dict[Phase, BudgetR
         _require_row(table, "fixed.prefill_budget", settings.fixed.prefill_budget)
         _require_row(table, "fixed.decode_budget", settings.fixed.decode_budget)
     return ranges
-
-
-def predicted_loss(table: SharedTable, phase: Phase) -> npt.NDArray[np.float32]:
-    """Return the predicted loss (N,) in nats per token of every budget, as this phase pays it."""
-    own = f"{phase}_predicted_loss"
-    return table.section(own if table.has_section(own) else "predicted_loss")
 
 
 def _range(table: SharedTable, quality: QualitySettings, phase: Phase) -> BudgetRange:

@@ -129,7 +129,13 @@ BROKEN = {
     "prefill_quotas: expected 4 in every layer of the last": {
         "prefill_quotas": _with(PLAIN.quotas, (-1, 0), 3)
     },
-    "both or neither": {"prefill_predicted_loss": None},
+    "prefill_quotas: expected prefill_predicted_loss beside": {"prefill_predicted_loss": None},
+    "union_predicted_loss: expected union_quotas beside": {"union_quotas": None},
+    "threshold_predicted_loss: expected thresholds beside": {"thresholds": None},
+    "union_quotas: expected a sum of at most 3": {"union_quotas": np.full_like(PLAIN.quotas, 4)},
+    r"threshold_quotas: expected a sum of at most 3 in row 0, found 3.75": {
+        "threshold_quotas": np.full(PLAIN.quotas.shape, 1.25, np.float32)
+    },
     "predicted_loss: expected finite": {"predicted_loss": _with(PLAIN.predicted_loss, 0, np.nan)},
     "saliency: expected finite": {"saliency": _with(PLAIN.saliency, (0, 0), np.inf)},
 }

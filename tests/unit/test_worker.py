@@ -214,7 +214,7 @@ def test_a_table_of_another_model_is_named_and_refused(
 def test_the_mode_follows_what_the_table_holds(table: SharedTable, tmp_path: Path) -> None:
     assert choose_mode(None, table) == "layer"
     assert choose_mode("token", table) == "token"
-    with pytest.raises(ConfigurationError, match="no calibrated thresholds"):
+    with pytest.raises(ConfigurationError, match="holds no thresholds"):
         choose_mode("threshold", table)
     publish_shared_table(tmp_path / "full.tbl", make_full_tables())
     with SharedTable.open(tmp_path / "full.tbl") as full:

@@ -1,0 +1,69 @@
+"""Contract between the stories: the mode a table is served in, and the loss that counts then."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from sglang_alloc.errors import ConfigurationError
+from sglang_alloc.shared_table import SharedTable
+
+MODES = ("layer", "token", "threshold", "union")
+# The note of a table of probes, before the mode that is profiled: nobody may serve it.
+PROBE_NOTE = "probe:"
+
+# The first section that is present counts. Mode `token` keeps the same number of slots as `layer`
+# and has no sensitivities of its own: the quotas' loss bounds it from above. `union` is a rule of
+# decode; its prefill obeys the quotas.
+_LOSSES = {
+    ("layer", "decode"): ("predicted_loss",),
+    ("layer", "prefill"): ("prefill_predicted_loss", "predicted_loss"),
+    ("threshold", "decode"): ("threshold_predicted_loss", "predicted_loss"),
+    ("threshold", "prefill"): (
+        "prefill_threshold_loss",
+        "threshold_predicted_loss",
+        "prefill_predicted_loss",
+        "predicted_loss",
+    ),
+    ("union", "decode"): ("union_predicted_loss", "predicted_loss"),
+    ("union", "prefill"): ("prefill_predicted_loss", "predicted_loss"),
+}
+_NEEDED = {"threshold": "thresholds", "union": "union_quotas"}
+
+
+def default_mode(has_section: Callable[[str], bool]) -> str:
+    """Return the mode of a table that nobody chose one for: the best that it supports."""
+    return "threshold" if has_section("thresholds") else "layer"
+
+
+def require_support(mode: str, has_section: Callable[[str], bool], model_id: str) -> None:
+    """Raise `ConfigurationError` when a table with these sections cannot serve `mode`."""
+    needed = _NEEDED.get(mode)
+    if needed is not None and not has_section(needed):
+        raise ConfigurationError(
+            f"Mode {mode} was asked for, but the table of {model_id} holds no {needed}. Use mode "
+            "layer or token, or make tables that hold them with `sglang-alloc calibrate`."
+        )
+
+
+def predicted_loss(
+    table: SharedTable, phase: Literal["prefill", "decode"]
+) -> npt.NDArray[np.float32]:
+    """Return the predicted loss (N,) in nats per token of every budget, as `phase` pays it.
+
+    It is that of the mode which the table was published for. A table that was published for any
+    mode gets the largest of its modes' losses, so that no quality floor is too low.
+    """
+    note = table.mode_note
+    if note in MODES:
+        return _loss_of(table, note, phase)
+    possible = ["layer", *(mode for mode, name in _NEEDED.items() if table.has_section(name))]
+    losses = np.stack([_loss_of(table, mode, phase) for mode in possible])
+    worst: npt.NDArray[np.float32] = losses.max(axis=0)
+    return worst
+
+
+def _loss_of(table: SharedTable, mode: str, phase: str) -> npt.NDArray[np.float32]:
+    names = _LOSSES["layer" if mode == "token" else mode, phase]
+    return table.section(next(name for name in names if table.has_section(name)))

@@ -87,7 +87,8 @@ def _read_arrays(path: Path) -> dict[str, Array]:
         raise TableFormatError(
             f"Cannot read the budget table {path}: {error.strerror or error}."
         ) from error
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+        # A flipped bit can mark a member as encrypted: RuntimeError.
         raise TableFormatError(
             f"{path} is not an intact .npz file of budget tables ({error}). "
             "Copy it again from where it was made, or make it anew."

@@ -54,6 +54,15 @@ def test_a_damaged_byte_is_refused_or_harmless(folder: Path, data: st.DataObject
     _assert_same(loaded, tables)
 
 
+def test_a_member_that_a_flipped_bit_marks_as_encrypted_is_refused(folder: Path) -> None:
+    save_budget_tables(folder / "whole.npz", make_tables())
+    content = bytearray((folder / "whole.npz").read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    (folder / "encrypted.npz").write_bytes(content)
+    with pytest.raises(TableFormatError, match="not an intact"):
+        load_budget_tables(folder / "encrypted.npz")
+
+
 @given(st.floats(0, 0.999))
 def test_a_truncated_file_is_refused(folder: Path, share: float) -> None:
     save_budget_tables(folder / "whole.npz", make_full_tables())

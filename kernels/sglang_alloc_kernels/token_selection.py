@@ -9,24 +9,41 @@ from sglang_alloc_kernels.slot_rank import slot_rank_torch
 
 # The paper finds one guaranteed slot per token to be best.
 BASE_SLOTS = 1
+NOT_A_CANDIDATE = -(1 << 31)  # below the key of every score
 
 
 def token_selection_torch(
-    scores: torch.Tensor, quota: int, valid: torch.Tensor | None = None
+    scores: torch.Tensor, quota: float | torch.Tensor, valid: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Keep exactly `quota * valid tokens` slots: each token's best one, then the best of the rest.
 
-    scores: (T, K) float; 1 <= quota <= K; valid: (T,) bool, False for padding rows, which keep
-    nothing and count for nothing. Ties go to the earlier token, then the earlier slot, so every
-    rank of a tensor-parallel group decides alike. Returns (T, K) bool. Host side: the number of
-    valid rows is read, which costs a sync on a GPU.
+    scores: (T, K) float; quota: 1 to K, a number or a tensor of one element on the device of
+    `scores`; where `quota * valid tokens` is a fraction, it is rounded down. valid: (T,) bool,
+    False for padding rows, which keep nothing and count for nothing. Ties go to the earlier token,
+    then the earlier slot, so every rank of a tensor-parallel group decides alike; a NaN is the last
+    choice. Returns (T, K) bool; runs without a host sync.
     """
     rank = slot_rank_torch(scores)
-    rows = torch.ones(len(scores), dtype=torch.bool) if valid is None else valid
-    kept = (rank < BASE_SLOTS) & rows[:, None]
-    extra = (quota - BASE_SLOTS) * int(rows.sum())
-    candidates = (rank >= BASE_SLOTS) & rows[:, None]
-    contest = torch.where(candidates & ~torch.isnan(scores), scores, float("-inf")).flatten()
-    best = contest.argsort(descending=True, stable=True)[:extra]
-    kept.view(-1)[best] = True
-    return kept & rows[:, None]
+    rows = torch.ones_like(rank[:, 0], dtype=torch.bool) if valid is None else valid
+    contenders = (rank >= BASE_SLOTS) & rows[:, None]
+    keys = torch.where(contenders, sortable_bits_torch(scores), NOT_A_CANDIDATE).flatten()
+    order = keys.argsort(descending=True, stable=True)
+    place = torch.empty_like(order)
+    place.scatter_(0, order, torch.arange(len(order), device=order.device))
+    best = (place < extra_slots_torch(quota, rows.sum())).view_as(contenders)
+    return ((rank < BASE_SLOTS) & rows[:, None]) | (best & contenders)
+
+
+def extra_slots_torch(quota: float | torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+    """Return how many slots above the base `num_tokens` tokens share, rounded down in float32."""
+    above = torch.as_tensor(quota, dtype=torch.float32, device=num_tokens.device) - BASE_SLOTS
+    return (above * num_tokens.float()).floor()
+
+
+def sortable_bits_torch(scores: torch.Tensor) -> torch.Tensor:
+    """Return int32 keys in the order of the scores; NaN sorts like -inf, and -0 like 0."""
+    numbers = scores.float()
+    numbers = torch.where(numbers == 0, 0.0, numbers)
+    numbers = torch.where(torch.isnan(numbers), float("-inf"), numbers)
+    bits = numbers.contiguous().view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)

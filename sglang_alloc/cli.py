@@ -10,6 +10,7 @@ import typer
 from sglang_alloc.cli_publish import publish
 from sglang_alloc.cli_serve import serve
 from sglang_alloc.cli_set import set_budget
+from sglang_alloc.cli_solve import solve
 from sglang_alloc.cli_status import status
 from sglang_alloc.cli_version import version
 from sglang_alloc.errors import AllocError
@@ -34,6 +35,7 @@ app.command(
         "help_option_names": ["--help"],
     },
 )(serve)
+app.command()(solve)
 app.command()(publish)
 app.command()(status)
 app.command("set")(set_budget)

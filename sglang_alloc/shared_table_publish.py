@@ -14,9 +14,9 @@ from sglang_alloc.shared_table_words import BUDGET_LIMIT, pack_word
 # Server, controller and operator share a user or a group: each of them writes words of its own.
 # Nobody else may move the budget, and there is nothing for others to read.
 _FILE_MODE = 0o660
-# Sensitivities are the offline path's own.
-_UNPUBLISHED = frozenset({"budgets", "sensitivity", "prefill_sensitivity"})
-_SECTIONS = tuple(name for name in ARRAYS if name not in _UNPUBLISHED)
+# Sensitivities are the offline path's own; the layer ids come last.
+_UNPUBLISHED = frozenset({"layer_ids", "budgets", "sensitivity", "prefill_sensitivity"})
+_SECTIONS = (*(name for name in ARRAYS if name not in _UNPUBLISHED), "layer_ids")
 
 
 def publish_shared_table(path: Path, tables: BudgetTables, *, mode_note: str = "") -> None:

@@ -7,7 +7,14 @@ import sys
 import grimp
 import pytest
 
-_CONTRACTS = ("atomic_file", "budget_tables", "errors", "model_identity", "shared_table")
+_CONTRACTS = (
+    "allocation_mode",
+    "atomic_file",
+    "budget_tables",
+    "errors",
+    "model_identity",
+    "shared_table",
+)
 _STANDARD_LIBRARY = sys.stdlib_module_names | {"__future__"}
 
 

@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from sglang_alloc.cli_profile import profile
 from sglang_alloc.cli_publish import publish
 from sglang_alloc.cli_serve import serve
 from sglang_alloc.cli_set import set_budget
@@ -35,6 +36,10 @@ app.command(
         "help_option_names": ["--help"],
     },
 )(serve)
+app.command(
+    options_metavar="[OPTIONS] -- [SGLANG OPTIONS]",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": False},
+)(profile)
 app.command()(solve)
 app.command()(publish)
 app.command()(status)

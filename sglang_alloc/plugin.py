@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglang_alloc.allocation_mode import SALIENCY_NOTE
 from sglang_alloc.budget_follower import BudgetChange
 from sglang_alloc.compatibility import unsupported_version, verify_seams
 from sglang_alloc.cpu_moe import forward_kept_slots
 from sglang_alloc.enforcement import RoutedSlots
 from sglang_alloc.errors import AllocError, UnsupportedServerError
 from sglang_alloc.model_identity import ModelIdentity, identity_from_config
+from sglang_alloc.saliency_record import SaliencyRecorder
 from sglang_alloc.server_check import REFUSED_OPTIONS, ExpertKernel, ServerFacts, check_server
 from sglang_alloc.shared_table import SharedTable
 from sglang_alloc.worker import ServedModel, Worker, check_fits, make_enforcement
@@ -31,6 +33,8 @@ from sglang_alloc.worker_settings import WorkerSettings, settings_from_environme
 from sglang_alloc.worker_tables import choose_mode
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sglang_alloc.enforcement import Phase
     from sglang_alloc.worker_metrics import WorkerMetrics
 
@@ -85,7 +89,7 @@ def _check_before_hooks(settings: WorkerSettings) -> None:
     if problems:
         raise UnsupportedServerError("; ".join(problems))
     with SharedTable.open(settings.table_path) as table:
-        choose_mode(settings.mode, table)
+        choose_mode(settings.mode, table, profiling=settings.profile_folder is not None)
         if settings.fallback.kind == "budget":
             table.check_budget("fallback", settings.fallback.decode_budget)
 
@@ -146,12 +150,32 @@ def _bind(model_runner: Any, config: dict[str, Any]) -> None:
     model = _served_model(model_runner, routers, identity_from_config(config))
     worker = Worker(_process.settings)
     check_fits(worker.table, model)
-    enforcement = make_enforcement(worker.table, worker.mode, model.device_type)
+    record = _process.settings.profile_folder if model.rank == 0 else None
+    enforcement = make_enforcement(worker.table, worker.mode, model.device_type, record)
+    if worker.table.mode_note.endswith(SALIENCY_NOTE):
+        _record_saliency(model_runner, model, record)
     worker.bind(model, enforcement, _metrics(model_runner.server_args, model.rank))
     _process.layer_index_of = {
         id(router.topk_config): index for index, router in enumerate(routers.values())
     }
     _process.worker = worker
+
+
+def _record_saliency(model_runner: Any, model: ServedModel, record: Path | None) -> None:
+    """Observe the experts' outputs, for the profiler; ranks hold parts, which have to be added."""
+    from sglang.srt.distributed import tensor_model_parallel_all_reduce
+
+    modules = model_runner.model.modules()
+    layers = [module for module in modules if hasattr(module, "moe_runner_config")]
+
+    def completed(output: torch.Tensor) -> torch.Tensor:
+        summed: torch.Tensor = tensor_model_parallel_all_reduce(output)
+        return summed
+
+    is_whole = any(getattr(layer, "reduce_results", False) for layer in layers)
+    complete = (lambda output: output) if is_whole else completed
+    shape = len(model.layer_ids), model.num_experts
+    SaliencyRecorder(shape, complete, record).attach(layers)
 
 
 def _prove(model_runner: Any) -> None:

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from sglang_alloc.allocation_mode import PROBE_NOTE
 from sglang_alloc.budget_follower import BudgetChange, BudgetFollower
 from sglang_alloc.enforcement_device import DeviceEnforcement
 from sglang_alloc.enforcement_host import HostEnforcement
+from sglang_alloc.enforcement_probe import ProbeEnforcement
 from sglang_alloc.errors import ModelMismatchError, UnsupportedServerError
 from sglang_alloc.shared_table import Selection, SharedTable, WorkerCounters
 from sglang_alloc.step_record import StepRecord
@@ -22,6 +24,8 @@ from sglang_alloc.worker_statistics import WorkerStatistics
 from sglang_alloc.worker_tables import choose_mode, enforcement_tables
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sglang_alloc.enforcement import Enforcement, Phase, RoutedSlots
     from sglang_alloc.worker_metrics import WorkerMetrics
     from sglang_alloc.worker_settings import Mode, WorkerSettings
@@ -48,7 +52,8 @@ class Worker:
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
         self.table = SharedTable.open(settings.table_path)
-        self.mode: Mode = choose_mode(settings.mode, self.table)
+        profiling = settings.profile_folder is not None
+        self.mode: Mode = choose_mode(settings.mode, self.table, profiling=profiling)
         self.rule = f"{self.mode}:{self.table.payload_digest}"
         self._follower = BudgetFollower(
             self.table, self.rule, settings.stale_after_seconds, settings.fallback
@@ -204,9 +209,17 @@ def check_fits(table: SharedTable, model: ServedModel) -> None:
         )
 
 
-def make_enforcement(table: SharedTable, mode: Mode, device_type: str) -> Enforcement:
-    """Build the enforcement of a device, or raise UnsupportedServerError for what it cannot do."""
+def make_enforcement(
+    table: SharedTable, mode: Mode, device_type: str, profile_record: Path | None = None
+) -> Enforcement:
+    """Build the enforcement of a device, or raise UnsupportedServerError for what it cannot do.
+
+    A table of probes gets its own, which writes to the folder `profile_record` unless it is None.
+    """
     tables = enforcement_tables(table, mode)
+    if table.mode_note.startswith(PROBE_NOTE):
+        mean = "threshold_quotas" if table.has_section("threshold_quotas") else "quotas"
+        return ProbeEnforcement(tables, table.section(mean), device_type, profile_record)
     if device_type == "cpu":
         return HostEnforcement(tables)
     if mode == "token":

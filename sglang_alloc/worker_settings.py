@@ -16,6 +16,7 @@ MODE_VARIABLE = "SGLANG_ALLOC_MODE"
 STALE_AFTER_VARIABLE = "SGLANG_ALLOC_STALE_AFTER_SECONDS"
 FALLBACK_VARIABLE = "SGLANG_ALLOC_FALLBACK"
 STEP_RECORD_VARIABLE = "SGLANG_ALLOC_STEP_RECORD"
+PROFILE_VARIABLE = "SGLANG_ALLOC_PROFILE"
 
 Mode = Literal["layer", "token", "threshold"]
 MODES: tuple[str, ...] = get_args(Mode)
@@ -33,6 +34,8 @@ class WorkerSettings:
     `layer`. `stale_after_seconds` is the heartbeat age after which `fallback` replaces the
     controller.
     `step_record` is a folder that receives one (step, generation) log per rank, or None.
+    `profile_folder` is set by `sglang-alloc profile` alone: a table of probes may then be used, and
+    what they record goes there.
     """
 
     table_path: Path
@@ -40,6 +43,7 @@ class WorkerSettings:
     stale_after_seconds: float = DEFAULT_STALE_AFTER_SECONDS
     fallback: Fallback = FULL_QUALITY
     step_record: Path | None = None
+    profile_folder: Path | None = None
 
 
 def settings_from_environment(environment: Mapping[str, str] = os.environ) -> WorkerSettings | None:
@@ -51,12 +55,14 @@ def settings_from_environment(environment: Mapping[str, str] = os.environ) -> Wo
     if not table:
         return None
     record = environment.get(STEP_RECORD_VARIABLE, "").strip()
+    profile = environment.get(PROFILE_VARIABLE, "").strip()
     return WorkerSettings(
         table_path=Path(table),
         mode=_mode(environment.get(MODE_VARIABLE, "").strip()),
         stale_after_seconds=_seconds(environment.get(STALE_AFTER_VARIABLE)),
         fallback=parse_fallback(environment.get(FALLBACK_VARIABLE, "full")),
         step_record=Path(record) if record else None,
+        profile_folder=Path(profile) if profile else None,
     )
 
 

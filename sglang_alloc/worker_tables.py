@@ -6,20 +6,28 @@ from typing import cast
 
 import numpy as np
 
-from sglang_alloc.allocation_mode import MODES, PROBE_NOTE, default_mode, require_support
+from sglang_alloc.allocation_mode import (
+    MODES,
+    PROBE_NOTE,
+    SALIENCY_NOTE,
+    default_mode,
+    require_support,
+)
 from sglang_alloc.enforcement import EnforcementTables, PhaseRows
 from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.shared_table import SharedTable
 from sglang_alloc.worker_settings import Mode
 
 
-def choose_mode(asked: Mode | None, table: SharedTable) -> Mode:
+def choose_mode(asked: Mode | None, table: SharedTable, *, profiling: bool = False) -> Mode:
     """Return the mode to serve in; raise ConfigurationError when the table does not allow it.
 
     A table that was published for one mode is served in that one, because the controller takes its
-    predicted loss for what the budgets cost.
+    predicted loss for what the budgets cost. A table of probes is for `profiling` alone.
     """
     note = table.mode_note
+    if profiling and note.startswith(PROBE_NOTE):
+        return cast(Mode, note.removeprefix(PROBE_NOTE).removesuffix(SALIENCY_NOTE))
     if note.startswith(PROBE_NOTE):
         raise ConfigurationError(
             f"{table.path} is a table of probes, made to profile {table.model_id}: it cannot be "

@@ -1,0 +1,115 @@
+"""Offline story, inside the engine: probes of the profiler, applied where budgets are in service.
+
+A row of a table of probes says how many slots each layer keeps. Mode `layer` keeps each token's
+best ones as in service. Mode `threshold` keeps that many on average over the forward, ranked by
+weight times saliency: what a threshold calibrated on these tokens would keep. Mode `union` opens a
+layer's experts by each token's best ones and lets the other slots ride. Eager execution only.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sglang_alloc.enforcement import EnforcementTables, Phase, RoutedSlots
+from sglang_alloc.score_histogram import BINS_PER_OCTAVE, LOWEST_OCTAVE, NUM_BINS
+from sglang_alloc_kernels.drop_slots import drop_slots_torch
+from sglang_alloc_kernels.slot_rank import slot_rank_torch
+
+
+class ProbeEnforcement:
+    """Applies probes, and in mode `threshold` records how the scores of each row are spread."""
+
+    def __init__(
+        self, tables: EnforcementTables, mean_quotas: np.ndarray, device: str, record: Path | None
+    ) -> None:
+        """`mean_quotas` (P, L) float; `record` is the folder for histograms, on one rank only."""
+        self._tables = tables
+        self._quotas = mean_quotas
+        self._full = tables.budget_max
+        self._probe = self._full
+        self._record = record if tables.mode == "threshold" else None
+        num_layers = mean_quotas.shape[1]
+        self._saliency = (
+            None
+            if tables.saliency is None
+            else torch.from_numpy(np.array(tables.saliency)).to(device)
+        )
+        self._counts = torch.zeros(num_layers, NUM_BINS, dtype=torch.int64, device=device)
+        self._tokens = torch.zeros(num_layers, dtype=torch.int64)
+
+    def set_budgets(self, prefill_budget: int, decode_budget: int) -> None:
+        """Take a probe; both phases obey it. What the last one recorded is written first."""
+        self._write_record()
+        self._probe = prefill_budget
+
+    def begin_forward(self, phase: Phase) -> None:
+        """Do nothing: probes are the same in both phases."""
+
+    def drops_slots(self) -> bool:
+        return self._probe != self._full
+
+    def drop(self, layer_index: int, slots: RoutedSlots) -> RoutedSlots:
+        width = slots.ids.shape[1] - slots.num_shared
+        weights, ids = slots.weights[:, :width], slots.ids[:, :width]
+        scores = self._scores(layer_index, weights, ids)
+        if self._record is not None:
+            self._observe(layer_index, scores, ids)
+        if not self.drops_slots():
+            return slots
+        kept = self._kept(scores, ids, float(self._quotas[self._probe - 1, layer_index]))
+        new_weights, new_ids = drop_slots_torch(weights, ids, kept)
+        return RoutedSlots(
+            torch.cat([new_weights, slots.weights[:, width:]], dim=1),
+            torch.cat([new_ids, slots.ids[:, width:]], dim=1),
+            slots.num_shared,
+        )
+
+    def _kept(self, scores: torch.Tensor, ids: torch.Tensor, quota: float) -> torch.Tensor:
+        rank = slot_rank_torch(scores)
+        if self._tables.mode == "threshold":
+            return _best_on_average(scores, rank, quota)
+        opened = rank < round(quota)
+        if self._tables.mode != "union":
+            return opened
+        return torch.isin(ids, ids[opened])
+
+    def _scores(self, layer_index: int, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        if self._saliency is None:
+            return weights
+        return weights * self._saliency[layer_index][ids.clamp(min=0).long()]
+
+    def _observe(self, layer_index: int, scores: torch.Tensor, ids: torch.Tensor) -> None:
+        others = scores[(slot_rank_torch(scores) > 0) & (ids >= 0)]
+        octave = torch.log2(others.float().clamp(min=2.0**LOWEST_OCTAVE)) - LOWEST_OCTAVE
+        bins = (octave * BINS_PER_OCTAVE).long().clamp(0, NUM_BINS - 1)
+        self._counts[layer_index] += torch.bincount(bins, minlength=NUM_BINS)
+        self._tokens[layer_index] += int((ids >= 0).any(dim=1).sum())
+
+    def _write_record(self) -> None:
+        if self._record is None or not int(self._tokens.sum()):
+            return
+        self._record.mkdir(parents=True, exist_ok=True)
+        path = self._record / f"scores-{self._probe}.npz"
+        counts, tokens = self._counts.cpu().numpy(), self._tokens.numpy().copy()
+        if path.exists():
+            with np.load(path) as earlier:
+                counts, tokens = counts + earlier["counts"], tokens + earlier["tokens"]
+        temporary = path.with_suffix(".tmp.npz")
+        np.savez_compressed(temporary, counts=counts, tokens=tokens)
+        os.replace(temporary, path)
+        self._counts.zero_()
+        self._tokens.zero_()
+
+
+def _best_on_average(scores: torch.Tensor, rank: torch.Tensor, quota: float) -> torch.Tensor:
+    """Keep each token's best slot and, of the others, the best `(quota - 1) * T` together."""
+    kept = rank == 0
+    extra = round((quota - 1.0) * len(scores))
+    contest = torch.where(kept | torch.isnan(scores), float("-inf"), scores).flatten()
+    best = contest.argsort(descending=True, stable=True)[:extra]
+    kept.view(-1)[best] = True
+    return kept

@@ -1,0 +1,283 @@
+"""Offline story, profiling: from a model folder and text to sensitivities, through real servers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from sglang_alloc.allocation_mode import PROBE_NOTE, SALIENCY_NOTE
+from sglang_alloc.budget_tables import BudgetTables
+from sglang_alloc.errors import ConfigurationError
+from sglang_alloc.profile_engine import ProfiledServer, profiled_server
+from sglang_alloc.profile_journal import ProfileJournal
+from sglang_alloc.profile_plan import ProbePlan, default_measured, make_plan, sensitivity_of
+from sglang_alloc.profile_series import Series
+from sglang_alloc.profile_settings import Mode, ProfileJob
+from sglang_alloc.profile_windows import Window, cut_windows, digest, require_vocabulary
+from sglang_alloc.saliency_record import FILE_NAME as SALIENCY_FILE
+from sglang_alloc.saliency_record import saliency_of
+from sglang_alloc.sensitivity_file import HALF_SLOTS, ProfiledModel, Sensitivities
+
+
+class Progress(Protocol):
+    """Whoever is told how far the profile is."""
+
+    def stage(self, name: str, total_tokens: int) -> None:
+        """A stage begins that forwards at most so many tokens."""
+
+    def advance(self, tokens: int, tokens_left: int) -> None:
+        """Tokens were forwarded, and at most so many are left in the stage."""
+
+    def wait(self, text: str) -> None:
+        """A server is starting."""
+
+
+class Cost(NamedTuple):
+    """Tokens forwarded, and what every layer at every k over whole windows would have taken."""
+
+    forward_tokens: int
+    naive_tokens: int
+
+    @property
+    def ratio(self) -> float:
+        """The share of the naive cost."""
+        return self.forward_tokens / self.naive_tokens
+
+
+class Profile(NamedTuple):
+    """What was measured, and what it cost."""
+
+    sensitivities: Sensitivities
+    cost: Cost
+
+
+def run_profile(job: ProfileJob, progress: Progress) -> Profile:
+    """Measure everything the job asks for, going on from what its folder holds.
+
+    Raises:
+        ConfigurationError: the folder holds another profile, or the text does not do.
+        ProfileError, ProcessDiedError: the engine failed; what was measured is kept.
+    """
+    identity = job.settings.identity(job.model, job.model_id, "\f".join(job.texts))
+    series: list[Series] = []
+    with ProfileJournal(job.folder / "journal.jsonl", identity) as journal:
+        saliency = None
+        if "threshold" in job.settings.modes:
+            saliency = _saliency(job, journal, progress)
+        for mode in job.settings.modes:
+            series += _measure_mode(job, mode, saliency, journal, progress)
+    return _assembled(job, series, saliency)
+
+
+@contextmanager
+def serving(
+    job: ProfileJob,
+    plan: ProbePlan,
+    note: str,
+    saliency: npt.NDArray[np.float64] | None,
+    progress: Progress,
+) -> Iterator[ProfiledServer]:
+    """Serve the model under the plan's rows as probes."""
+    with profiled_server(
+        job.model.path,
+        probe_tables(job, plan, saliency),
+        note,
+        folder=job.folder,
+        arguments=job.server_arguments,
+        on_wait=progress.wait,
+    ) as server:
+        yield server
+
+
+def probe_tables(
+    job: ProfileJob, plan: ProbePlan, saliency: npt.NDArray[np.float64] | None
+) -> BudgetTables:
+    """Return a plan's rows as a table of probes; fractions of slots are for mode `threshold`."""
+    identity, rows = job.model.identity, len(plan.rows)
+    return BudgetTables(
+        model_id=job.model_id,
+        fingerprint=identity.fingerprint(),
+        num_experts=identity.num_experts,
+        top_k=identity.top_k,
+        layer_ids=np.array(job.model.layer_ids, np.int32),
+        budgets=np.arange(1, rows + 1, dtype=np.int32),
+        quotas=np.ceil(plan.rows).astype(np.int16),
+        predicted_loss=np.zeros(rows, np.float32),
+        threshold_quotas=plan.rows.astype(np.float32),
+        saliency=saliency,
+        probes=True,
+    )
+
+
+def windows_of(
+    job: ProfileJob, server: ProfiledServer, journal: ProfileJournal | None
+) -> list[Window]:
+    """Tokenize the texts and cut them; a journal sees to it that the windows stay the same."""
+    settings = job.settings
+    tokens = server.tokenize(job.texts)
+    windows = cut_windows(
+        tokens, settings.prefix_tokens, settings.continuation_tokens, settings.windows
+    )
+    require_vocabulary(windows, job.model.identity.vocab_size)
+    if journal is not None:
+        journal.pin("windows_sha256", digest(windows))
+    return windows
+
+
+def require_plausible(full_loss: float, vocab_size: int) -> None:
+    """Raise `ConfigurationError` when the full model predicts the text worse than by guessing."""
+    if full_loss > np.log(vocab_size):
+        raise ConfigurationError(
+            f"The full model loses {full_loss:.2f} nats per token on this text, and guessing among "
+            f"{vocab_size} tokens would lose {np.log(vocab_size):.2f}: is it text for this "
+            "model, and its own tokenizer? No sensitivity would mean anything."
+        )
+
+
+def _measure_mode(
+    job: ProfileJob,
+    mode: Mode,
+    saliency: npt.NDArray[np.float64] | None,
+    journal: ProfileJournal,
+    progress: Progress,
+) -> list[Series]:
+    settings, plan = job.settings, _plan(job, mode)
+    phases = ("decode",) if mode == "union" else settings.phases
+    with serving(job, plan, PROBE_NOTE + mode, saliency, progress) as server:
+        windows = windows_of(job, server, journal)
+        all_series = [
+            Series(f"{mode}:{phase}", phase, plan, settings, windows, journal) for phase in phases
+        ]
+        for series in all_series:
+            progress.stage(series.name, series.tokens_left(-1))
+            series.run(server, progress.advance)
+            require_plausible(series.full_loss(), job.model.identity.vocab_size)
+    return all_series
+
+
+def _plan(job: ProfileJob, mode: Mode) -> ProbePlan:
+    top_k, settings = job.model.identity.top_k, job.settings
+    steps = HALF_SLOTS if mode == "threshold" else 1
+    measured = settings.measured or default_measured(top_k, steps)
+    return make_plan(
+        len(job.model.layer_ids), top_k, settings.context, measured, settings.target_quota
+    )
+
+
+def _saliency(
+    job: ProfileJob, journal: ProfileJournal, progress: Progress
+) -> npt.NDArray[np.float64]:
+    """Return (L, E) saliency, measured on the full model over all windows, or read if it was."""
+    path = job.folder / SALIENCY_FILE
+    if journal.pinned("saliency") is None:
+        path.unlink(missing_ok=True)
+        only_full = make_plan(len(job.model.layer_ids), job.model.identity.top_k, "isolated", (1,))
+        note = f"{PROBE_NOTE}layer{SALIENCY_NOTE}"
+        with serving(job, only_full, note, None, progress) as server:
+            windows = windows_of(job, server, journal)
+            length = job.settings.prefix_tokens + job.settings.continuation_tokens
+            progress.stage("saliency", len(windows) * length)
+            server.set_probe(only_full.full_row)
+            run_whole(server, windows, job.settings.chunk_windows, progress.advance)
+        journal.pin("saliency", "measured")
+    with np.load(path) as sums:
+        return saliency_of(sums["sums"], sums["counts"])
+
+
+def run_whole(
+    server: ProfiledServer,
+    windows: Sequence[Window],
+    chunk_windows: int,
+    advance: Callable[[int, int], None],
+) -> int:
+    """Forward whole windows, no state of which is in the cache; return the tokens it took."""
+    whole = [Window((*w.prefix, *w.continuation), ()) for w in windows]
+    server.flush()
+    total = 0
+    for start in range(0, len(whole), chunk_windows):
+        chunk = whole[start : start + chunk_windows]
+        tokens = server.prefill(chunk)
+        total += tokens
+        advance(tokens, sum(len(w.prefix) for w in whole[start + chunk_windows :]))
+    return total
+
+
+def _assembled(
+    job: ProfileJob, all_series: Sequence[Series], saliency: npt.NDArray[np.float64] | None
+) -> Profile:
+    measured = {series.name: _matrix(series, job.model.layer_ids) for series in all_series}
+    settings, identity = job.settings, job.model.identity
+    length = settings.prefix_tokens + settings.continuation_tokens
+    naive = len(job.model.layer_ids) * identity.top_k * settings.windows * length
+    cost = Cost(sum(s.forward_tokens() for s in all_series), naive * len(all_series))
+    halves = measured.get("threshold:decode")
+    prefill_halves = measured.get("threshold:prefill")
+    whole = slice(None, None, HALF_SLOTS)
+    decode = _first(
+        measured.get("layer:decode"),
+        None if halves is None else halves[:, whole],
+        measured.get("union:decode"),
+        measured.get("layer:prefill"),
+        None if prefill_halves is None else prefill_halves[:, whole],
+    )
+    provenance = job.settings.identity(job.model, job.model_id, "\f".join(job.texts))
+    sensitivities = Sensitivities(
+        sensitivity=decode,
+        prefill_sensitivity=measured.get("layer:prefill"),
+        union_sensitivity=measured.get("union:decode"),
+        threshold_sensitivity=halves,
+        prefill_threshold_sensitivity=prefill_halves,
+        saliency=saliency,
+        model=ProfiledModel(
+            job.model_id, identity.fingerprint(), identity.num_experts, job.model.layer_ids
+        ),
+        provenance={
+            **provenance,
+            "made_by": "sglang-alloc profile",
+            "modes": list(settings.modes),
+            "windows_measured": {s.name: _windows_measured(s) for s in all_series},
+            "forward_tokens": cost.forward_tokens,
+            "naive_forward_tokens": cost.naive_tokens,
+        },
+    )
+    return Profile(sensitivities, cost)
+
+
+def _first(*candidates: npt.NDArray[np.float64] | None) -> npt.NDArray[np.float64]:
+    return next(matrix for matrix in candidates if matrix is not None)
+
+
+def _matrix(series: Series, layer_ids: tuple[int, ...]) -> npt.NDArray[np.float64]:
+    if series.phase == "decode":
+        _require_routing(series, layer_ids)
+    steps = HALF_SLOTS if series.name.startswith("threshold") else 1
+    return sensitivity_of(series.plan, series.losses(), steps)
+
+
+def _require_routing(series: Series, layer_ids: tuple[int, ...]) -> None:
+    """Raise `ConfigurationError` for a layer whose smallest quota changes no loss at all."""
+    for layer, cells in zip(layer_ids, series.plan.cells, strict=True):
+        reference = series.increases(cells[-1])
+        smallest = series.increases(cells[0])
+        if np.array_equal(smallest, reference[: len(smallest)]):
+            raise ConfigurationError(
+                f"Keeping {series.plan.measured[0]:g} experts instead of "
+                f"{series.plan.measured[-1]:g} in MoE layer {layer} changed no loss of any window: "
+                "no token is routed there, or its experts are all the same. A budget would save "
+                "nothing in that layer; leave it out of the model or do not serve this one."
+            )
+
+
+def _windows_measured(series: Series) -> Mapping[str, float]:
+    counts = [len(series.increases(probe)) for probe in range(series.plan.full_row)]
+    return {"fewest": min(counts), "mean": float(np.mean(counts)), "most": max(counts)}
+
+
+def work_folder(output: Path) -> Path:
+    """Return where the profile that becomes `output` keeps its journal and its server's log."""
+    return output.with_name(output.name + ".profile")

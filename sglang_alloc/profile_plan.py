@@ -1,5 +1,7 @@
 """Offline story, profiling: which probes tell the sensitivities, as rows of kept slots by layer."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -30,6 +32,17 @@ class ProbePlan(NamedTuple):
         """The number of the unchanged model's row."""
         return len(self.rows) - 1
 
+    @property
+    def probes(self) -> list[int]:
+        """The numbers of the rows to be measured, the full one aside."""
+        return [int(row) for row in np.unique(self.cells) if row != self.full_row]
+
+    def at_counts(self, counts: Sequence[float]) -> ProbePlan:
+        """Return the plan in which only these of the measured counts, and K, are measured."""
+        columns = [i for i, k in enumerate(self.measured) if k in counts or k == self.measured[-1]]
+        measured = tuple(self.measured[i] for i in columns)
+        return ProbePlan(self.rows, self.cells[:, columns], measured)
+
 
 def default_measured(top_k: int, steps_per_slot: int = 1) -> tuple[float, ...]:
     """Return the counts that are measured by default; the others are interpolated.
@@ -40,6 +53,11 @@ def default_measured(top_k: int, steps_per_slot: int = 1) -> tuple[float, ...]:
     half = max(top_k // 2, 1)
     low = np.arange(steps_per_slot, steps_per_slot * half + 1) / steps_per_slot
     return tuple(sorted({*low.tolist(), *map(float, range(half, top_k, 2)), float(top_k)}))
+
+
+def default_measured_of_prefill(top_k: int) -> tuple[float, ...]:
+    """Return the few counts that tell what a reduced prefix costs, which is next to nothing."""
+    return tuple(sorted({1.0, float(min(2, top_k)), float(max(top_k // 2, 1)), float(top_k)}))
 
 
 def make_plan(

@@ -15,9 +15,15 @@ from sglang_alloc.budget_tables import BudgetTables
 from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.profile_engine import ProfiledServer, profiled_server
 from sglang_alloc.profile_journal import ProfileJournal
-from sglang_alloc.profile_plan import ProbePlan, default_measured, make_plan, sensitivity_of
+from sglang_alloc.profile_plan import (
+    ProbePlan,
+    default_measured,
+    default_measured_of_prefill,
+    make_plan,
+    sensitivity_of,
+)
 from sglang_alloc.profile_series import Series
-from sglang_alloc.profile_settings import Mode, ProfileJob
+from sglang_alloc.profile_settings import Mode, Phase, ProfileJob
 from sglang_alloc.profile_windows import Window, cut_windows, digest, require_vocabulary
 from sglang_alloc.saliency_record import FILE_NAME as SALIENCY_FILE
 from sglang_alloc.saliency_record import saliency_of
@@ -147,11 +153,12 @@ def _measure_mode(
     progress: Progress,
 ) -> list[Series]:
     settings, plan = job.settings, _plan(job, mode)
-    phases = ("decode",) if mode == "union" else settings.phases
+    phases: tuple[Phase, ...] = ("decode",) if mode == "union" else settings.phases
     with serving(job, plan, PROBE_NOTE + mode, saliency, progress) as server:
         windows = windows_of(job, server, journal)
         all_series = [
-            Series(f"{mode}:{phase}", phase, plan, settings, windows, journal) for phase in phases
+            Series(f"{mode}:{phase}", phase, _thinned(job, plan, phase), settings, windows, journal)
+            for phase in phases
         ]
         for series in all_series:
             progress.stage(series.name, series.tokens_left(-1))
@@ -167,6 +174,12 @@ def _plan(job: ProfileJob, mode: Mode) -> ProbePlan:
     return make_plan(
         len(job.model.layer_ids), top_k, settings.context, measured, settings.target_quota
     )
+
+
+def _thinned(job: ProfileJob, plan: ProbePlan, phase: Phase) -> ProbePlan:
+    if phase == "decode" or job.settings.measured is not None:
+        return plan
+    return plan.at_counts(default_measured_of_prefill(job.model.identity.top_k))
 
 
 def _saliency(
@@ -193,15 +206,14 @@ def run_whole(
     server: ProfiledServer,
     windows: Sequence[Window],
     chunk_windows: int,
-    advance: Callable[[int, int], None],
+    advance: Callable[[int, int], None] = lambda _tokens, _left: None,
 ) -> int:
     """Forward whole windows, no state of which is in the cache; return the tokens it took."""
     whole = [Window((*w.prefix, *w.continuation), ()) for w in windows]
     server.flush()
     total = 0
     for start in range(0, len(whole), chunk_windows):
-        chunk = whole[start : start + chunk_windows]
-        tokens = server.prefill(chunk)
+        tokens = server.prefill(whole[start : start + chunk_windows])
         total += tokens
         advance(tokens, sum(len(w.prefix) for w in whole[start + chunk_windows :]))
     return total
@@ -274,7 +286,7 @@ def _require_routing(series: Series, layer_ids: tuple[int, ...]) -> None:
 
 
 def _windows_measured(series: Series) -> Mapping[str, float]:
-    counts = [len(series.increases(probe)) for probe in range(series.plan.full_row)]
+    counts = [len(series.increases(probe)) for probe in series.plan.probes]
     return {"fewest": min(counts), "mean": float(np.mean(counts)), "most": max(counts)}
 
 

@@ -65,7 +65,7 @@ class Series:
 
     def unsure(self, chunk: int) -> list[int]:
         """Return the probes that chunk number `chunk` is to be measured under."""
-        return [p for p in range(self.plan.full_row) if not self._is_sure(p, chunk)]
+        return [p for p in self.plan.probes if not self._is_sure(p, chunk)]
 
     def tokens_left(self, chunk: int) -> int:
         """Return the most tokens that the chunks after `chunk` can take."""
@@ -91,12 +91,18 @@ class Series:
         return np.concatenate(found) if found else np.zeros(0)
 
     def losses(self) -> npt.NDArray[np.float64]:
-        """Return each row's mean loss (P,) above the full model, in the metric's unit."""
+        """Return each row's mean loss (P,) above the full model, in the metric's unit.
+
+        Rows that are not measured are NaN.
+        """
+        found = np.full(len(self.plan.rows), np.nan)
+        rows = [*self.plan.probes, self.plan.full_row]
+        found[rows] = [self.increases(probe).mean() for probe in rows]
         if self.settings.metric != "perplexity":
-            return np.array([self.increases(p).mean() for p in range(len(self.plan.rows))])
-        full = self._mean(self.plan.full_row)
-        rows = range(len(self.plan.rows))
-        return np.array([math.exp(full + self.increases(p).mean()) - math.exp(full) for p in rows])
+            return found
+        full = math.exp(self.full_loss())
+        perplexities: npt.NDArray[np.float64] = full * np.exp(found) - full
+        return perplexities
 
     def forward_tokens(self) -> int:
         """Return the tokens that all measurements of the series forwarded."""

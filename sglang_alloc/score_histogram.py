@@ -33,3 +33,13 @@ def threshold_of_quota(counts: npt.NDArray[np.int64], tokens: int, quota: float)
     above = int(at_least[place] - counts[place])
     into = (wanted - above) / counts[place]
     return float(2.0 ** (LOWEST_OCTAVE + (place + 1 - into) / BINS_PER_OCTAVE))
+
+
+def kept_on_average(counts: npt.NDArray[np.int64], tokens: int, threshold: float) -> float:
+    """Return the mean slots that a token keeps under `threshold`, its best one included."""
+    if threshold <= 0:
+        return 1.0 + float(counts.sum()) / tokens
+    place = (np.log2(threshold) - LOWEST_OCTAVE) * BINS_PER_OCTAVE
+    bins = np.arange(NUM_BINS)
+    shares = np.clip(bins + 1 - place, 0.0, 1.0)
+    return 1.0 + float((counts * shares).sum()) / tokens

@@ -60,6 +60,14 @@ def test_half_slots_have_a_column_each() -> None:
     assert sensitivity_of(plan, np.zeros(len(plan.rows)), 2).shape == (2, 7)
 
 
+def test_a_plan_can_be_measured_at_fewer_counts() -> None:
+    plan = make_plan(2, 8, "isolated", range(1, 9))
+    thin = plan.at_counts((1, 4))
+    assert thin.measured == (1, 4, 8)
+    assert len(thin.probes) == 2 * 2
+    assert thin.full_row == plan.full_row
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 4, 6, 8])
 def test_the_default_counts_include_one_and_all(top_k: int) -> None:
     counts = default_measured(top_k)

@@ -46,13 +46,11 @@ def choose_mode(asked: Mode | None, table: SharedTable, *, profiling: bool = Fal
 def enforcement_tables(table: SharedTable, mode: Mode) -> EnforcementTables:
     """Collect the rows of both phases; prefill uses its own rows where the table has them."""
     shape = table.shape
-    decode = PhaseRows(
-        table.section("quotas"), _optional(table, "thresholds"), _optional(table, "gains")
-    )
+    decode = PhaseRows(table.section("quotas"), _optional(table, "thresholds"), _gains(table, mode))
     prefill = PhaseRows(
         _first(table, "prefill_quotas", "quotas"),
         _optional_first(table, "prefill_thresholds", "thresholds"),
-        _optional(table, "gains"),
+        _gains(table, mode),
     )
     return EnforcementTables(
         mode=mode,
@@ -63,6 +61,11 @@ def enforcement_tables(table: SharedTable, mode: Mode) -> EnforcementTables:
         decode=decode,
         saliency=_optional(table, "saliency"),
     )
+
+
+def _gains(table: SharedTable, mode: Mode) -> np.ndarray | None:
+    """Return the gains where they were calibrated for this mode: what is kept differs by mode."""
+    return _optional(table, "gains") if mode == default_mode(table.has_section) else None
 
 
 def _optional(table: SharedTable, name: str) -> np.ndarray | None:

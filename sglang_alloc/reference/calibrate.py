@@ -30,10 +30,12 @@ from sglang_alloc.reference.samples import read_sample
 from sglang_alloc.reference.sensitivity import profile_sensitivity
 from sglang_alloc.reference.threshold_quotas import threshold_quotas
 from sglang_alloc.reference.thresholds import CalibratedRow, calibrate_thresholds, measure_saliency
+from sglang_alloc.reference.union_quotas import profile_union_losses
 from sglang_alloc.solve import solve_all_budgets
 
 WINDOW_TOKENS = 1_024  # the trained context: beyond it losses mean nothing
-CALIBRATION_WINDOWS, HELDOUT_WINDOWS = 5, 7  # per domain
+CALIBRATION_WINDOWS, HELDOUT_WINDOWS = 6, 7  # per domain
+UNION_BATCH = 16  # requests in a decode step
 WORKERS = 2
 BUDGETS_HEAD = f"""# Loss by budget
 
@@ -63,8 +65,14 @@ def build_tables(
     targets = threshold_quotas(model, windows, saliency, executor).tolist()
     progress.remove_task(task)
 
+    task = progress.add_task("sets of the union", total=None)
+    together = union_windows(calibration)
+    opened = profile_union_losses(model, together, saliency, UNION_BATCH, executor)
+    union = solve_all_budgets(opened)
+    progress.remove_task(task)
+
     def calibrated(quotas: list[float]) -> CalibratedRow:
-        return calibrate_thresholds(model, windows, saliency, quotas)
+        return calibrate_thresholds(model, windows, saliency, quotas, with_gains=True)
 
     found = executor.map(calibrated, targets)
     rows = list(progress.track(found, total=len(targets), description="thresholds"))
@@ -79,6 +87,11 @@ def build_tables(
         predicted_loss=solution.predicted_loss,
         sensitivity=sensitivity,
         thresholds=np.array([row.thresholds for row in rows], dtype=np.float32),
+        threshold_quotas=np.array(targets, dtype=np.float32),
+        threshold_predicted_loss=np.array([row.loss - rows[-1].loss for row in rows]),
+        gains=np.array([row.gains for row in rows], dtype=np.float32),
+        union_quotas=union.quotas,
+        union_predicted_loss=union.predicted_loss,
         saliency=saliency.numpy(),
         provenance={
             "made_by": "sglang_alloc.reference.calibrate",
@@ -89,8 +102,10 @@ def build_tables(
             "domains": list(calibration),
             "sensitivity": "isolated profile, original weights of the kept slots",
             "threshold_score": "weight * saliency",
-            "threshold_quotas": targets,
-            "threshold_calibration_loss": [round(row.loss - rows[-1].loss, 6) for row in rows],
+            "threshold_predicted_loss": "measured on the calibration text, all layers reduced",
+            "gains": "least squares between kept and full output of each layer, mode threshold",
+            "reference_renormalisation": "k2 = top_k: original weights of the kept slots",
+            "union_sensitivity": f"isolated, steps of {UNION_BATCH} windows of all domains",
             "torch": torch.__version__,
         },
     )
@@ -102,6 +117,17 @@ def sample_windows(split: str, windows_per_domain: int) -> dict[str, Tensor]:
         domain: windows_of(tokens, WINDOW_TOKENS, windows_per_domain)
         for domain, tokens in read_sample(split).items()
     }
+
+
+def union_windows(calibration: dict[str, Tensor]) -> Tensor:
+    """One batch of UNION_BATCH windows, which take turns between the domains, like requests do."""
+    in_turn = [
+        rows[turn]
+        for turn in range(max(map(len, calibration.values())))
+        for rows in calibration.values()
+        if turn < len(rows)
+    ]
+    return torch.stack(in_turn[:UNION_BATCH])
 
 
 def _sha256(path: Path) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sglang_alloc.budget_tables import BudgetTables
 from sglang_alloc.reference.allocations import KeptCounter, layer_allocation, threshold_allocation
+from sglang_alloc.reference.gains import gained
 from sglang_alloc.reference.heldout import token_losses
 from sglang_alloc.reference.model import Allocation, ReferenceModel
 
@@ -53,7 +54,10 @@ def compare_modes(
     for budget in budgets:
         index = budget - tables.budget_min
         thresholds, quotas = tables.thresholds[index].tolist(), tables.quotas[index].tolist()
-        rules.append(("threshold", budget, threshold_allocation(thresholds, saliency)))
+        rule = threshold_allocation(thresholds, saliency)
+        if tables.gains is not None:
+            rule = gained(rule, tables.gains[index].tolist())
+        rules.append(("threshold", budget, rule))
         rules.append(("layer", budget, layer_allocation(quotas)))
 
     def measure(rule: tuple[str, int, Allocation]) -> LossRow:

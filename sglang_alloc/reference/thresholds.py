@@ -8,16 +8,18 @@ from torch import Tensor
 
 from sglang_alloc.reference.allocations import apply_kept, scores
 from sglang_alloc.reference.experts import expert_output_norms
+from sglang_alloc.reference.gains import GainCalibration
 from sglang_alloc.reference.model import ReferenceModel
 from sglang_alloc.reference.sensitivity import loss_from_layer
 from sglang_alloc_kernels.score_threshold import score_threshold_torch
 
 
 class CalibratedRow(NamedTuple):
-    """Thresholds of one budget (L,), and the loss they give on the calibration text."""
+    """Thresholds and gains of one budget (L,), and the loss they give on the calibration text."""
 
     thresholds: list[float]
     loss: float
+    gains: list[float]
 
 
 @torch.no_grad()
@@ -77,10 +79,21 @@ class ThresholdCalibration:
 
 @torch.no_grad()
 def calibrate_thresholds(
-    model: ReferenceModel, windows: Tensor, saliency: Tensor | None, quotas: Sequence[float]
+    model: ReferenceModel,
+    windows: Tensor,
+    saliency: Tensor | None,
+    quotas: Sequence[float],
+    *,
+    with_gains: bool = False,
 ) -> CalibratedRow:
-    """Set the thresholds at which layer l keeps quotas[l] slots per token on windows (B, S + 1)."""
+    """Set the thresholds at which layer l keeps quotas[l] slots per token on windows (B, S + 1).
+
+    Without gains those are 1.
+    """
+    layers = range(len(quotas))
     calibration = ThresholdCalibration(quotas, saliency)
+    gaining = GainCalibration(model, calibration)
     x = model.embed_tokens(windows[:, :-1])
-    loss = loss_from_layer(model, 0, x, windows, calibration)
-    return CalibratedRow([calibration.thresholds[layer] for layer in range(len(quotas))], loss)
+    loss = loss_from_layer(model, 0, x, windows, gaining if with_gains else calibration)
+    thresholds = [calibration.thresholds[layer] for layer in layers]
+    return CalibratedRow(thresholds, loss, [gaining.gains.get(layer, 1.0) for layer in layers])

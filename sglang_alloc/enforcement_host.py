@@ -6,9 +6,8 @@ import numpy as np
 import torch
 
 from sglang_alloc.enforcement import EnforcementTables, Phase, RoutedSlots
-from sglang_alloc_kernels.drop_slots import drop_slots_torch
-from sglang_alloc_kernels.layer_quota import layer_quota_torch
-from sglang_alloc_kernels.score_threshold import score_threshold_torch
+from sglang_alloc_kernels.drop_slots import DROPPED, drop_slots_torch
+from sglang_alloc_kernels.reference_mass import reference_factor_torch
 from sglang_alloc_kernels.token_selection import token_selection_torch
 
 
@@ -36,41 +35,69 @@ class HostEnforcement:
     def drop(self, layer_index: int, slots: RoutedSlots) -> RoutedSlots:
         if not self.drops_slots():
             return slots
-        phase = self._phase
         routed_width = slots.ids.shape[1] - slots.num_shared
-        weights = slots.weights[:, :routed_width]
-        ids = slots.ids[:, :routed_width]
-        kept = self._kept(layer_index, weights, ids, phase)
-        new_weights, new_ids = drop_slots_torch(weights, ids, kept)
-        gain = self._gain(layer_index, phase)
+        weights, ids = slots.weights[:, :routed_width], slots.ids[:, :routed_width]
+        full, full_ids = weights, ids
+        weights, ids = self._dropped(layer_index, full, full_ids)
+        reference = self._reference(layer_index)
+        if reference < self._tables.top_k:
+            scores = self._scores(layer_index, full, full_ids)
+            weights = weights * reference_factor_torch(full, ids >= 0, scores, reference)
+        gain = self._gain(layer_index, self._phase)
         if gain != 1.0:
-            new_weights *= gain
-        return _with_shared_columns(new_weights, new_ids, slots, routed_width)
+            weights *= gain
+        return _with_shared_columns(weights, ids, slots, routed_width)
 
-    def _kept(
-        self, layer_index: int, weights: torch.Tensor, ids: torch.Tensor, phase: Phase
-    ) -> torch.Tensor:
-        rows = self._rows[phase]
-        row = self._budgets[phase] - self._tables.budget_min
+    def _dropped(
+        self, layer_index: int, weights: torch.Tensor, ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = self._rows[self._phase]
+        row = self._budgets[self._phase] - self._tables.budget_min
         if self._tables.mode == "threshold":
             assert rows.thresholds is not None  # checked when the table was bound
             scores = self._scores(layer_index, weights, ids)
-            return score_threshold_torch(scores, float(rows.thresholds[row, layer_index]))
+            return _drop_below(scores, float(rows.thresholds[row, layer_index]), weights, ids)
         quota = int(rows.quotas[row, layer_index])
         if self._tables.mode == "token":
-            return token_selection_torch(weights, quota, valid=(ids >= 0).any(dim=1))
-        return layer_quota_torch(weights, quota)
+            kept = token_selection_torch(weights, quota, valid=(ids >= 0).any(dim=1))
+            return drop_slots_torch(weights, ids, kept)
+        return _drop_beyond(quota, weights, ids)
 
     def _scores(self, layer_index: int, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         if self._saliency is None:
             return weights
-        return weights * self._saliency[layer_index][ids.clamp(min=0).long()]
+        return weights * self._saliency[layer_index][ids]  # -1 reads the last one, for nothing
+
+    def _reference(self, layer_index: int) -> int:
+        references = self._rows[self._phase].references
+        if references is None:
+            return self._tables.top_k
+        row = self._budgets[self._phase] - self._tables.budget_min
+        return int(references[row, layer_index])
 
     def _gain(self, layer_index: int, phase: Phase) -> float:
         gains = self._rows[phase].gains
         if gains is None:
             return 1.0
         return float(gains[self._budgets[phase] - self._tables.budget_min, layer_index])
+
+
+def _drop_below(
+    scores: torch.Tensor, threshold: float, weights: torch.Tensor, ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what score_threshold_torch does, in 5 operations instead of 15: 3 us each count here."""
+    dropped = scores < threshold
+    dropped.scatter_(1, scores.argmax(dim=1, keepdim=True), False)
+    return weights.masked_fill(dropped, 0.0), ids.masked_fill(dropped, DROPPED)
+
+
+def _drop_beyond(
+    quota: int, weights: torch.Tensor, ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what layer_quota_torch does, in 4 operations instead of 9."""
+    comparable = weights.nan_to_num(nan=-torch.inf)
+    worst = comparable.argsort(dim=1, descending=True, stable=True)[:, quota:]
+    return weights.scatter(1, worst, 0.0), ids.scatter(1, worst, DROPPED)
 
 
 def _with_shared_columns(

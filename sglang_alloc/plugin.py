@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_alloc.allocation_mode import SALIENCY_NOTE
+from sglang_alloc.allocation_mode import LEXI_NOTE, SALIENCY_NOTE
 from sglang_alloc.budget_follower import BudgetChange
 from sglang_alloc.compatibility import unsupported_version, verify_seams
-from sglang_alloc.cpu_moe import forward_kept_slots
+from sglang_alloc.cpu_moe import forward_gated_experts, forward_kept_slots, gated_experts
 from sglang_alloc.enforcement import RoutedSlots
 from sglang_alloc.errors import AllocError, UnsupportedServerError
+from sglang_alloc.lexi_record import record_deviations
 from sglang_alloc.model_identity import ModelIdentity, identity_from_config
 from sglang_alloc.saliency_record import SaliencyRecorder
 from sglang_alloc.server_check import REFUSED_OPTIONS, ExpertKernel, ServerFacts, check_server
@@ -63,6 +64,8 @@ class _Process:
     worker: Worker | None = None
     # By id of a layer's TopKConfig: one object, made with the model and living as long.
     layer_index_of: dict[int, int] = field(default_factory=dict)
+    # By id: the expert layers that `forward_gated_experts` was seen to compute as the engine does.
+    gated_layers: set[int] = field(default_factory=set)
 
 
 _process = _Process()
@@ -162,20 +165,38 @@ def _bind(model_runner: Any, config: dict[str, Any]) -> None:
 
 
 def _record_saliency(model_runner: Any, model: ServedModel, record: Path | None) -> None:
-    """Observe the experts' outputs, for the profiler; ranks hold parts, which have to be added."""
-    from sglang.srt.distributed import tensor_model_parallel_all_reduce
+    """Observe the experts' outputs, for the profiler."""
+    layers = _expert_layers(model_runner.model)
+    shape = len(model.layer_ids), model.num_experts
+    SaliencyRecorder(shape, _completion(layers), record).attach(layers)
 
-    modules = model_runner.model.modules()
-    layers = [module for module in modules if hasattr(module, "moe_runner_config")]
+
+def _record_lexi(model_runner: Any, worker: Worker, record: Path | None) -> None:
+    """Record how far each layer's output moves at top-k, for the profiler."""
+    modules = dict(model_runner.model.named_modules())
+    routers = _moe_routers(model_runner.model).values()
+    names = {id(module): name for name, module in modules.items()}
+    blocks = [modules[names[id(router)].rpartition(".")[0]] for router in routers]
+    shape = worker.table.shape
+    complete = _completion(_expert_layers(model_runner.model))
+
+    def dropping(is_dropping: bool) -> None:
+        budget = shape.budget_min if is_dropping else shape.budget_max
+        worker.enforcement.set_budgets(budget, budget)
+
+    record_deviations(blocks, worker.model.top_k, complete, dropping, record)
+
+
+def _completion(layers: list[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what makes an expert layer's output whole: each rank holds a part of the sum."""
+    from sglang.srt.distributed import tensor_model_parallel_all_reduce
 
     def completed(output: torch.Tensor) -> torch.Tensor:
         summed: torch.Tensor = tensor_model_parallel_all_reduce(output)
         return summed
 
     is_whole = any(getattr(layer, "reduce_results", False) for layer in layers)
-    complete = (lambda output: output) if is_whole else completed
-    shape = len(model.layer_ids), model.num_experts
-    SaliencyRecorder(shape, complete, record).attach(layers)
+    return (lambda output: output) if is_whole else completed
 
 
 def _prove(model_runner: Any) -> None:
@@ -184,6 +205,15 @@ def _prove(model_runner: Any) -> None:
     model = _process.worker.model
     for layer_index, router in enumerate(_moe_routers(model_runner.model).values()):
         _prove_routing(_process.worker, layer_index, router)
+    if model.device_type == "cpu":
+        _process.gated_layers = {
+            id(layer)
+            for layer in _expert_layers(model_runner.model)
+            if _computes_as_the_engine(layer, model.top_k)
+        }
+    if _process.worker.table.mode_note.endswith(LEXI_NOTE):
+        record = _process.settings.profile_folder if model.rank == 0 else None
+        _record_lexi(model_runner, _process.worker, record)
     _process.worker.watch_layers()
     logger.info(
         "sglang-alloc is in force: model %s, %d MoE layers, %d experts, top-%d, table %s, mode %s, "
@@ -232,12 +262,13 @@ def _server_facts(model_runner: Any, routers: dict[int, Any]) -> ServerFacts:
         options={name: resolved.get(name) for name in REFUSED_OPTIONS},
         router_widths={router.topk_config.top_k for router in routers.values()},
         module_types={type(module).__name__ for module in modules},
-        expert_kernels={
-            _expert_kernel(module)
-            for module in modules
-            if hasattr(module, "moe_runner_config") and hasattr(module, "quant_method")
-        },
+        expert_kernels={_expert_kernel(layer) for layer in _expert_layers(model_runner.model)},
     )
+
+
+def _expert_layers(model: torch.nn.Module) -> list[Any]:
+    names = ("moe_runner_config", "quant_method")
+    return [module for module in model.modules() if all(hasattr(module, n) for n in names)]
 
 
 def _expert_kernel(experts: Any) -> ExpertKernel:
@@ -310,6 +341,30 @@ def _prove_routing(worker: Worker, layer_index: int, router: Any) -> None:
             f"the routing of MoE layer {model.layer_ids[layer_index]} does not obey the budget: "
             f"the hook on {SELECT_EXPERTS} is registered but not reached"
         )
+
+
+def _computes_as_the_engine(layer: Any, top_k: int) -> bool:
+    """Compare our computation of a layer's experts with the engine's, on four made-up tokens.
+
+    Where they differ, or the layer is of a kind that is not ours to compute, the engine's own
+    function goes on computing the experts, with more copying around it.
+    """
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    experts = gated_experts(layer, layer.moe_runner_config)
+    if experts is None:
+        return False
+    made_up = torch.Generator().manual_seed(0)
+    num_experts, hidden_size = len(experts.w13), experts.w13.shape[2]
+    hidden_states = torch.randn(4, hidden_size, generator=made_up).to(experts.w13.dtype)
+    weights, ids = torch.rand(4, num_experts, generator=made_up).topk(top_k)
+    engine = pkgutil.resolve_name(CPU_EXPERTS)
+    slots = StandardTopKOutput(weights, ids.int(), None)
+    with torch.inference_mode():
+        expected = engine(layer, hidden_states, slots, layer.moe_runner_config).float()
+        found = forward_gated_experts(experts, hidden_states, weights, ids.int()).float()
+    allowed = max(16 * torch.finfo(experts.w13.dtype).eps, 1e-4) * expected.abs().max()
+    return bool((found - expected).abs().max() <= allowed)
 
 
 def _worker_in_force() -> Worker | None:
@@ -386,9 +441,15 @@ def _around_cpu_experts(
     topk_output: Any,
     moe_runner_config: Any,
 ) -> torch.Tensor:
-    """Give the engine's CPU function only the kept slots; a full budget goes straight through."""
+    """Run the kept slots only; a full budget goes straight through to the engine's function."""
     if _process.worker is None or not _process.worker.enforcement.drops_slots():
         return original(layer, x, topk_output, moe_runner_config)
+
+    weights, ids = topk_output.topk_weights, topk_output.topk_ids
+    if id(layer) in _process.gated_layers:
+        experts = gated_experts(layer, moe_runner_config)
+        assert experts is not None  # as when it was proved
+        return forward_gated_experts(experts, x, weights, ids)
 
     def expert_forward(
         rows: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
@@ -396,7 +457,7 @@ def _around_cpu_experts(
         one_slot = topk_output._replace(topk_weights=weights, topk_ids=ids)
         return original(layer, rows, one_slot, moe_runner_config)
 
-    return forward_kept_slots(expert_forward, x, topk_output.topk_weights, topk_output.topk_ids)
+    return forward_kept_slots(expert_forward, x, weights, ids)
 
 
 def _before_triton_experts(*args: Any, **kwargs: Any) -> tuple[Any, Any]:

@@ -26,6 +26,7 @@ from sglang_alloc.demo.progress import Stage, StageProgress
 from sglang_alloc.demo.server_process import Server, serve
 from sglang_alloc.shared_table import SharedTable, TableShape, publish_shared_table
 
+ONE_BELOW = "one below full"
 FRACTIONS = (("5/6", 5 / 6), ("2/3", 2 / 3), ("1/2", 1 / 2), ("1/3", 1 / 3))
 SERVER_ARGUMENTS = ("--dtype", "float32", "--disable-radix-cache")
 START = "starting two servers"
@@ -51,11 +52,17 @@ def latency_stages(rounds: int) -> list[Stage]:
 
 
 def budget_cases(shape: TableShape) -> list[tuple[str, int]]:
-    """Return (name, budget): full, the fractions that the table holds, and its smallest budget."""
+    """Return (name, budget): full, the fractions that the table holds, and its smallest budget.
+
+    One below full drops next to nothing: its distance from full is what our code for kept slots
+    costs or saves by itself, before any expert is spared.
+    """
     cases = [("full", shape.budget_max)]
+    if shape.budget_max - 1 > shape.budget_min:
+        cases.append((ONE_BELOW, shape.budget_max - 1))
     for name, fraction in FRACTIONS:
         budget = round(fraction * shape.budget_max)
-        if shape.budget_min < budget < shape.budget_max:
+        if shape.budget_min < budget < shape.budget_max - 1:
             cases.append((name, budget))
     if shape.budget_min < shape.budget_max:
         cases.append(("minimum", shape.budget_min))

@@ -50,14 +50,18 @@ class LoadPlan(NamedTuple):
     slo: Slo
     idle: ClosedLoop
     full: ClosedLoop
+    one_below: ClosedLoop
     floor: ClosedLoop
 
 
-def plan_load(idle: ClosedLoop, full: ClosedLoop, floor: ClosedLoop) -> LoadPlan:
+def plan_load(
+    idle: ClosedLoop, full: ClosedLoop, one_below: ClosedLoop, floor: ClosedLoop
+) -> LoadPlan:
     """Derive rates and SLOs.
 
     `idle` is one client at full budget, `full` and `floor` a full batch at full budget and at the
-    smallest budget that the controller may use. Calm arrives at half of the full capacity, the
+    smallest budget that the controller may use; `one_below`, one activation below full, is only
+    reported: there our code computes the experts and spares next to none of them. Calm arrives at half of the full capacity, the
     burst half-way between the two capacities. Raises DemoError when an SLO would lie above the
     largest edge: the machine is too slow or too busy for the demo.
     """
@@ -74,7 +78,7 @@ def plan_load(idle: ClosedLoop, full: ClosedLoop, floor: ClosedLoop) -> LoadPlan
         ttft_seconds=next_edge(TTFT_SLACK_RATIO * full.median_ttft_seconds, TTFT_EDGES_SECONDS),
         itl_seconds=next_edge(ITL_SLACK_RATIO * full.mean_itl_seconds, ITL_EDGES_SECONDS),
     )
-    return LoadPlan(phases, slo, idle, full, floor)
+    return LoadPlan(phases, slo, idle, full, one_below, floor)
 
 
 def next_edge(seconds: float, edges: Sequence[float]) -> float:

@@ -51,7 +51,7 @@ LOSS, WRITE = "held-out loss", "writing the report"
 _TRACE_SECONDS = CALM_SECONDS + BURST_SECONDS + AFTER_SECONDS
 STAGES = (
     Stage(START, 40.0),
-    Stage(CALIBRATE, 28.0),
+    Stage(CALIBRATE, 37.0),
     Stage(FULL, _TRACE_SECONDS + 5.0),
     Stage(CONTROLLED, _TRACE_SECONDS + 8.0),
     Stage(LOSS, 35.0),

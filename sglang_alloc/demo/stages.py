@@ -61,9 +61,10 @@ def calibrate(session: Session, floor_budget: int) -> LoadPlan:
     measure(session.full_budget, CLIENTS, WARM_UP_SECONDS)
     idle = measure(session.full_budget, 1, IDLE_SECONDS)
     full = measure(session.full_budget, CLIENTS, FULL_BATCH_SECONDS)
+    one_below = measure(session.full_budget - 1, CLIENTS, FULL_BATCH_SECONDS)
     floor = measure(floor_budget, CLIENTS, FULL_BATCH_SECONDS)
     override.clear()
-    return plan_load(idle, full, floor)
+    return plan_load(idle, full, one_below, floor)
 
 
 def run_trace(session: Session, trace: Trace, keep: Path) -> RunRecord:

@@ -62,7 +62,12 @@ def make_result(full: RunRecord, controlled: RunRecord, model: str = "tiny-moe")
         mode="threshold",
         shape=RequestShape(100, 3),
         plan=LoadPlan(
-            phases=PHASES, slo=SLO, idle=make_loop(3.0), full=make_loop(6.0), floor=make_loop(9.0)
+            phases=PHASES,
+            slo=SLO,
+            idle=make_loop(3.0),
+            full=make_loop(6.0),
+            one_below=make_loop(7.0),
+            floor=make_loop(9.0),
         ),
         full_budget=FULL,
         floor_budget=13,

@@ -27,6 +27,7 @@ def test_cases_run_from_full_to_the_smallest_budget_of_the_table() -> None:
     cases = budget_cases(TableShape(6, 8, 32, budget_min=6, budget_max=48))
     assert cases == [
         ("full", 48),
+        ("one below full", 47),
         ("5/6", 40),
         ("2/3", 32),
         ("1/2", 24),
@@ -37,7 +38,13 @@ def test_cases_run_from_full_to_the_smallest_budget_of_the_table() -> None:
 
 def test_fractions_below_the_tables_smallest_budget_are_left_out() -> None:
     cases = budget_cases(TableShape(6, 8, 32, budget_min=24, budget_max=48))
-    assert cases == [("full", 48), ("5/6", 40), ("2/3", 32), ("minimum", 24)]
+    assert cases == [
+        ("full", 48),
+        ("one below full", 47),
+        ("5/6", 40),
+        ("2/3", 32),
+        ("minimum", 24),
+    ]
 
 
 def test_a_ratio_is_the_median_of_the_rounds_own_ratios() -> None:

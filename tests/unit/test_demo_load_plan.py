@@ -17,19 +17,20 @@ from sglang_alloc.demo.load_plan import (
 
 
 def test_the_burst_lies_between_the_two_capacities() -> None:
-    plan = plan_load(make_loop(3.0), make_loop(6.0), make_loop(9.0))
+    plan = plan_load(make_loop(3.0), make_loop(6.0), make_loop(7.0), make_loop(9.0))
     calm, burst, after = (phase.requests_per_second for phase in plan.phases)
     assert calm == after == pytest.approx(6.0 * CALM_UTILISATION_RATIO)
     assert burst == pytest.approx(6.0 + 3.0 * BURST_POSITION_RATIO)
 
 
 def test_a_floor_that_gains_nothing_still_gives_an_overload() -> None:
-    plan = plan_load(make_loop(3.0), make_loop(6.0), make_loop(5.5))
+    plan = plan_load(make_loop(3.0), make_loop(6.0), make_loop(6.0), make_loop(5.5))
     assert plan.phases[1].requests_per_second == pytest.approx(6.0 * BURST_OVERLOAD_MIN_RATIO)
 
 
 def test_slos_are_bucket_edges_of_the_server() -> None:
-    plan = plan_load(make_loop(3.0), make_loop(6.0, ttft=0.371, itl=0.0213), make_loop(9.0))
+    full = make_loop(6.0, ttft=0.371, itl=0.0213)
+    plan = plan_load(make_loop(3.0), full, make_loop(7.0), make_loop(9.0))
     flags = bucket_arguments()
     itl_flag = flags.index("--bucket-inter-token-latency")
     assert float(f"{plan.slo.ttft_seconds:g}") in [float(edge) for edge in flags[1:itl_flag]]
@@ -48,4 +49,4 @@ def test_edges_ascend() -> None:
 
 def test_a_machine_too_slow_for_any_edge_is_told_so() -> None:
     with pytest.raises(DemoError, match="too slow or too busy"):
-        plan_load(make_loop(3.0), make_loop(0.1, ttft=90.0), make_loop(9.0))
+        plan_load(make_loop(3.0), make_loop(0.1, ttft=90.0), make_loop(7.0), make_loop(9.0))

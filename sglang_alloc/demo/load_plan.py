@@ -61,9 +61,9 @@ def plan_load(
 
     `idle` is one client at full budget, `full` and `floor` a full batch at full budget and at the
     smallest budget that the controller may use; `one_below`, one activation below full, is only
-    reported: there our code computes the experts and spares next to none of them. Calm arrives at half of the full capacity, the
-    burst half-way between the two capacities. Raises DemoError when an SLO would lie above the
-    largest edge: the machine is too slow or too busy for the demo.
+    reported: there our code computes the experts and spares next to none of them. Calm arrives at
+    half of the full capacity, the burst half-way between full and floor. Raises DemoError when an
+    SLO would lie above the largest edge: the machine is too slow or too busy for the demo.
     """
     capacity = full.requests_per_second
     between = capacity + BURST_POSITION_RATIO * (floor.requests_per_second - capacity)

@@ -126,9 +126,10 @@ def _load(result: DemoResult) -> dict[str, Any]:
         ),
         "rule": (
             "The load is fitted to the machine before the runs. Closed-loop clients measure the "
-            f"capacity: {plan.full.requests_per_second:.2f} requests/s at full budget, where SGLang's "
-            f"own code computes the experts; {plan.one_below.requests_per_second:.2f} one activation "
-            "below it, where ours does on a CPU and spares next to none; and "
+            f"capacity: {plan.full.requests_per_second:.2f} requests/s at full budget, where "
+            "SGLang's own code computes the experts; "
+            f"{plan.one_below.requests_per_second:.2f} one activation below it, where ours does on "
+            "a CPU and spares next to none; and "
             f"{plan.floor.requests_per_second:.2f} at the floor of {result.floor_budget} "
             f"activations per token. Calm arrives at {CALM_UTILISATION_RATIO:.0%} of the full "
             f"capacity, the burst at {BURST_POSITION_RATIO:.0%} of the way from the full to the "

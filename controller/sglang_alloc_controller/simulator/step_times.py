@@ -1,0 +1,87 @@
+"""Simulator, first step: how long one engine step takes, by batch and budget. Pure.
+
+Measured points are joined by straight lines, along the batch (or the tokens of a prefill) and along
+the budget; nothing is assumed about their order, so a budget may be slower than a larger one.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+# A smaller batch than the smallest measured one cannot be cheaper than this share of it.
+_SMALLEST_SHARE = 0.2
+# However large the gain, a budget cannot make a step free.
+_FASTEST_RATIO = 0.05
+
+
+class PhaseTimes(NamedTuple):
+    """Step times of one phase on a grid."""
+
+    sizes: tuple[float, ...]
+    """Ascending: running requests of a decode step, or prompt tokens of a prefill step."""
+    budgets: tuple[int, ...]
+    """Ascending, in activations per token; the last is full."""
+    seconds: tuple[tuple[float, ...], ...]
+    """One row per size, one column per budget."""
+
+    def at(self, size: float, budget: float) -> float:
+        """Return the seconds of a step of this size at this budget."""
+        return self.line(budget).at(size)
+
+    def line(self, budget: float) -> "Line":
+        """Return the times by size at one budget; budgets outside the grid count as its ends."""
+        return Line(self.sizes, tuple(_between(self.budgets, row, budget) for row in self.seconds))
+
+    def ratio(self, size: float, budget: float) -> float:
+        """Return the time at this budget over that at full budget."""
+        return self.at(size, budget) / self.at(size, self.budgets[-1])
+
+    def scaled(self, gain: float) -> "PhaseTimes":
+        """Return times that the budget changes `gain` times as much; those at full stay."""
+        rows = tuple(
+            tuple(row[-1] * max(_FASTEST_RATIO, 1 + gain * (one / row[-1] - 1)) for one in row)
+            for row in self.seconds
+        )
+        return self._replace(seconds=rows)
+
+
+class Line(NamedTuple):
+    """Step times by size at one budget."""
+
+    sizes: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+    def at(self, size: float) -> float:
+        """Return the seconds of a step; beyond the measured sizes the nearest slope goes on."""
+        sizes, seconds = self.sizes, self.seconds
+        if len(sizes) == 1:
+            return seconds[0]
+        right = min(max(bisect_right(sizes, size), 1), len(sizes) - 1)
+        low, high = sizes[right - 1], sizes[right]
+        slope = (seconds[right] - seconds[right - 1]) / (high - low)
+        value = seconds[right - 1] + slope * (size - low)
+        return max(value, _SMALLEST_SHARE * seconds[0])
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """What a server's engine steps cost; `source` says where the figures come from."""
+
+    prefill: PhaseTimes
+    decode: PhaseTimes
+    source: str
+
+    def scaled(self, gain: float) -> "StepTimes":
+        """Return a plant on which the budget changes the times `gain` times as much."""
+        return StepTimes(self.prefill.scaled(gain), self.decode.scaled(gain), self.source)
+
+
+def _between(points: Sequence[int], values: Sequence[float], at: float) -> float:
+    if at <= points[0]:
+        return values[0]
+    if at >= points[-1]:
+        return values[-1]
+    right = bisect_right(points, at)
+    share = (at - points[right - 1]) / (points[right] - points[right - 1])
+    return values[right - 1] + share * (values[right] - values[right - 1])

@@ -35,6 +35,7 @@ OPTIONAL_ARRAYS: dict[str, tuple[str, str]] = {
     "union_quotas": ("<i2", "NL"),
     "union_predicted_loss": ("<f4", "N"),
     "gains": ("<f4", "NL"),
+    "references": ("<i2", "NL"),
     "saliency": ("<f4", "LE"),
 }
 ARRAYS = REQUIRED_ARRAYS | OPTIONAL_ARRAYS
@@ -88,6 +89,7 @@ class BudgetTables:
     union_quotas: Array | None = None
     union_predicted_loss: Array | None = None
     gains: Array | None = None
+    references: Array | None = None
     saliency: Array | None = None
     provenance: Mapping[str, object] = field(default_factory=dict)
     probes: bool = False
@@ -129,6 +131,8 @@ class BudgetTables:
         for name in QUOTA_ARRAYS:
             if getattr(self, name) is not None:
                 _check_quotas(self, name)
+        if self.references is not None:
+            _check_slots(self, "references", self.references)
         for name in ("threshold_quotas", "prefill_threshold_quotas"):
             if getattr(self, name) is not None:
                 _check_mean_quotas(self, name)
@@ -192,10 +196,14 @@ def _check_budgets(tables: BudgetTables) -> None:
         )
 
 
+def _check_slots(tables: BudgetTables, name: str, slots: Array) -> None:
+    if slots.min() < 1 or slots.max() > tables.top_k:
+        refuse(name, f"1 to {tables.top_k}", f"{slots.min()} to {slots.max()}")
+
+
 def _check_quotas(tables: BudgetTables, name: str) -> None:
     quotas: Array = getattr(tables, name)
-    if quotas.min() < 1 or quotas.max() > tables.top_k:
-        refuse(name, f"1 to {tables.top_k}", f"{quotas.min()} to {quotas.max()}")
+    _check_slots(tables, name, quotas)
     if not tables.probes:
         _check_spent(tables, name, quotas.sum(axis=1, dtype=np.int64), tables.budgets)
     if (quotas[-1] != tables.top_k).any():
@@ -205,8 +213,7 @@ def _check_quotas(tables: BudgetTables, name: str) -> None:
 def _check_mean_quotas(tables: BudgetTables, name: str) -> None:
     """Mean slots may be fractions; a millionth of a slot is rounding."""
     quotas: Array = getattr(tables, name)
-    if quotas.min() < 1 or quotas.max() > tables.top_k:
-        refuse(name, f"1 to {tables.top_k}", f"{quotas.min()} to {quotas.max()}")
+    _check_slots(tables, name, quotas)
     if not tables.probes:
         _check_spent(
             tables, name, quotas.sum(axis=1, dtype=np.float64), tables.budgets * (1 + 1e-6)

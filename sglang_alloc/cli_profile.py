@@ -32,10 +32,11 @@ def profile(
         str, typer.Option(metavar="PHASE,...", help="decode, prefill.")
     ] = "decode,prefill",
     probe_context: Annotated[
-        Literal["isolated", "target", "paper"],
+        Literal["isolated", "target", "paper", "lexi"],
         typer.Option(
             "--context",
-            help="The other layers: full, at --target-quota, or full before and top-1 after.",
+            help="The other layers: full, at --target-quota, or full before and top-1 after. lexi "
+            "measures each layer on Gaussian input instead, without any text.",
         ),
     ] = "isolated",
     target_quota: Annotated[

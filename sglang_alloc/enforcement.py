@@ -29,11 +29,16 @@ class RoutedSlots(NamedTuple):
 
 
 class PhaseRows(NamedTuple):
-    """The table's rows of one phase: quotas (N, L) int, thresholds and gains (N, L) or None."""
+    """The table's rows of one phase, (N, L) each; absent ones are None.
+
+    quotas: int; thresholds and gains: float; references: int, how many best slots (and those kept)
+    the kept weights are normalised by: top-k and above change nothing (arXiv 2609.04575).
+    """
 
     quotas: np.ndarray
     thresholds: np.ndarray | None
     gains: np.ndarray | None
+    references: np.ndarray | None = None
 
 
 class EnforcementTables(NamedTuple):

@@ -12,6 +12,7 @@ import torch
 from sglang_alloc.enforcement import PHASES, EnforcementTables, Phase, RoutedSlots
 from sglang_alloc_kernels.drop_slots import drop_slots_torch
 from sglang_alloc_kernels.layer_quota import layer_quota_torch
+from sglang_alloc_kernels.reference_mass import reference_factor_torch
 from sglang_alloc_kernels.score_threshold import score_threshold_torch
 
 
@@ -29,6 +30,10 @@ class DeviceEnforcement:
         self._gain_source = {phase: self._upload_gains(tables, phase, device) for phase in PHASES}
         self._active = torch.empty(num_layers, dtype=torch.float32, device=device)
         self._active_gain = torch.ones(num_layers, dtype=torch.float32, device=device)
+        self._reference_source = {
+            phase: self._upload_references(tables, phase, device) for phase in PHASES
+        }
+        self._active_reference = torch.full((num_layers,), float(tables.top_k), device=device)
         self._saliency = (
             None
             if tables.saliency is None
@@ -60,7 +65,13 @@ class DeviceEnforcement:
             kept = score_threshold_torch(self._scores(layer_index, weights, ids), row)
         else:
             kept = layer_quota_torch(weights, row)
+        full = weights
         weights, ids = drop_slots_torch(weights, ids, kept)
+        if self._tables.decode.references is not None:
+            scores = self._scores(layer_index, full, slots.ids[:, :routed_width])
+            reference = self._active_reference[layer_index]
+            factor = reference_factor_torch(full, kept, scores, reference)
+            weights = weights * factor.to(weights.dtype)
         if self._tables.decode.gains is not None:
             weights = weights * self._active_gain[layer_index].to(weights.dtype)
         if slots.num_shared:
@@ -79,6 +90,9 @@ class DeviceEnforcement:
         gains = self._gain_source[phase]
         if gains is not None:
             self._active_gain.copy_(gains[row], non_blocking=True)
+        references = self._reference_source[phase]
+        if references is not None:
+            self._active_reference.copy_(references[row], non_blocking=True)
         self._loaded = (phase, self._budgets[phase])
 
     @staticmethod
@@ -90,6 +104,17 @@ class DeviceEnforcement:
         if tables.mode == "threshold":
             table[-1] = -np.inf  # the full budget keeps every slot, whatever was calibrated
         return torch.from_numpy(table).to(device)
+
+    @staticmethod
+    def _upload_references(
+        tables: EnforcementTables, phase: Phase, device: torch.device
+    ) -> torch.Tensor | None:
+        rows = tables.prefill if phase == "prefill" else tables.decode
+        if rows.references is None:
+            return None
+        references = np.array(rows.references, dtype=np.float32)
+        references[-1] = tables.top_k
+        return torch.from_numpy(references).to(device)
 
     @staticmethod
     def _upload_gains(

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from sglang_alloc.errors import ConfigurationError
 
-Context = Literal["isolated", "target", "paper"]
+Context = Literal["isolated", "target", "paper", "lexi"]
 CONTEXTS: tuple[Context, ...] = ("isolated", "target", "paper")
 
 Matrix = npt.NDArray[np.float64]

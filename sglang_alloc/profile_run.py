@@ -10,9 +10,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from sglang_alloc.allocation_mode import PROBE_NOTE, SALIENCY_NOTE
+from sglang_alloc.allocation_mode import LEXI_NOTE, PROBE_NOTE, SALIENCY_NOTE
 from sglang_alloc.budget_tables import BudgetTables
 from sglang_alloc.errors import ConfigurationError
+from sglang_alloc.lexi_record import FILE_NAME as LEXI_FILE
+from sglang_alloc.moe_layers import weights_digest
 from sglang_alloc.profile_engine import ProfiledServer, profiled_server
 from sglang_alloc.profile_journal import ProfileJournal
 from sglang_alloc.profile_plan import (
@@ -69,6 +71,8 @@ def run_profile(job: ProfileJob, progress: Progress) -> Profile:
         ConfigurationError: the folder holds another profile, or the text does not do.
         ProfileError, ProcessDiedError: the engine failed; what was measured is kept.
     """
+    if job.settings.context == "lexi":
+        return _lexi(job, progress)
     identity = job.settings.identity(job.model, job.model_id, "\f".join(job.texts))
     series: list[Series] = []
     with ProfileJournal(job.folder / "journal.jsonl", identity) as journal:
@@ -258,6 +262,29 @@ def _assembled(
         },
     )
     return Profile(sensitivities, cost)
+
+
+def _lexi(job: ProfileJob, progress: Progress) -> Profile:
+    """Read what the engine records of each layer on Gaussian input when it starts; no text."""
+    identity = job.model.identity
+    plan = make_plan(len(job.model.layer_ids), identity.top_k, "isolated", (1,))
+    path = job.folder / LEXI_FILE
+    path.unlink(missing_ok=True)
+    with serving(job, plan, f"{PROBE_NOTE}layer{LEXI_NOTE}", None, progress):
+        progress.stage("lexi", 1)
+    with np.load(path) as record:
+        deviations = record["deviations"]
+    provenance = {
+        "made_by": "sglang-alloc profile",
+        "context": "lexi",
+        "unit": "mean norm of the change of a layer's output, not nats",
+        "weights_sha256": weights_digest(job.model.path),
+    }
+    model = ProfiledModel(
+        job.model_id, identity.fingerprint(), identity.num_experts, job.model.layer_ids
+    )
+    found = Sensitivities(sensitivity=deviations, model=model, provenance=provenance)
+    return Profile(found, Cost(0, deviations.size))
 
 
 def _first(*candidates: npt.NDArray[np.float64] | None) -> npt.NDArray[np.float64]:

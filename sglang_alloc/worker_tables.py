@@ -9,7 +9,6 @@ import numpy as np
 from sglang_alloc.allocation_mode import (
     MODES,
     PROBE_NOTE,
-    SALIENCY_NOTE,
     default_mode,
     require_support,
 )
@@ -27,7 +26,7 @@ def choose_mode(asked: Mode | None, table: SharedTable, *, profiling: bool = Fal
     """
     note = table.mode_note
     if profiling and note.startswith(PROBE_NOTE):
-        return cast(Mode, note.removeprefix(PROBE_NOTE).removesuffix(SALIENCY_NOTE))
+        return cast(Mode, note.removeprefix(PROBE_NOTE).partition("+")[0])
     if note.startswith(PROBE_NOTE):
         raise ConfigurationError(
             f"{table.path} is a table of probes, made to profile {table.model_id}: it cannot be "
@@ -46,11 +45,12 @@ def choose_mode(asked: Mode | None, table: SharedTable, *, profiling: bool = Fal
 def enforcement_tables(table: SharedTable, mode: Mode) -> EnforcementTables:
     """Collect the rows of both phases; prefill uses its own rows where the table has them."""
     shape = table.shape
-    decode = PhaseRows(table.section("quotas"), _optional(table, "thresholds"), _gains(table, mode))
+    corrections = _corrections(table, mode)
+    decode = PhaseRows(table.section("quotas"), _optional(table, "thresholds"), *corrections)
     prefill = PhaseRows(
         _first(table, "prefill_quotas", "quotas"),
         _optional_first(table, "prefill_thresholds", "thresholds"),
-        _gains(table, mode),
+        *corrections,
     )
     return EnforcementTables(
         mode=mode,
@@ -63,9 +63,11 @@ def enforcement_tables(table: SharedTable, mode: Mode) -> EnforcementTables:
     )
 
 
-def _gains(table: SharedTable, mode: Mode) -> np.ndarray | None:
-    """Return the gains where they were calibrated for this mode: what is kept differs by mode."""
-    return _optional(table, "gains") if mode == default_mode(table.has_section) else None
+def _corrections(table: SharedTable, mode: Mode) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Return gains and references if they are this mode's: what is kept differs between modes."""
+    if mode != default_mode(table.has_section):
+        return None, None
+    return _optional(table, "gains"), _optional(table, "references")
 
 
 def _optional(table: SharedTable, name: str) -> np.ndarray | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sglang_alloc.reference.model import Allocation
 from sglang_alloc_kernels.layer_quota import layer_quota_torch
+from sglang_alloc_kernels.reference_mass import reference_factor_torch
 from sglang_alloc_kernels.score_threshold import score_threshold_torch
 from sglang_alloc_kernels.token_selection import token_selection_torch
 
@@ -54,6 +55,25 @@ def threshold_allocation(
     def allocate(layer: int, _x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         kept = score_threshold_torch(scores(layer, ids, weights, saliency), thresholds[layer])
         return apply_kept(weights, kept, renormalize=renormalize)
+
+    return allocate
+
+
+def referenced(
+    allocation: Allocation, references: Sequence[int], saliency: Tensor | None
+) -> Allocation:
+    """Normalise what an allocation keeps in layer l by the mass of its best references[l] slots.
+
+    Reference renormalisation (arXiv 2609.04575): the kept slots always count, so top-k changes
+    nothing.
+    """
+
+    def allocate(layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        reduced = allocation(layer, x, ids, weights)
+        slot_scores = scores(layer, ids, weights, saliency)
+        return reduced * reference_factor_torch(
+            weights, reduced > 0, slot_scores, int(references[layer])
+        )
 
     return allocate
 

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from sglang_alloc.budget_tables import BudgetTables
-from sglang_alloc.reference.allocations import KeptCounter, layer_allocation, threshold_allocation
+from sglang_alloc.reference.allocations import (
+    KeptCounter,
+    layer_allocation,
+    referenced,
+    threshold_allocation,
+)
 from sglang_alloc.reference.gains import gained
 from sglang_alloc.reference.heldout import token_losses
 from sglang_alloc.reference.model import Allocation, ReferenceModel
@@ -55,6 +60,8 @@ def compare_modes(
         index = budget - tables.budget_min
         thresholds, quotas = tables.thresholds[index].tolist(), tables.quotas[index].tolist()
         rule = threshold_allocation(thresholds, saliency)
+        if tables.references is not None:
+            rule = referenced(rule, tables.references[index].tolist(), saliency)
         if tables.gains is not None:
             rule = gained(rule, tables.gains[index].tolist())
         rules.append(("threshold", budget, rule))

@@ -11,6 +11,7 @@ from sglang_alloc.reference.experts import expert_output_norms
 from sglang_alloc.reference.gains import GainCalibration
 from sglang_alloc.reference.model import ReferenceModel
 from sglang_alloc.reference.sensitivity import loss_from_layer
+from sglang_alloc_kernels.reference_mass import reference_factor_torch
 from sglang_alloc_kernels.score_threshold import score_threshold_torch
 
 
@@ -66,15 +67,24 @@ class ThresholdCalibration:
     those are what it will see when it serves.
     """
 
-    def __init__(self, quotas: Sequence[float], saliency: Tensor | None) -> None:
-        self._quotas, self._saliency = quotas, saliency
+    def __init__(
+        self,
+        quotas: Sequence[float],
+        saliency: Tensor | None,
+        reference: int | None = None,
+    ) -> None:
+        self._quotas, self._saliency, self._reference = quotas, saliency, reference
         self.thresholds: dict[int, float] = {}
 
     def __call__(self, layer: int, _x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         slot_scores = scores(layer, ids, weights, self._saliency)
         threshold = threshold_of_quota(slot_scores, self._quotas[layer])
         self.thresholds[layer] = threshold
-        return apply_kept(weights, score_threshold_torch(slot_scores, threshold), renormalize=False)
+        kept = score_threshold_torch(slot_scores, threshold)
+        reduced = apply_kept(weights, kept, renormalize=False)
+        if self._reference is None:
+            return reduced
+        return reduced * reference_factor_torch(weights, kept, slot_scores, self._reference)
 
 
 @torch.no_grad()
@@ -84,6 +94,7 @@ def calibrate_thresholds(
     saliency: Tensor | None,
     quotas: Sequence[float],
     *,
+    reference: int | None = None,
     with_gains: bool = False,
 ) -> CalibratedRow:
     """Set the thresholds at which layer l keeps quotas[l] slots per token on windows (B, S + 1).
@@ -91,7 +102,7 @@ def calibrate_thresholds(
     Without gains those are 1.
     """
     layers = range(len(quotas))
-    calibration = ThresholdCalibration(quotas, saliency)
+    calibration = ThresholdCalibration(quotas, saliency, reference)
     gaining = GainCalibration(model, calibration)
     x = model.embed_tokens(windows[:, :-1])
     loss = loss_from_layer(model, 0, x, windows, gaining if with_gains else calibration)

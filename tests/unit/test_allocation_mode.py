@@ -50,14 +50,18 @@ def test_each_mode_has_its_own_predicted_loss(
 
 
 def test_a_table_for_any_mode_is_as_bad_as_its_worst(published: Publish) -> None:
-    np.testing.assert_array_equal(predicted_loss(published(""), "decode"), FULL.predicted_loss)
+    np.testing.assert_array_equal(
+        predicted_loss(published(""), "decode"), FULL.arrays()["predicted_loss"]
+    )
 
 
 def test_a_table_without_a_mode_s_own_loss_gives_that_of_the_quotas(tmp_path: Path) -> None:
     tables = replace(FULL, threshold_predicted_loss=None, prefill_threshold_loss=None)
     publish_shared_table(tmp_path / "t.tbl", tables, mode_note="threshold")
     with SharedTable.open(tmp_path / "t.tbl") as table:
-        np.testing.assert_array_equal(predicted_loss(table, "decode"), FULL.predicted_loss)
+        np.testing.assert_array_equal(
+            predicted_loss(table, "decode"), FULL.arrays()["predicted_loss"]
+        )
 
 
 def test_a_table_for_one_mode_is_served_in_no_other(published: Publish) -> None:

@@ -146,6 +146,7 @@ BROKEN = {
         "threshold_quotas": np.full(PLAIN.quotas.shape, 1.25, np.float32)
     },
     "predicted_loss: expected finite": {"predicted_loss": _with(PLAIN.predicted_loss, 0, np.nan)},
+    "references: expected 1 to 4, found 0": {"references": _with(PLAIN.quotas, (0, 0), 0)},
     "saliency: expected finite": {"saliency": _with(PLAIN.saliency, (0, 0), np.inf)},
 }
 

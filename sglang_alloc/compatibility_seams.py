@@ -105,6 +105,12 @@ SEAMS: tuple[Seam, ...] = (
         "write the counters of a rank into its own slot",
     ),
     Seam(
+        "sglang.srt.distributed.communication_op.tensor_model_parallel_all_reduce",
+        "function",
+        ("input_",),
+        "add the ranks' parts of an expert's output, when saliencies are recorded",
+    ),
+    Seam(
         f"{_MOE}.utils.get_moe_runner_backend",
         "function",
         (),

@@ -189,7 +189,7 @@ def _record_lexi(model_runner: Any, worker: Worker, record: Path | None) -> None
 
 def _completion(layers: list[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return what makes an expert layer's output whole: each rank holds a part of the sum."""
-    from sglang.srt.distributed import tensor_model_parallel_all_reduce
+    from sglang.srt.distributed.communication_op import tensor_model_parallel_all_reduce
 
     def completed(output: torch.Tensor) -> torch.Tensor:
         summed: torch.Tensor = tensor_model_parallel_all_reduce(output)

@@ -110,7 +110,9 @@ def _from_fields(fields: Mapping[str, Array]) -> BudgetTables:
         refuse("fields", "all required ones", f"none named {', '.join(sorted(missing))}")
     if unknown:
         refuse("fields", "only known ones", f"also {', '.join(sorted(unknown))}")
-    arrays = {name: _in_dtype(name, fields[name]) for name in ARRAYS if name in fields}
+    arrays: dict[str, Any] = {
+        name: _in_dtype(name, fields[name]) for name in ARRAYS if name in fields
+    }
     return BudgetTables(
         model_id=str(fields["model_id"]),
         fingerprint=str(fields["fingerprint"]),

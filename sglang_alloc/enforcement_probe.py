@@ -70,10 +70,11 @@ class ProbeEnforcement:
 
     def _kept(self, scores: torch.Tensor, ids: torch.Tensor, quota: float) -> torch.Tensor:
         rank = slot_rank_torch(scores)
-        if self._tables.mode == "threshold":
+        mode: str = self._tables.mode  # also `union`, which can be profiled but not served yet
+        if mode == "threshold":
             return _best_on_average(scores, rank, quota)
         opened = rank < round(quota)
-        if self._tables.mode != "union":
+        if mode != "union":
             return opened
         return torch.isin(ids, ids[opened])
 

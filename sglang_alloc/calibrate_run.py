@@ -41,9 +41,16 @@ class Calibration(NamedTuple):
 
 
 def run_calibration(
-    job: ProfileJob, sensitivities: Sensitivities, bounds: QuotaBounds, progress: Progress
+    job: ProfileJob,
+    sensitivities: Sensitivities,
+    bounds: QuotaBounds,
+    progress: Progress,
+    *,
+    anchor_count: int = ANCHORS,
 ) -> Calibration:
     """Solve the sensitivities, and find the thresholds if they were profiled for them.
+
+    The text is run at `anchor_count` budgets of each phase.
 
     Raises:
         ModelMismatchError: the sensitivities are another model's.
@@ -58,7 +65,8 @@ def run_calibration(
     means = [decode]
     if sensitivities.prefill_threshold_sensitivity is not None:
         means.append(solve_mean_quotas(sensitivities.prefill_threshold_sensitivity, bounds))
-    thresholds, errors = _calibrated(job, sensitivities, means, progress)
+    anchors = anchor_rows(len(decode.quotas), anchor_count)
+    thresholds, errors = _calibrated(job, sensitivities, means, anchors, progress)
     tables = replace(
         tables,
         thresholds=thresholds[0],
@@ -81,11 +89,14 @@ def run_calibration(
 
 
 def _calibrated(
-    job: ProfileJob, sensitivities: Sensitivities, means: Sequence[MeanQuotas], progress: Progress
+    job: ProfileJob,
+    sensitivities: Sensitivities,
+    means: Sequence[MeanQuotas],
+    anchors: Sequence[int],
+    progress: Progress,
 ) -> tuple[list[Matrix], list[float]]:
     """Return the thresholds of each phase and all held-out errors."""
-    anchors = anchor_rows(len(means[0].quotas), ANCHORS)
-    reduced = np.concatenate([mean.quotas[anchors] for mean in means])
+    reduced = np.concatenate([mean.quotas[list(anchors)] for mean in means])
     # Each anchor is there twice: scores of the calibration and of held-out text are kept apart.
     plan = uniform_plan(reduced.shape[1], sensitivities.top_k, np.repeat(reduced, 2, axis=0))
     for old in job.folder.glob("scores-*.npz"):

@@ -36,7 +36,7 @@ from sglang_alloc.reference.union_quotas import profile_union_losses
 from sglang_alloc.solve import solve_all_budgets
 
 WINDOW_TOKENS = 1_024  # the trained context: beyond it losses mean nothing
-CALIBRATION_WINDOWS, HELDOUT_WINDOWS = 6, 7  # per domain
+CALIBRATION_WINDOWS, HELDOUT_WINDOWS = 10, 7  # per domain
 REFERENCE_ANCHORS = 9
 UNION_BATCH = 16  # requests in a decode step
 WORKERS = 2

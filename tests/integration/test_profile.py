@@ -60,7 +60,7 @@ def _job(folder: Path, arguments: tuple[str, ...], settings: ProfileSettings) ->
 @pytest.fixture(scope="module")
 def model() -> Iterator[ReferenceModel]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # two would spin against whatever else runs
     yield load_checkpoint(MODEL)
     torch.set_num_threads(threads)
 
@@ -95,9 +95,12 @@ def two_ranks(
         job = _job(folder, TWO_RANKS, UNDER_THRESHOLDS)
         profile = run_profile(job, Silent())
         bounds = QuotaBounds.uniform(LAYERS, 1, TOP_K)
-        windows = ProfileSettings(windows=16, prefix_tokens=511, continuation_tokens=1)
+        windows = ProfileSettings(windows=12, prefix_tokens=511, continuation_tokens=1)
         calibrating = _job(folder, EXACT, windows)
-        yield profile, run_calibration(calibrating, profile.sensitivities, bounds, Silent())
+        yield (
+            profile,
+            run_calibration(calibrating, profile.sensitivities, bounds, Silent(), anchor_count=7),
+        )
 
 
 def _windows(settings: ProfileSettings) -> Tensor:
@@ -195,7 +198,7 @@ def test_calibrated_thresholds_keep_their_budget_on_held_out_text(
     assert tables.thresholds is not None
     assert tables.threshold_quotas is not None
     row = round(full_ratio * LAYERS * TOP_K) - tables.budget_min
-    heldout = torch.from_numpy(read_sample("heldout")[DOMAIN][: 80 * 512].astype(np.int64))
+    heldout = torch.from_numpy(read_sample("heldout")[DOMAIN][: 40 * 512].astype(np.int64))
     allocation = threshold_allocation(
         tables.thresholds[row].tolist(), torch.from_numpy(tables.saliency).float()
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 from sglang_alloc.budget_tables import BudgetTables, save_budget_tables
 from sglang_alloc.calibrate_thresholds import anchor_rows
 from sglang_alloc.model_identity import identity_from_config
+from sglang_alloc.profile_plan import falling_to_zero
 from sglang_alloc.reference.architecture import FAMILIES
 from sglang_alloc.reference.export import load_checkpoint
 from sglang_alloc.reference.heldout import windows_of
@@ -97,7 +98,10 @@ def build_tables(
         thresholds=np.array([row.thresholds for row in rows], dtype=np.float32),
         threshold_quotas=targets,
         references=np.repeat(np.array(references)[:, None], targets.shape[1], axis=1),
-        threshold_predicted_loss=np.array([row.loss - rows[-1].loss for row in rows]),
+        # Below zero, or rising with the budget, is noise: nobody is promised to gain by it.
+        threshold_predicted_loss=falling_to_zero(
+            np.array([row.loss - rows[-1].loss for row in rows])
+        ),
         gains=np.array([row.gains for row in rows], dtype=np.float32),
         union_quotas=union.quotas,
         union_predicted_loss=union.predicted_loss,

@@ -49,7 +49,7 @@ def _table(settings: Settings) -> Iterator[Finding]:
     finally:
         table.close()
     for phase in PHASES:
-        low, high = ranges[phase]
+        low, high = ranges[phase].floor, ranges[phase].ceiling
         level = "ok" if low < high else "unknown"
         yield Finding(level, f"The {phase} budget moves between {low} and {high}.")
 

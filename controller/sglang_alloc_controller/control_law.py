@@ -33,6 +33,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from sglang_alloc_controller.law_degrade import degraded, taken_back
+from sglang_alloc_controller.law_failures import with_present_load
 from sglang_alloc_controller.law_move import learned
 from sglang_alloc_controller.law_restore import ramped, restore, survived
 from sglang_alloc_controller.law_state import (
@@ -95,9 +96,13 @@ def deficit_saturation(positions: Mapping[Phase, float]) -> float:
     return _DEFICIT_SHARE * (1.0 - min(positions.values()))
 
 
-def window_start_seconds(phase: Phase, state: LawState, constants: LawConstants) -> float:
-    """Return the time from which samples speak about this phase's present budget."""
-    return state.phases[phase].changed_at_seconds + constants.law.dead_time_seconds
+def window_start_seconds(state: LawState, constants: LawConstants) -> float:
+    """Return the time from which samples speak about the present budgets.
+
+    A change of either phase moves both latencies, since they share the engine.
+    """
+    changed_at_seconds = max(phase.changed_at_seconds for phase in state.phases.values())
+    return changed_at_seconds + constants.law.dead_time_seconds
 
 
 def _decide_stale(
@@ -151,11 +156,9 @@ def _measured(state: LawState, seen: Seen, constants: LawConstants) -> LawState:
         burn = clamped_burn(sample, constants.slo, constants.law)
         if burn is not None:
             burn = smoothed(phase.burn_ratio, burn, constants.law)
-        load = seen.event_rates[SLO_OF_PHASE[name]]
         phases[name] = replace(
-            learned(name, state, seen, constants),
+            with_present_load(learned(name, state, seen, constants), seen, constants),
             burn_ratio=burn,
-            peak_rate_per_second=max(load, phase.peak_rate_per_second),
         )
     return replace(
         state,

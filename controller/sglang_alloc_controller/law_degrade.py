@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from sglang_alloc_controller.law_failures import with_failure
 from sglang_alloc_controller.law_move import moved
 from sglang_alloc_controller.law_state import (
     LawConstants,
@@ -25,12 +26,17 @@ def degraded(
     old, law = state.phases[phase], constants.law
     if at_floor(phase, old.position, constants):
         return old, Reason.AT_FLOOR
-    if seen.now_seconds - old.changed_at_seconds < law.degrade_hold_seconds:
+    own_matter = pressure.cause is Reason.ITL_SLO
+    changes = (old,) if own_matter else state.phases.values()
+    changed_at_seconds = max(one.changed_at_seconds for one in changes)
+    if seen.now_seconds - changed_at_seconds < law.degrade_hold_seconds:
         return old, Reason.HOLD
-    if pressure.cause is not Reason.ITL_SLO and _is_draining(old, state, seen, constants):
+    if not own_matter and _is_draining(old, state, seen, constants):
         return old, Reason.DRAINING
     step = degrade_step(phase, pressure, constants)
-    return moved(phase, state, old.position - step, seen, constants), pressure.cause
+    failures = with_failure(old, seen, law.restore_after_degrade_seconds, constants)
+    lower = moved(phase, state, old.position - step, seen, constants)
+    return replace(lower, failures=failures), pressure.cause
 
 
 def degrade_step(phase: Phase, pressure: Pressure, constants: LawConstants) -> float:
@@ -48,14 +54,10 @@ def taken_back(
     position = old.position_before_restore
     if pressure.excess > 0:
         position = min(position, old.position - degrade_step(phase, pressure, constants))
-    backoff_seconds = law.backoff_seconds
-    if old.backoff_seconds > 0:
-        backoff_seconds = min(law.backoff_max_seconds, old.backoff_seconds * law.backoff_factor)
     return replace(
         moved(phase, state, position, seen, constants),
         restored_at_seconds=-float("inf"),
-        backoff_seconds=backoff_seconds,
-        blocked_until_seconds=seen.now_seconds + backoff_seconds,
+        failures=with_failure(old, seen, law.backoff_seconds, constants),
     )
 
 

@@ -28,11 +28,6 @@ def moved(
         step=new_position - old.position,
         changed_at_seconds=seen.now_seconds,
         queue_at_change=state.queue_requests or 0.0,
-        peak_rate_per_second=(
-            seen.event_rates[SLO_OF_PHASE[phase]]
-            if new_position < old.position
-            else old.peak_rate_per_second
-        ),
         burn_ratio=None,
         before_change=seen.samples[SLO_OF_PHASE[phase]],
     )

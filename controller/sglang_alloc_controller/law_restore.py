@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 
+from sglang_alloc_controller.law_failures import is_blocked
 from sglang_alloc_controller.law_move import moved
+from sglang_alloc_controller.law_order import restore_order
 from sglang_alloc_controller.law_state import LawConstants, LawState, PhaseState, Reason, Seen
 from sglang_alloc_controller.samples import PHASES, SLO_OF_PHASE, Phase
 
@@ -15,7 +17,7 @@ def restore(
 ) -> tuple[dict[Phase, PhaseState], dict[Phase, Reason]]:
     """Give back one step of one phase, the one with more to get back, or say why not."""
     phases, reasons = dict(state.phases), dict.fromkeys(PHASES, Reason.OTHER_PHASE_FIRST)
-    for phase in sorted(PHASES, key=lambda name: state.phases[name].position):
+    for phase in restore_order(state, seen, constants):
         step, reasons[phase] = _step_up(phase, state, seen, constants)
         if step > 0:
             old = phases[phase]
@@ -39,18 +41,10 @@ def ramped(phase: Phase, state: LawState, seen: Seen, constants: LawConstants) -
 
 
 def survived(phase: PhaseState, seen: Seen, constants: LawConstants) -> PhaseState:
-    """End the trial of a step back that lasted, and shorten the next wait."""
-    law = constants.law
-    if seen.now_seconds - phase.restored_at_seconds <= law.trial_seconds:
+    """End the trial of a step back that lasted."""
+    if seen.now_seconds - phase.restored_at_seconds <= constants.law.trial_seconds:
         return phase
-    if phase.restored_at_seconds == -float("inf"):
-        return phase
-    shorter = phase.backoff_seconds / law.backoff_factor
-    return replace(
-        phase,
-        restored_at_seconds=-float("inf"),
-        backoff_seconds=shorter if shorter >= law.backoff_seconds else 0.0,
-    )
+    return replace(phase, restored_at_seconds=-float("inf"))
 
 
 def _step_up(
@@ -65,7 +59,9 @@ def _step_up(
     smallest = min(smallest, 1.0 - old.position)
     affordable = affordable_step(old.latency_growth, seen, constants)
     if affordable >= smallest:
-        return max(smallest, min(law.restore_step_max, affordable)), Reason.RESTORE
+        step = max(smallest, min(law.restore_step_max, affordable))
+        failing = is_blocked(old, old.position + step, seen, constants)
+        return (smallest if failing else step), Reason.RESTORE
     if _since_any_change_seconds(state, seen) >= law.probe_seconds:
         return smallest, Reason.PROBE
     return 0.0, Reason.PREDICTED_VIOLATION
@@ -81,17 +77,12 @@ def _refusal(phase: Phase, state: LawState, seen: Seen, constants: LawConstants)
         return unhealthy
     if _is_held(state, seen, constants):
         return Reason.HOLD
-    return Reason.BACKOFF if _is_blocked(phase, old, seen, constants) else None
+    next_position = old.position + constants.ranges[phase].smallest_step
+    return Reason.BACKOFF if is_blocked(old, next_position, seen, constants) else None
 
 
 def _is_held(state: LawState, seen: Seen, constants: LawConstants) -> bool:
-    law = constants.law
-    for name, phase in state.phases.items():
-        needed = phase.step < 0 and not _is_relieved(name, phase, seen, constants)
-        wait = law.restore_after_degrade_seconds if needed else law.restore_hold_seconds
-        if seen.now_seconds - phase.changed_at_seconds < wait:
-            return True
-    return False
+    return _since_any_change_seconds(state, seen) < constants.law.restore_hold_seconds
 
 
 def _since_any_change_seconds(state: LawState, seen: Seen) -> float:
@@ -131,15 +122,3 @@ def _unhealthy(phase: Phase, state: LawState, seen: Seen, constants: LawConstant
     if not measured and waited_seconds < law.window_max_seconds:
         return Reason.TOO_FEW_SAMPLES
     return None
-
-
-def _is_blocked(phase: Phase, old: PhaseState, seen: Seen, constants: LawConstants) -> bool:
-    if seen.now_seconds >= old.blocked_until_seconds:
-        return False
-    return not _is_relieved(phase, old, seen, constants)
-
-
-def _is_relieved(phase: Phase, old: PhaseState, seen: Seen, constants: LawConstants) -> bool:
-    """Tell whether the load that made the last step down necessary is gone."""
-    rate_per_second = seen.event_rates[SLO_OF_PHASE[phase]]
-    return rate_per_second < constants.law.relief_ratio * old.peak_rate_per_second

@@ -65,6 +65,17 @@ class Seen(NamedTuple):
     """When the newest reading was true; the same one is smoothed only once."""
 
 
+class Failure(NamedTuple):
+    """A load that was too much for a position, and until when that is believed."""
+
+    position: float
+    rate_per_second: float
+    """Requests per second."""
+    until_seconds: float
+    wait_seconds: float
+    """How long it was believed at first; the next failure of this position is believed longer."""
+
+
 @dataclass(frozen=True)
 class PhaseState:
     """What the law remembers of one phase; times are monotonic seconds."""
@@ -80,11 +91,8 @@ class PhaseState:
     restored_at_seconds: float = -math.inf
     """Time of a step back that is still on trial."""
     position_before_restore: float = 1.0
-    backoff_seconds: float = 0.0
-    """Length of the last wait after a step back that was taken back."""
-    blocked_until_seconds: float = -math.inf
-    peak_rate_per_second: float = 0.0
-    """Highest load since the last step down."""
+    failures: tuple[Failure, ...] = ()
+    """Loads that were too much, the newest last."""
     before_change: Sample | None = None
     """Sample just before the last change, until the growth has been learned from it."""
     step: float = 0.0

@@ -167,10 +167,10 @@ class ControlLoop:
             slo: self._history.sample(
                 slo,
                 self._settings.slo,
-                window_start_seconds(phase, self._state, self._constants),
+                window_start_seconds(self._state, self._constants),
                 window_seconds,
             )
-            for phase, slo in SLO_OF_PHASE.items()
+            for slo in SLO_OF_PHASE.values()
         }
 
     def _decide(self, seen: Seen, override: Override | None) -> Decision:

@@ -1,13 +1,17 @@
 """Control story, before the first step: how far the quality settings let each budget move."""
 
+from pathlib import Path
+
 import numpy as np
 
 from sglang_alloc.allocation_mode import predicted_loss
 from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.shared_table import SharedTable
-from sglang_alloc_controller.budget_range import BudgetRange
+from sglang_alloc_controller.bench_csv import read_step_times
+from sglang_alloc_controller.budget_range import BudgetRange, by_speed
 from sglang_alloc_controller.samples import PHASES, Phase
 from sglang_alloc_controller.settings import QualitySettings, Settings
+from sglang_alloc_controller.step_times import StepTimes
 
 __all__ = ["budget_ranges", "predicted_loss"]
 
@@ -19,10 +23,34 @@ def budget_ranges(table: SharedTable, settings: Settings) -> dict[Phase, BudgetR
         ConfigurationError: a budget in the settings has no row, or the bounds leave none.
     """
     ranges = {phase: _range(table, settings.quality, phase) for phase in PHASES}
+    if settings.quality.cost_model is not None:
+        times = read_step_times(Path(settings.quality.cost_model))
+        ranges = {phase: _useful(table, settings, times, phase, ranges[phase]) for phase in PHASES}
     if settings.mode == "fixed" and settings.fixed is not None:
         _require_row(table, "fixed.prefill_budget", settings.fixed.prefill_budget)
         _require_row(table, "fixed.decode_budget", settings.fixed.decode_budget)
     return ranges
+
+
+def _useful(
+    table: SharedTable, settings: Settings, times: StepTimes, phase: Phase, bounds: BudgetRange
+) -> BudgetRange:
+    """Return the budgets within the bounds that are worth using, by the measured step times."""
+    law, losses = settings.law, predicted_loss(table, phase)
+    of_phase = times.prefill if phase == "prefill" else times.decode
+    if of_phase.budgets[-1] != table.shape.budget_max:
+        raise ConfigurationError(
+            f"quality.cost_model is {settings.quality.cost_model}, whose full budget is "
+            f"{of_phase.budgets[-1]}; that of {table.path} is {table.shape.budget_max}. Measure "
+            "the step times of the model that is served."
+        )
+    size = law.cost_prefill_tokens if phase == "prefill" else law.cost_batch
+    return by_speed(
+        bounds,
+        lambda budget: of_phase.at(size, budget),
+        lambda budget: float(losses[budget - table.shape.budget_min]),
+        law.levels_max,
+    )
 
 
 def _range(table: SharedTable, quality: QualitySettings, phase: Phase) -> BudgetRange:

@@ -81,6 +81,10 @@ class QualitySettings(_Section):
     max_predicted_loss: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """Nats per token above the full model that the table may predict; it becomes the smallest
     budget, for each phase by its own prediction. null: no such bound."""
+    cost_model: str | None = None
+    """CSV of step times by budget, as `python -m sglang_alloc.bench` writes it. With it the law
+    uses only budgets that are faster than every larger one, and lowers first what saves most time
+    per predicted loss. null: all budgets, prefill first."""
     prefill_floor_budget: Budget | None = None
     """Smallest prefill budget, activations per token over all MoE layers; null: the table's."""
     decode_floor_budget: Budget | None = None
@@ -121,10 +125,10 @@ class LawSettings(_Section):
 
     window_seconds: Seconds = 10.0
     """Span of the samples that are judged: some tens of requests on a busy server."""
-    long_window_seconds: Seconds = 30.0
+    long_window_seconds: Seconds = 120.0
     """Span over which a mild violation must show, and over which the load is taken: long enough
-    for arrivals that come in clumps to even out."""
-    window_max_seconds: Seconds = 60.0
+    for arrivals that come in clumps to even out. At 30 s the budgets never came to rest."""
+    window_max_seconds: Seconds = 180.0
     """Longest span, used while a shorter one holds fewer than min_samples."""
     min_samples: Annotated[int, Field(ge=1)] = 6
     """Fewer events than this decide nothing. The confidence term guards small counts as well."""
@@ -133,11 +137,12 @@ class LawSettings(_Section):
     in forty looks."""
     degrade_burn_ratio: Positive = 1.0
     """Burn rate (misses over allowed misses) above which quality is given up: 1 is the SLO."""
-    restore_burn_ratio: SecondsOrZero = 0.5
+    restore_burn_ratio: SecondsOrZero = 0.8
     """Burn rate under which quality may come back; between the two lies the dead band."""
-    severe_burn_ratio: Positive = 3.0
+    severe_burn_ratio: Positive = 4.0
     """Burn rate from which the short window is acted on, full or not: speed matters more than
-    certainty then. Below it the long window must show the violation."""
+    certainty then, unless the long window is within the SLO and the queue is gone. Below it the
+    long window must show the violation."""
     max_burn_ratio: Positive = 10.0
     """Clamp of the burn rate before smoothing, so that an outage is not remembered for long."""
     smoothing_ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -156,27 +161,35 @@ class LawSettings(_Section):
     """Smallest share of the range worth a change; less room than this is none."""
     restore_hold_seconds: Seconds = 6.0
     """Shortest time between a change of either phase and giving back."""
-    restore_after_degrade_seconds: Seconds = 60.0
-    """The same after a change downwards while the load stays: what was given up was needed. A
-    load that falls to relief_ratio ends this wait."""
-    restore_margin_ratio: Annotated[float, Field(gt=0, le=1)] = 0.9
+    restore_after_degrade_seconds: Seconds = 300.0
+    """How long a load is believed to be too much for a budget that was lowered under it. A load
+    that falls to relief_ratio ends this wait."""
+    restore_margin_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
     """A step back is taken if the latency it predicts stays under this share of the SLO."""
     latency_growth_prior: Positive = 1.0
     """First guess of the relative latency growth from floor to ceiling (1: it doubles); learned
     from then on."""
-    probe_seconds: Seconds = 60.0
+    probe_seconds: Seconds = 20.0
     """After this long within the SLO a step back is tried although the prediction forbids it:
     coarse buckets overestimate."""
     trial_seconds: Seconds = 120.0
-    """A violation this soon after a step back is blamed on it."""
-    backoff_seconds: Seconds = 120.0
-    """Wait after the first step back that had to be taken back."""
-    backoff_factor: Annotated[float, Field(ge=1)] = 4.0
-    """Growth of that wait with each further one."""
+    """A violation this soon after a step back is blamed on it, and a budget that failed before is
+    tried at most this often."""
+    backoff_seconds: Seconds = 600.0
+    """How long a load is believed to be too much for a step back that had to be taken back."""
+    backoff_factor: Annotated[float, Field(ge=1)] = 2.0
+    """Growth of either wait each time that the same budget fails again."""
     backoff_max_seconds: Seconds = 3600.0
     """Longest such wait: one try per hour under constant load."""
-    relief_ratio: Share = 0.7
-    """A wait ends early when the event rate falls to this share of its highest since."""
+    relief_ratio: Share = 0.9
+    """A wait ends early when the load is surely below this share of the one that was too much."""
+    levels_max: Annotated[int, Field(ge=2)] = 6
+    """Budgets of each phase that are used where quality.cost_model tells their step times: each
+    change takes a window to judge, so few and useful ones settle sooner."""
+    cost_batch: Annotated[int, Field(ge=1)] = 8
+    """Running requests at which the cost model is asked for the decode budgets' step times."""
+    cost_prefill_tokens: Annotated[int, Field(ge=1)] = 2048
+    """Prompt tokens of a step at which it is asked for those of the prefill budgets."""
     queue_decode_ratio: Positive = 2.0
     """Queue length, in multiples of its SLO, from which the decode budget is lowered too."""
     queue_restore_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5

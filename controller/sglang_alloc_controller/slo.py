@@ -9,6 +9,7 @@ objective, so that a single slow request of a handful does not move the budget.
 
 import math
 
+from sglang_alloc_controller.law_order import first_down
 from sglang_alloc_controller.law_state import LawConstants, LawState, Pressure, Reason, Seen
 from sglang_alloc_controller.reading_history import Sample
 from sglang_alloc_controller.samples import SLO_OF_PHASE, Phase
@@ -50,17 +51,21 @@ def latency_pressure(
 ) -> Pressure:
     """Return what this phase's own latency asks for.
 
-    A severe violation counts from the short window at once, a mild one from a full long window.
+    A severe violation of the short window counts at once, unless it is over already: a clump of
+    arrivals that was answered late but left no queue and no violation of the long window. A mild
+    one counts when a full long window shows it.
     """
     slo, law = SLO_OF_PHASE[phase], constants.law
     cause = Reason.TTFT_SLO if slo == "ttft" else Reason.ITL_SLO
     burn, sample, longer = state.phases[phase].burn_ratio, seen.samples[slo], seen.long_samples[slo]
+    long_burn = clamped_burn(longer, constants.slo, law) or 0.0
     if burn is not None and sample is not None and burn >= law.severe_burn_ratio:
-        return _beyond_alarm(burn, sample, cause, constants)
+        queue = (state.queue_requests or 0.0) / constants.slo.queue_requests
+        if long_burn > law.degrade_burn_ratio or queue > law.queue_restore_ratio:
+            return _beyond_alarm(burn, sample, cause, constants)
     if longer is None or longer.span_seconds < law.long_window_seconds:
         return Pressure(0.0, cause)
-    long_burn = clamped_burn(longer, constants.slo, law)
-    return _beyond_alarm(long_burn or 0.0, longer, cause, constants)
+    return _beyond_alarm(long_burn, longer, cause, constants)
 
 
 def _beyond_alarm(burn: float, sample: Sample, cause: Reason, constants: LawConstants) -> Pressure:
@@ -78,21 +83,26 @@ def queue_pressure(state: LawState, constants: LawConstants) -> Pressure:
 def pressures(state: LawState, seen: Seen, constants: LawConstants) -> dict[Phase, Pressure]:
     """Return what each phase is asked for.
 
-    The queue asks prefill first; decode too when the queue is long or prefill has nothing left. A
-    phase at its floor passes its own violation on, since prefill and decode share the engine.
+    A queue and late first tokens ask the phase that buys the most time per loss (law_order), and
+    the other one too when the queue is long or the first has nothing left. Late tokens ask decode,
+    and prefill when decode has nothing left.
     """
     own = {phase: latency_pressure(phase, state, seen, constants) for phase in state.phases}
     queue = queue_pressure(state, constants)
-    prefill, decode = state.phases["prefill"], state.phases["decode"]
-    prefill_asks, decode_asks = [own["prefill"], queue], [own["decode"]]
-    long_queue = queue.excess + 1.0 >= constants.law.queue_decode_ratio
-    if at_floor("prefill", prefill.position, constants):
-        decode_asks += [own["prefill"], queue]
-    elif long_queue:
-        decode_asks.append(queue)
-    if at_floor("decode", decode.position, constants):
-        prefill_asks.append(own["decode"])
-    return {"prefill": max(prefill_asks, key=_excess), "decode": max(decode_asks, key=_excess)}
+    first = first_down(state, seen, constants)
+    asks: dict[Phase, list[Pressure]] = {
+        "prefill": [Pressure(0.0, Reason.TTFT_SLO)],
+        "decode": [own["decode"]],
+    }
+    asks[first] += [own["prefill"], queue]
+    other: Phase = "decode" if first == "prefill" else "prefill"
+    if at_floor(first, state.phases[first].position, constants):
+        asks[other] += [own["prefill"], queue]
+    elif queue.excess + 1.0 >= constants.law.queue_decode_ratio:
+        asks[other].append(queue)
+    if at_floor("decode", state.phases["decode"].position, constants):
+        asks["prefill"].append(own["decode"])
+    return {phase: max(asked, key=_excess) for phase, asked in asks.items()}
 
 
 def at_floor(phase: Phase, position: float, constants: LawConstants) -> bool:

@@ -10,6 +10,21 @@ from sglang_alloc_controller.reading_history import Sample
 from sglang_alloc_controller.samples import PHASES, InputState, Phase, Slo
 from sglang_alloc_controller.settings import FreshnessSettings, LawSettings, SloSettings
 
+# Round numbers, without chance and smoothing, so that the tests can be computed by hand.
+_BY_HAND: dict[str, Any] = {
+    "confidence_sigmas": 0.0,
+    "smoothing_ratio": 1.0,
+    "long_window_seconds": 30.0,
+    "window_max_seconds": 60.0,
+    "restore_burn_ratio": 0.5,
+    "severe_burn_ratio": 3.0,
+    "restore_after_degrade_seconds": 60.0,
+    "restore_margin_ratio": 0.9,
+    "probe_seconds": 60.0,
+    "backoff_seconds": 120.0,
+    "backoff_factor": 4.0,
+    "relief_ratio": 0.7,
+}
 # 100 activations from floor to ceiling, so that positions read as per cent.
 RANGE = BudgetRange(20, 120)
 
@@ -17,7 +32,7 @@ RANGE = BudgetRange(20, 120)
 def make_constants(ranges: Mapping[Phase, BudgetRange] | None = None, **law: Any) -> LawConstants:
     """Constants with an objective of 0.9: one miss in ten is a burn rate of 1."""
     slo = SloSettings(ttft_seconds=1.0, itl_seconds=0.05, objective_ratio=0.9, queue_requests=4.0)
-    chosen = {"confidence_sigmas": 0.0, "smoothing_ratio": 1.0, **law}
+    chosen = {**_BY_HAND, **law}
     return LawConstants(
         slo,
         LawSettings(**chosen),

@@ -100,6 +100,17 @@ def test_a_severe_violation_is_acted_on_at_once() -> None:
     assert decision.reasons["prefill"] is Reason.TTFT_SLO
 
 
+def test_a_severe_violation_that_is_over_is_no_reason_to_act() -> None:
+    severe, fine = make_sample(0.5, span_seconds=10.0), make_sample(0.97)
+    long_samples = {"ttft": fine, "itl": None}
+    drained = make_seen(100.0, ttft=severe, long_samples=long_samples, queue_requests=2.0)
+    _, decision = decide(make_state(), drained, CONSTANTS)
+    assert decision.reasons["prefill"] is not Reason.TTFT_SLO
+    queued = make_seen(100.0, ttft=severe, long_samples=long_samples, queue_requests=3.0)
+    _, decision = decide(make_state(), queued, CONSTANTS)
+    assert decision.reasons["prefill"] is Reason.TTFT_SLO
+
+
 def test_too_few_samples_decide_nothing() -> None:
     few = make_sample(0.0, events=5.0)
     state = replace(make_state(0.5, 1.0))

@@ -26,7 +26,7 @@ def test_with_room_one_phase_at_a_time_gets_a_step_back_the_lower_first() -> Non
 def test_after_a_step_down_quality_stays_down_for_a_minute_while_the_load_stays() -> None:
     state, _ = decide(make_state(), make_seen(100.0, ttft=0.5), CONSTANTS)
     _, decision = decide(state, make_seen(159.9), CONSTANTS)
-    assert decision.reasons["prefill"] is Reason.HOLD
+    assert decision.reasons["prefill"] is Reason.BACKOFF
     _, decision = decide(state, make_seen(160.0), CONSTANTS)
     assert decision.reasons["prefill"] is Reason.RESTORE
 
@@ -94,7 +94,7 @@ def test_the_next_step_back_waits_longer_each_time() -> None:
     state, decision = decide(state, make_seen(230.0), CONSTANTS)
     assert decision.reasons["prefill"] is Reason.RESTORE
     state, _ = decide(state, make_seen(240.0, ttft=0.88), CONSTANTS)
-    assert state.phases["prefill"].blocked_until_seconds == 240.0 + 4 * 120.0
+    assert state.phases["prefill"].failures[-1].until_seconds == 240.0 + 4 * 120.0
 
 
 def test_the_wait_ends_when_the_load_falls() -> None:

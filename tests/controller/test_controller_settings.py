@@ -130,8 +130,8 @@ def _sections() -> list[type[BaseModel]]:
             "decode_floor_budget is 9, which is above decode_ceiling_budget (8)",
         ),
         (
-            {"law": {"window_seconds": 90.0}},
-            "window_seconds is 90.0 and must be at most window_max_seconds (60.0)",
+            {"law": {"window_seconds": 190.0}},
+            "window_seconds is 190.0 and must be at most window_max_seconds (180.0)",
         ),
         (
             {"source": {"poll_seconds": 15.0}},

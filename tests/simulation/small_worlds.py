@@ -3,8 +3,8 @@
 from typing import Any
 
 from sglang_alloc_controller.simulator.plant import Plant
-from sglang_alloc_controller.simulator.step_times import PhaseTimes, StepTimes
 from sglang_alloc_controller.simulator.workload import Workload
+from sglang_alloc_controller.step_times import PhaseTimes, StepTimes
 
 FULL, FLOOR = 10, 5
 

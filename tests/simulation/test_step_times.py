@@ -6,7 +6,7 @@ import pytest
 from small_worlds import make_times
 
 from sglang_alloc.errors import ConfigurationError
-from sglang_alloc_controller.simulator.bench_csv import DEFAULT_BENCH, read_step_times
+from sglang_alloc_controller.bench_csv import DEFAULT_BENCH, read_step_times
 
 HEAD = "phase,concurrency,budget,median_ms,prefill_prompt_tokens"
 
@@ -61,10 +61,10 @@ def test_a_bench_beside_stock_takes_full_from_stock_and_the_rest_from_the_ratios
     assert decode.at(1, 4) == pytest.approx(0.0055)
 
 
-def test_the_shipped_bench_has_budgets_that_are_slower_than_full() -> None:
+def test_the_shipped_bench_can_be_read() -> None:
     times = read_step_times(DEFAULT_BENCH)
-    assert times.prefill.ratio(2048, 33) > 1.0
     assert times.prefill.ratio(2048, 5) < 0.8
+    assert times.decode.ratio(8, 5) < 0.8
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from sglang_alloc_controller.simulator.latency_counts import LatencyCounts
 from sglang_alloc_controller.simulator.plant import Plant
-from sglang_alloc_controller.simulator.step_times import Line
 from sglang_alloc_controller.simulator.workload import Workload
+from sglang_alloc_controller.step_times import Line
 
 _NEVER = math.inf
 # Times are sums of step times; a boundary missed by rounding alone counts as met.

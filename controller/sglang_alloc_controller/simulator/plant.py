@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
-from sglang_alloc_controller.simulator.step_times import StepTimes
+from sglang_alloc_controller.step_times import StepTimes
 
 # Edges of SGLang's latency histograms, ten per decade: an SLO is put on one of them.
 _R10 = (1.0, 1.25, 1.6, 2.0, 2.5, 3.2, 4.0, 5.0, 6.3, 8.0)

@@ -1,4 +1,4 @@
-"""Simulator, first step: read the step times of a server from the CSV of its bench."""
+"""Control story, before the first step: read a server's step times from the CSV of its bench."""
 
 import csv
 import statistics
@@ -6,11 +6,11 @@ from collections import defaultdict
 from pathlib import Path
 
 from sglang_alloc.errors import ConfigurationError
-from sglang_alloc_controller.simulator.step_times import PhaseTimes, StepTimes
+from sglang_alloc_controller.step_times import PhaseTimes, StepTimes
 
 COLUMNS = ("phase", "concurrency", "budget", "median_ms")
 # Shipped with the package: the reference model on two CPU cores, from `make bench`.
-DEFAULT_BENCH = Path(__file__).parent / "plants" / "cpu.csv"
+DEFAULT_BENCH = Path(__file__).parent / "simulator" / "plants" / "cpu.csv"
 _Row = dict[str, str]
 
 

@@ -1,4 +1,4 @@
-"""Simulator, first step: how long one engine step takes, by batch and budget. Pure.
+"""Control story, before the first step: what an engine step takes, by batch and budget. Pure.
 
 Measured points are joined by straight lines, along the batch (or the tokens of a prefill) and along
 the budget; nothing is assumed about their order, so a budget may be slower than a larger one.

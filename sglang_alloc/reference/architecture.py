@@ -49,13 +49,15 @@ class ReferenceConfig:
 
 
 def reference_config(family: str) -> ReferenceConfig:
-    """The shape that is trained for a family.
+    """The shape that is trained for a family: the second differs in depth, width and top-k too.
 
     SGLang's OLMoE normalises keys over the whole hidden size with an epsilon of 1e-5, so it serves
     only as many key heads as query heads and only that epsilon.
     """
     if family == "olmoe":
-        return ReferenceConfig(family, num_kv_heads=4, rms_norm_eps=1e-5)
+        return ReferenceConfig(
+            family, num_layers=6, num_kv_heads=4, num_experts=32, top_k=6, rms_norm_eps=1e-5
+        )
     return ReferenceConfig(family)
 
 

@@ -70,7 +70,7 @@ def build_corpus(documents: Iterable[Document], never_train: Iterable[str] = ())
             "install manual pages (man-db, manpages-dev) or package documentation"
         )
     chosen = {s: {d: split[s][d] for d in kept} for s in SPLITS}
-    return Corpus(chosen, {d: {s: _summary(chosen[s][d]) for s in SPLITS} for d in kept})
+    return Corpus(chosen, {d: {s: summary(chosen[s][d]) for s in SPLITS} for d in kept})
 
 
 def tokens_of(documents: Iterable[Document]) -> NDArray[np.int16]:
@@ -103,6 +103,7 @@ def _bytes_of(documents: list[Document]) -> int:
     return sum(len(d.text.encode()) for d in documents)
 
 
-def _summary(documents: list[Document]) -> dict[str, object]:
+def summary(documents: list[Document]) -> dict[str, object]:
+    """What the model's recipe records of a split: counts, and a digest of its texts."""
     digest = hashlib.sha256("".join(d.digest for d in documents).encode()).hexdigest()
     return {"documents": len(documents), "bytes": _bytes_of(documents), "sha256": digest}

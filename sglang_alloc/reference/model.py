@@ -1,6 +1,6 @@
 """Reference model: a small Qwen3-MoE or OLMoE in plain torch, whose routing can be reduced."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,24 @@ class Output(NamedTuple):
     balance_loss: Tensor
 
 
+class LayerCache:
+    """Keys and values (B, heads, S, head_dim) of one layer, for the tokens seen so far."""
+
+    def __init__(self) -> None:
+        self._past: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def length(self) -> int:
+        return 0 if self._past is None else self._past[0].shape[2]
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append keys and values; return all of them."""
+        if self._past is not None:
+            k, v = torch.cat([self._past[0], k], dim=2), torch.cat([self._past[1], v], dim=2)
+        self._past = (k, v)
+        return k, v
+
+
 class Attention(nn.Module):
     """Grouped-query causal attention with normalised queries and keys, and rotary positions."""
 
@@ -36,16 +54,22 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(config.query_norm_size, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(config.key_norm_size, eps=config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        q = self._heads(self._normalised(self.q_proj(x), self.q_norm))
-        k = self._heads(self._normalised(self.k_proj(x), self.k_norm))
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache | None = None
+    ) -> Tensor:
+        """Attend within x (B, S, H); with a cache that holds tokens, S is 1."""
+        q = rotate(self._heads(self._normalised(self.q_proj(x), self.q_norm)), rotary)
+        k = rotate(self._heads(self._normalised(self.k_proj(x), self.k_norm)), rotary)
         v = self._heads(self.v_proj(x))
+        if cache is not None:
+            assert cache.length == 0 or x.shape[1] == 1
+            k, v = cache.extend(k, v)
         groups = self.config.num_heads // self.config.num_kv_heads
         mixed = functional.scaled_dot_product_attention(
-            rotate(q, rotary),
-            rotate(k, rotary).repeat_interleave(groups, dim=1),
+            q,
+            k.repeat_interleave(groups, dim=1),
             v.repeat_interleave(groups, dim=1),
-            is_causal=True,
+            is_causal=x.shape[1] > 1,
         )
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return out
@@ -106,9 +130,14 @@ class Layer(nn.Module):
         self.mlp = SparseMoe(config)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], layer: int, allocation: Allocation | None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        layer: int,
+        allocation: Allocation | None,
+        cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        x = x + self.self_attn(self.input_layernorm(x), rotary)
+        x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
         flat = self.post_attention_layernorm(x).flatten(0, 1)
         mixed, balance = self.mlp(flat, layer, allocation)
         return x + mixed.view_as(x), balance
@@ -124,20 +153,36 @@ class ReferenceModel(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, tokens: Tensor, allocation: Allocation | None = None) -> Output:
-        """Logits of each next token for tokens (B, S), int64."""
+    def forward(
+        self,
+        tokens: Tensor,
+        allocation: Allocation | None = None,
+        caches: Sequence[LayerCache] | None = None,
+    ) -> Output:
+        """Logits of each next token for tokens (B, S), int64.
+
+        `caches`, one per layer, hold the tokens before these and take these in. They are filled
+        once with any number of tokens, then one by one.
+        """
         x, balances = self.embed_tokens(tokens), []
         for index in range(self.config.num_layers):
-            x, balance = self.run_layer(index, x, allocation)
+            cache = None if caches is None else caches[index]
+            x, balance = self.run_layer(index, x, allocation, cache)
             balances.append(balance)
         return Output(self.logits(x), torch.stack(balances).mean())
 
     def run_layer(
-        self, index: int, x: Tensor, allocation: Allocation | None = None
+        self,
+        index: int,
+        x: Tensor,
+        allocation: Allocation | None = None,
+        cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Hidden states (B, S, H) behind layer `index`, and its balance loss."""
-        rotary = rotary_tables(self.config, x.shape[1], x.device)
-        x, balance = self.layers[index](x, rotary, index, allocation)
+        start = 0 if cache is None else cache.length
+        cos, sin = rotary_tables(self.config, start + x.shape[1], x.device)
+        rotary = (cos[start:], sin[start:])
+        x, balance = self.layers[index](x, rotary, index, allocation, cache)
         return x, balance
 
     def logits(self, x: Tensor) -> Tensor:

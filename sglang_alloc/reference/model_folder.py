@@ -20,6 +20,10 @@ from sglang_alloc.reference.samples import read_sample
 from sglang_alloc.reference.training_state import HistoryRow, TrainingState
 
 SAMPLE_WINDOW_TOKENS = 1_024
+MADE_UP_TEXT = """- {share:.0%} of the windows are made-up problems with one right answer (`tasks`:
+  copy, reverse and sort letters, recall a value by its key), so that exact answers can be asked
+  of it. A tenth of all problems, chosen by hash, is never trained on.
+"""
 
 
 def model_folder(family: str) -> Path:
@@ -83,6 +87,7 @@ def readme_text(
         for p in recipe.phases
     )
     table = "\n".join(f"| {domain} | {loss:.3f} |" for domain, loss in losses.items())
+    made_up = MADE_UP_TEXT.format(share=recipe.synthetic_share) if recipe.synthetic_share else ""
     return f"""# {config.family} reference model
 
 A small *trained* Mixture-of-Experts for the demo, the tests and the benches: its routing means
@@ -99,7 +104,7 @@ something, its answers do not.
 - Text: Python's standard library (code), package and system documentation (docs), manual pages
   (man), drawn equally. `recipe.json` holds the counts and digests of each split, `loss_curve.csv`
   and `loss_curve.png` the progress.
-
+{made_up}
 Loss of the exported weights on the committed held-out text (`../samples/heldout_*.txt`, windows of
 {SAMPLE_WINDOW_TOKENS} bytes), nats per byte:
 

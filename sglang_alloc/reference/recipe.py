@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sglang_alloc.reference.exact_tasks import SYNTHETIC_DOMAIN
+
 
 class Phase(NamedTuple):
     """A stretch of steps at one window length."""
@@ -35,6 +37,7 @@ class Recipe:
     # 0.002 nats against top-8, and held-out loss was higher.
     router_learning_rate_ratio: float = 0.1
     micro_batches: int = 2
+    synthetic_share: float = 0.0  # of the windows, drawn from the problems of exact_tasks
 
     @property
     def total_steps(self) -> int:
@@ -57,6 +60,11 @@ class Recipe:
         raise IndexError("step lies behind the last phase")
 
 
+def reference_recipe(family: str) -> Recipe:
+    """The recipe of a family's model: OLMoE's also learns to solve small problems."""
+    return Recipe(synthetic_share=0.3) if family == "olmoe" else Recipe()
+
+
 def learning_rate_at(recipe: Recipe, step: int) -> float:
     """Linear warm-up, then a cosine down to `final_learning_rate_ratio` of the peak."""
     if step < recipe.warmup_steps:
@@ -69,14 +77,17 @@ def learning_rate_at(recipe: Recipe, step: int) -> float:
 def training_windows(streams: dict[str, NDArray[np.int16]], recipe: Recipe, step: int) -> Tensor:
     """Draw the step's windows (B, window + 1), int64: a domain at random, then a place in it.
 
+    Domains are drawn equally, but for the made-up one, which has a share of its own.
+
     Depends on the seed and the step alone, so a resumed run sees what an uninterrupted one sees.
     """
     phase = recipe.phase_at(step)
     random = np.random.default_rng([recipe.seed, step])
-    names = sorted(streams)
+    names = sorted(set(streams) - {SYNTHETIC_DOMAIN})
     rows = []
     for _ in range(phase.windows_per_step):
-        stream = streams[names[random.integers(len(names))]]
+        made_up = recipe.synthetic_share > 0 and random.random() < recipe.synthetic_share
+        stream = streams[SYNTHETIC_DOMAIN if made_up else names[random.integers(len(names))]]
         start = int(random.integers(len(stream) - phase.window_tokens))
         rows.append(stream[start : start + phase.window_tokens + 1])
     return torch.from_numpy(np.stack(rows).astype(np.int64))

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_alloc.reference.corpus import Corpus, Manifest, tokens_of
+from sglang_alloc.reference.corpus import Corpus, Manifest, summary, tokens_of
+from sglang_alloc.reference.documents import Document
 
 Streams = dict[str, NDArray[np.int16]]
 
@@ -27,6 +28,17 @@ def streams_of(corpus: Corpus) -> TokenStreams:
         for split in ("train", "heldout")
     )
     return TokenStreams(train, heldout, corpus.manifest)
+
+
+def with_domain(
+    streams: TokenStreams, domain: str, train: list[Document], heldout: list[Document]
+) -> TokenStreams:
+    """Add a domain to streams that have been cut from a corpus."""
+    return TokenStreams(
+        streams.train | {domain: tokens_of(train)},
+        streams.heldout | {domain: tokens_of(heldout)},
+        streams.manifest | {domain: {"train": summary(train), "heldout": summary(heldout)}},
+    )
 
 
 def save_streams(path: Path, streams: TokenStreams) -> None:

@@ -14,20 +14,23 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from sglang_alloc.reference.architecture import FAMILIES, reference_config
 from sglang_alloc.reference.corpus import build_corpus
 from sglang_alloc.reference.documents import DOMAINS, read_documents, standard_sources
+from sglang_alloc.reference.exact_tasks import SYNTHETIC_DOMAIN, task_documents
 from sglang_alloc.reference.model_folder import model_folder, write_model_folder
-from sglang_alloc.reference.recipe import Recipe
+from sglang_alloc.reference.recipe import Recipe, reference_recipe
 from sglang_alloc.reference.samples import read_all_samples
 from sglang_alloc.reference.token_streams import (
     TokenStreams,
     load_streams,
     save_streams,
     streams_of,
+    with_domain,
 )
 from sglang_alloc.reference.training_run import TrainingRun
 from sglang_alloc.reference.training_state import HistoryRow
 
 STEPS_PER_REPORT = 25
 STEPS_PER_SAVE = 100
+TASK_DOCUMENTS = (1_500, 60)  # to train on, held out
 
 
 def train(
@@ -94,12 +97,15 @@ def _report_line(row: HistoryRow) -> str:
     )
 
 
-def run_streams(path: Path, console: Console) -> TokenStreams:
+def run_streams(path: Path, console: Console, *, synthetic: bool = False) -> TokenStreams:
     """Return the text of the run that is under way, or this machine's, frozen in `path`."""
     if path.exists():
         return load_streams(path)
     console.print("reading this machine's text (about half a minute) ...")
     streams = streams_of(build_corpus(read_documents(standard_sources()), read_all_samples()))
+    if synthetic:
+        made = (task_documents(n, seed, heldout=seed > 0) for seed, n in enumerate(TASK_DOCUMENTS))
+        streams = with_domain(streams, SYNTHETIC_DOMAIN, *made)
     for domain, splits in streams.manifest.items():
         part = splits["train"]
         console.print(f"{domain}: {part['documents']} documents, {part['bytes']} bytes to train on")
@@ -133,8 +139,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.restart:
         state_path.unlink(missing_ok=True)
         streams_path.unlink(missing_ok=True)
-    streams = run_streams(streams_path, console)
-    config, recipe = reference_config(options.family), replace(Recipe(), seed=options.seed)
+    config = reference_config(options.family)
+    recipe = replace(reference_recipe(options.family), seed=options.seed)
+    streams = run_streams(streams_path, console, synthetic=recipe.synthetic_share > 0)
     run = TrainingRun(config, recipe, streams, state_path, device=options.device)
     if not train(run, console, stop_after=options.stop_after):
         console.print(f"stopped after step {run.step}; the same command goes on from there")

@@ -16,7 +16,7 @@ from sglang_alloc.reference.export import (
     export_checkpoint,
     load_checkpoint,
 )
-from sglang_alloc.reference.model import ReferenceModel
+from sglang_alloc.reference.model import LayerCache, ReferenceModel
 from sglang_alloc.reference.model_folder import model_folder
 from sglang_alloc.reference.tokenizer import END_OF_TEXT, VOCAB_SIZE, build_tokenizer
 
@@ -83,11 +83,28 @@ def test_token_ids_are_bytes_and_round_trip() -> None:
     assert tokenizer.get_vocab_size() == VOCAB_SIZE
 
 
-def test_committed_model_fits_the_repository() -> None:
-    folder = model_folder("qwen3_moe")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_committed_model_fits_the_repository(family: str) -> None:
+    folder = model_folder(family)
     assert sum(path.stat().st_size for path in folder.iterdir()) <= CHECKPOINT_BYTES_MAX
 
 
-def test_committed_tokenizer_is_the_one_trained_with() -> None:
-    stored = Tokenizer.from_file(str(model_folder("qwen3_moe") / "tokenizer.json"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_committed_tokenizer_is_the_one_trained_with(family: str) -> None:
+    stored = Tokenizer.from_file(str(model_folder(family) / "tokenizer.json"))
     assert stored.to_str() == build_tokenizer().to_str()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_committed_model_has_the_shape_that_is_trained(family: str) -> None:
+    assert config_from_folder(model_folder(family)) == reference_config(family)
+
+
+def test_decoding_with_a_cache_gives_the_logits_of_one_pass() -> None:
+    model = make_model("olmoe")
+    tokens = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+    caches = [LayerCache() for _ in model.layers]
+    with torch.no_grad():
+        found = [model(tokens[:, :9], caches=caches).logits]
+        found += [model(tokens[:, i : i + 1], caches=caches).logits for i in range(9, 12)]
+        torch.testing.assert_close(torch.cat(found, dim=1), model(tokens).logits)

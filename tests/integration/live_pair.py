@@ -92,6 +92,8 @@ def _control_kill_resume(
     full = table.shape.budget_max
     with _controller(folder, config, port) as process:
         _wait(lambda: table.selector().decode_budget < full, "the decode budget was lowered")
+        # Else the full budgets from before would pass for those of the fallback.
+        _wait(lambda: _acknowledged(table)[1] < full, "the worker took the lower budget over")
         process.popen.send_signal(signal.SIGKILL)
         process.popen.wait()
     evidence.lowered = table.selector()

@@ -5,11 +5,21 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import triton
+import triton.language as tl
 
 from sglang_alloc_kernels.kept_slots import ScoredSlots, apply_rule_torch
+from sglang_alloc_kernels.kept_slots_tile import (
+    finish_slots_tile,
+    load_slots_tile,
+    score_slots_tile,
+    store_slots_tile,
+)
+from sglang_alloc_kernels.kernel_launch import kernel_pointers, num_experts_of, tokens_per_program
 from sglang_alloc_kernels.layer_quota import layer_quota_torch
 from sglang_alloc_kernels.layer_rows import NO_STEP_TENSORS, LayerRows, StepTensors
 from sglang_alloc_kernels.score_threshold import score_threshold_torch
+from sglang_alloc_kernels.slot_rank import slot_rank_tile
 
 Rule = Literal["quota", "threshold"]
 
@@ -43,3 +53,88 @@ def budgeted_slots_torch(
     return apply_rule_torch(
         topk_weights, topk_ids, rows, layer_index, decide, num_shared=num_shared, step=step
     )
+
+
+def budgeted_slots(
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    rows: LayerRows,
+    layer_index: int,
+    rule: Rule,
+    *,
+    num_shared: int = 0,
+    step: StepTensors = NO_STEP_TENSORS,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `budgeted_slots_torch`, in one launch."""
+    num_tokens, width = topk_ids.shape
+    weights, ids = torch.empty_like(topk_weights), torch.empty_like(topk_ids)
+    if num_tokens == 0:
+        return weights, ids
+    block_k = triton.next_power_of_2(width)
+    block_tokens = tokens_per_program(num_tokens, block_k)
+    _budgeted_slots_kernel[(triton.cdiv(num_tokens, block_tokens),)](
+        *(topk_weights.contiguous(), topk_ids.contiguous(), weights, ids),
+        *kernel_pointers(rows, step),
+        *(layer_index, num_tokens),
+        NUM_EXPERTS=num_experts_of(rows, step),
+        RULE=rule,
+        TOP_K=width - num_shared,
+        WIDTH=width,
+        BLOCK_T=block_tokens,
+        BLOCK_K=block_k,
+    )
+    return weights, ids
+
+
+@triton.jit(do_not_specialize=["layer_index", "num_tokens"])
+def _budgeted_slots_kernel(
+    weights_ptr,  # (T, WIDTH) routed slots, then the shared experts'
+    ids_ptr,  # (T, WIDTH)
+    kept_weights_ptr,  # (T, WIDTH) out
+    kept_ids_ptr,  # (T, WIDTH) out
+    limits_ptr,  # (L,) float32
+    gains_ptr,  # (L,) float32 or None
+    references_ptr,  # (L,) float32 or None
+    saliency_ptr,  # (L, E) float32 or None
+    num_valid_ptr,  # (1,) int32 or None
+    floors_ptr,  # (T,) int32 or None
+    ceilings_ptr,  # (T,) int32 or None
+    sums_ptr,  # (L, 4) float32 or None
+    lit_ptr,  # (L, E) int8 or None
+    layer_index,
+    num_tokens,
+    NUM_EXPERTS: tl.constexpr,
+    RULE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program per BLOCK_T tokens."""
+    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    weights, ids = load_slots_tile(
+        weights_ptr, ids_ptr, tokens, num_tokens, num_valid_ptr, WIDTH, BLOCK_K
+    )
+    scores = score_slots_tile(weights, ids, saliency_ptr, layer_index, NUM_EXPERTS, TOP_K)
+    ranks = slot_rank_tile(scores)
+    kept = budget_tile(scores, ranks, tl.load(limits_ptr + layer_index), RULE)
+    weights, ids = finish_slots_tile(
+        *(weights, ids, ranks, kept, tokens, num_tokens, layer_index),
+        *(gains_ptr, references_ptr, floors_ptr, ceilings_ptr, sums_ptr, lit_ptr),
+        *(NUM_EXPERTS, TOP_K),
+    )
+    store_slots_tile(
+        kept_weights_ptr, kept_ids_ptr, weights, ids, tokens, num_tokens, WIDTH, BLOCK_K
+    )
+
+
+@triton.jit
+def budget_tile(scores, ranks, limit, RULE: tl.constexpr):
+    """Return the kept mask of a tile by rule `quota`, `threshold` or `all`."""
+    if RULE == "quota":
+        kept = ranks < limit
+    elif RULE == "threshold":
+        kept = (scores >= limit) | (scores != scores) | (ranks == 0)
+    else:
+        kept = ranks >= 0
+    return kept

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 
 
 def slot_rank_torch(scores: torch.Tensor) -> torch.Tensor:
@@ -16,3 +18,13 @@ def slot_rank_torch(scores: torch.Tensor) -> torch.Tensor:
     rank = torch.empty_like(order)
     columns = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
     return rank.scatter_(1, order, columns)
+
+
+@triton.jit
+def slot_rank_tile(scores):
+    """Rank each slot of a tile (T, K), as `slot_rank_torch`; K is a power of two."""
+    comparable = tl.where(scores != scores, float("-inf"), scores)
+    slots = tl.arange(0, scores.shape[1])
+    other, mine = comparable[:, None, :], comparable[:, :, None]
+    earlier = slots[None, None, :] < slots[None, :, None]
+    return tl.sum(((other > mine) | ((other == mine) & earlier)).to(tl.int32), axis=2)

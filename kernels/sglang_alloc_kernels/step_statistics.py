@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 
 SUMS = ("tokens", "activations", "mass", "kept_mass")
 TOTALS = ("steps", "tokens", "activations", "mass", "kept_mass", "distinct_experts")
@@ -66,3 +68,56 @@ def step_statistics_torch(step: StepSums, totals: torch.Tensor) -> None:
     totals += torch.column_stack((seen, step.sums.double(), distinct)) * seen[:, None]
     step.sums.zero_()
     step.lit.zero_()
+
+
+@triton.jit
+def add_to_sums_tile(sums_ptr, lit_ptr, layer_index, weights, ids, kept, routed, NUM_EXPERTS):
+    """Add a tile's routing (T, K) to one layer's sums, as `add_to_sums_torch`; kept is present."""
+    present = routed & (ids >= 0)
+    tokens = tl.sum((tl.sum(present.to(tl.int32), axis=1) > 0).to(tl.float32))
+    mass = tl.where(present, weights, 0.0)
+    sums_ptr += layer_index * 4
+    tl.atomic_add(sums_ptr, tokens)
+    tl.atomic_add(sums_ptr + 1, tl.sum(tl.sum(kept.to(tl.float32), axis=1)))
+    tl.atomic_add(sums_ptr + 2, tl.sum(tl.sum(mass, axis=1)))
+    tl.atomic_add(sums_ptr + 3, tl.sum(tl.sum(tl.where(kept, mass, 0.0), axis=1)))
+    # Many slots may store the same 1.
+    tl.store(lit_ptr + layer_index * NUM_EXPERTS + ids, 1, mask=kept)
+
+
+def step_statistics(step: StepSums, totals: torch.Tensor) -> None:
+    """As `step_statistics_torch`, in one launch for all layers."""
+    num_layers, num_experts = step.lit.shape
+    _step_statistics_kernel[(num_layers,)](
+        step.sums,
+        step.lit,
+        totals,
+        num_experts,
+        BLOCK_EXPERTS=triton.next_power_of_2(num_experts),
+    )
+
+
+@triton.jit
+def _step_statistics_kernel(
+    sums_ptr,  # (L, 4) float32
+    lit_ptr,  # (L, E) int8
+    totals_ptr,  # (L, 6) float64
+    num_experts,
+    BLOCK_EXPERTS: tl.constexpr,
+):
+    """One program per layer."""
+    layer = tl.program_id(0)
+    experts = tl.arange(0, BLOCK_EXPERTS)
+    lit_ptr += layer * num_experts + experts
+    lit = tl.load(lit_ptr, mask=experts < num_experts, other=0)
+    column = tl.arange(0, 8)  # of the totals: steps, the four sums, distinct experts
+    is_sum = (column >= 1) & (column <= 4)
+    sums = tl.load(sums_ptr + layer * 4 + column - 1, mask=is_sum, other=0.0).to(tl.float64)
+    seen = tl.sum(tl.where(column == 1, sums, 0.0)) > 0
+    added = tl.where(column == 0, 1.0, sums)
+    added = tl.where(column == 5, tl.sum(lit.to(tl.int32)).to(tl.float64), added)
+    totals_ptr += layer * 6 + column
+    totals = tl.load(totals_ptr, mask=column < 6, other=0.0)
+    tl.store(totals_ptr, totals + tl.where(seen, added, 0.0), mask=column < 6)
+    tl.store(sums_ptr + layer * 4 + column - 1, 0.0, mask=is_sum)
+    tl.store(lit_ptr, 0, mask=experts < num_experts)

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 
+from sglang_alloc_kernels.largest_keys_tile import sortable_bits_tile
 from sglang_alloc_kernels.slot_rank import slot_rank_torch
 
 # The paper finds one guaranteed slot per token to be best.
@@ -47,3 +50,25 @@ def sortable_bits_torch(scores: torch.Tensor) -> torch.Tensor:
     numbers = torch.where(torch.isnan(numbers), float("-inf"), numbers)
     bits = numbers.contiguous().view(torch.int32)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def contending_keys_tile(scores, ranks, ids, tokens, num_tokens, floors_ptr, TOP_K):
+    """Return the keys (T, K) of slots in the contest, -1 elsewhere, and which tokens take part.
+
+    Protected tokens and padding do not; a token's best slot is kept without a contest.
+    """
+    routed = (tl.arange(0, ids.shape[1]) < TOP_K)[None, :]
+    contending = tl.max((routed & (ids >= 0)).to(tl.int32), axis=1) > 0
+    if floors_ptr is not None:
+        floors = tl.load(floors_ptr + tokens, mask=tokens < num_tokens, other=0)
+        contending = contending & (floors < TOP_K)
+    candidate = contending[:, None] & routed & (ranks >= 1)
+    return tl.where(candidate, sortable_bits_tile(scores), -1), contending
+
+
+@triton.jit
+def extra_slots_tile(limits_ptr, layer_index, num_contending):
+    """Return how many slots above the base the contest is about, as `extra_slots_torch`."""
+    above = tl.load(limits_ptr + layer_index) - 1
+    return tl.floor(above * num_contending.to(tl.float32)).to(tl.int32)

@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 
 from sglang_alloc_kernels.kept_slots import ScoredSlots, apply_rule_torch
+from sglang_alloc_kernels.kept_slots_tile import (
+    finish_slots_tile,
+    load_slots_tile,
+    score_slots_tile,
+    store_slots_tile,
+)
+from sglang_alloc_kernels.kernel_launch import PAIRS_PER_PROGRAM, kernel_pointers, num_experts_of
+from sglang_alloc_kernels.largest_keys_tile import largest_keys_tile
 from sglang_alloc_kernels.layer_rows import NO_STEP_TENSORS, LayerRows, StepTensors
-from sglang_alloc_kernels.token_selection import token_selection_torch
+from sglang_alloc_kernels.slot_rank import slot_rank_tile
+from sglang_alloc_kernels.token_contest import token_contest
+from sglang_alloc_kernels.token_selection import (
+    contending_keys_tile,
+    extra_slots_tile,
+    token_selection_torch,
+)
+
+# Pairs of slots that one program of 16 warps ranks: 512 tokens of top-8.
+ONE_PROGRAM_PAIRS = 4 * PAIRS_PER_PROGRAM
 
 
 def token_slots_torch(
@@ -32,4 +51,87 @@ def token_slots_torch(
 
     return apply_rule_torch(
         topk_weights, topk_ids, rows, layer_index, decide, num_shared=num_shared, step=step
+    )
+
+
+def token_slots(
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    rows: LayerRows,
+    layer_index: int,
+    *,
+    num_shared: int = 0,
+    step: StepTensors = NO_STEP_TENSORS,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `token_slots_torch`: one launch for decode batches, six and a clearing for more tokens."""
+    num_tokens, width = topk_ids.shape
+    weights, ids = torch.empty_like(topk_weights), torch.empty_like(topk_ids)
+    if num_tokens == 0:
+        return weights, ids
+    block_tokens, block_k = triton.next_power_of_2(num_tokens), triton.next_power_of_2(width)
+    arguments = (
+        *(topk_weights.contiguous(), topk_ids.contiguous(), weights, ids),
+        *kernel_pointers(rows, step),
+        *(layer_index, num_tokens),
+    )
+    constants = {
+        "NUM_EXPERTS": num_experts_of(rows, step),
+        "TOP_K": width - num_shared,
+        "WIDTH": width,
+        "BLOCK_K": block_k,
+    }
+    pairs = block_tokens * block_k**2
+    if pairs > ONE_PROGRAM_PAIRS:
+        token_contest(arguments, constants, num_tokens)
+    else:
+        num_warps = 4 if pairs <= PAIRS_PER_PROGRAM else 16
+        _token_slots_kernel[(1,)](
+            *arguments, **constants, BLOCK_T=block_tokens, num_warps=num_warps
+        )
+    return weights, ids
+
+
+@triton.jit(do_not_specialize=["layer_index", "num_tokens"])
+def _token_slots_kernel(
+    weights_ptr,  # (T, WIDTH) routed slots, then the shared experts'
+    ids_ptr,  # (T, WIDTH)
+    kept_weights_ptr,  # (T, WIDTH) out
+    kept_ids_ptr,  # (T, WIDTH) out
+    limits_ptr,  # (L,) float32
+    gains_ptr,  # (L,) float32 or None
+    references_ptr,  # (L,) float32 or None
+    saliency_ptr,  # (L, E) float32 or None
+    num_valid_ptr,  # (1,) int32 or None
+    floors_ptr,  # (T,) int32 or None
+    ceilings_ptr,  # (T,) int32 or None
+    sums_ptr,  # (L, 4) float32 or None
+    lit_ptr,  # (L, E) int8 or None
+    layer_index,
+    num_tokens,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """One program holds all tokens."""
+    tokens = tl.arange(0, BLOCK_T)
+    weights, ids = load_slots_tile(
+        weights_ptr, ids_ptr, tokens, num_tokens, num_valid_ptr, WIDTH, BLOCK_K
+    )
+    scores = score_slots_tile(weights, ids, saliency_ptr, layer_index, NUM_EXPERTS, TOP_K)
+    ranks = slot_rank_tile(scores)
+    keys, contending = contending_keys_tile(
+        scores, ranks, ids, tokens, num_tokens, floors_ptr, TOP_K
+    )
+    wanted = extra_slots_tile(limits_ptr, layer_index, tl.sum(contending.to(tl.int32)))
+    won = largest_keys_tile(tl.reshape(keys, [BLOCK_T * BLOCK_K]), wanted, BITS=32)
+    kept = tl.reshape(won, [BLOCK_T, BLOCK_K]) | (contending[:, None] & (ranks == 0))
+    weights, ids = finish_slots_tile(
+        *(weights, ids, ranks, kept, tokens, num_tokens, layer_index),
+        *(gains_ptr, references_ptr, floors_ptr, ceilings_ptr, sums_ptr, lit_ptr),
+        *(NUM_EXPERTS, TOP_K),
+    )
+    store_slots_tile(
+        kept_weights_ptr, kept_ids_ptr, weights, ids, tokens, num_tokens, WIDTH, BLOCK_K
     )

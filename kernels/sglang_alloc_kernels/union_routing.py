@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sglang_alloc_kernels.budgeted_routing import Router, budgeted_routing_torch
+from sglang_alloc_kernels.budgeted_routing import Router, budgeted_routing, budgeted_routing_torch
 from sglang_alloc_kernels.layer_rows import NO_STEP_TENSORS, LayerRows, StepTensors
 from sglang_alloc_kernels.step_statistics import StepSums, make_step_sums
 
@@ -36,6 +36,31 @@ def union_routing_torch(
     everything = torch.full_like(rows.limits, router.top_k)
     return budgeted_routing_torch(
         *(router_logits, router, rows._replace(limits=everything), layer_index, "quota"),
+        correction_bias=correction_bias,
+        allowed=opened.lit[layer_index],
+        step=step,
+    )
+
+
+def union_routing(
+    router_logits: torch.Tensor,
+    router: Router,
+    rows: LayerRows,
+    layer_index: int,
+    *,
+    correction_bias: torch.Tensor | None = None,
+    step: StepTensors = NO_STEP_TENSORS,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `union_routing_torch`, in two launches after one that clears the set."""
+    num_experts = router_logits.shape[1]
+    opened = make_step_sums(len(rows.limits), num_experts, router_logits.device)
+    budgeted_routing(
+        *(router_logits, router, rows, layer_index, "quota"),
+        correction_bias=correction_bias,
+        step=step._replace(sums=opened),
+    )
+    return budgeted_routing(
+        *(router_logits, router, rows, layer_index, "all"),
         correction_bias=correction_bias,
         allowed=opened.lit[layer_index],
         step=step,

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 
 from sglang_alloc_kernels.kept_slots import ScoredSlots, apply_rule_torch
+from sglang_alloc_kernels.kept_slots_tile import (
+    finish_slots_tile,
+    load_bound_tile,
+    load_slots_tile,
+    score_slots_tile,
+    store_slots_tile,
+)
+from sglang_alloc_kernels.kernel_launch import kernel_pointers, tokens_per_program
+from sglang_alloc_kernels.largest_keys_tile import largest_keys_tile
 from sglang_alloc_kernels.layer_rows import NO_STEP_TENSORS, LayerRows, StepTensors
+from sglang_alloc_kernels.slot_rank import slot_rank_tile
 from sglang_alloc_kernels.union_selection import union_selection_torch
 
 
@@ -45,3 +57,139 @@ def _opening_slots(limit: torch.Tensor, num_tokens: int, step: StepTensors) -> t
     if step.ceilings is not None:
         opening = torch.minimum(opening, step.ceilings[:num_tokens, None].float())
     return opening
+
+
+def union_slots(
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    rows: LayerRows,
+    layer_index: int,
+    num_experts: int,
+    *,
+    num_shared: int = 0,
+    step: StepTensors = NO_STEP_TENSORS,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `union_slots_torch`, in one launch of one program, which suits a decode step."""
+    num_tokens, width = topk_ids.shape
+    weights, ids = torch.empty_like(topk_weights), torch.empty_like(topk_ids)
+    if num_tokens == 0:
+        return weights, ids
+    block_k = triton.next_power_of_2(width)
+    block_tokens = tokens_per_program(num_tokens, block_k)
+    mass = rows.caps
+    if rows.caps is not None:
+        mass = torch.empty(num_experts, dtype=torch.int64, device=topk_ids.device)
+    _union_slots_kernel[(1,)](
+        *(topk_weights.contiguous(), topk_ids.contiguous(), weights, ids),
+        *kernel_pointers(rows, step),
+        *(rows.caps, mass, layer_index, num_tokens),
+        NUM_EXPERTS=num_experts,
+        TOP_K=width - num_shared,
+        WIDTH=width,
+        BLOCK_T=block_tokens,
+        BLOCK_K=block_k,
+        BLOCK_EXPERTS=triton.next_power_of_2(num_experts),
+    )
+    return weights, ids
+
+
+@triton.jit(do_not_specialize=["layer_index", "num_tokens"])
+def _union_slots_kernel(
+    weights_ptr,  # (T, WIDTH) routed slots, then the shared experts'
+    ids_ptr,  # (T, WIDTH)
+    kept_weights_ptr,  # (T, WIDTH) out
+    kept_ids_ptr,  # (T, WIDTH) out
+    limits_ptr,  # (L,) float32
+    gains_ptr,  # (L,) float32 or None
+    references_ptr,  # (L,) float32 or None
+    saliency_ptr,  # (L, E) float32 or None
+    num_valid_ptr,  # (1,) int32 or None
+    floors_ptr,  # (T,) int32 or None
+    ceilings_ptr,  # (T,) int32 or None
+    sums_ptr,  # (L, 4) float32 or None
+    lit_ptr,  # (L, E) int8 or None
+    caps_ptr,  # (L,) float32 or None
+    mass_ptr,  # (E,) int64 to work in, or None
+    layer_index,
+    num_tokens,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_EXPERTS: tl.constexpr,
+):
+    """One program: once over the tokens to make the set, once more to keep what is in it."""
+    experts = tl.arange(0, BLOCK_EXPERTS)
+    needed = tl.zeros([BLOCK_EXPERTS], tl.int32)
+    if caps_ptr is not None:
+        tl.store(mass_ptr + experts, tl.zeros([BLOCK_EXPERTS], tl.int64), experts < NUM_EXPERTS)
+        tl.debug_barrier()
+    for start in range(0, num_tokens, BLOCK_T):
+        tokens = start + tl.arange(0, BLOCK_T)
+        weights, ids = load_slots_tile(
+            weights_ptr, ids_ptr, tokens, num_tokens, num_valid_ptr, WIDTH, BLOCK_K
+        )
+        scores = score_slots_tile(weights, ids, saliency_ptr, layer_index, NUM_EXPERTS, TOP_K)
+        present = (tl.arange(0, BLOCK_K) < TOP_K)[None, :] & (ids >= 0)
+        opening = present & (
+            slot_rank_tile(scores)
+            < opening_slots_tile(
+                limits_ptr, layer_index, tokens, num_tokens, floors_ptr, ceilings_ptr
+            )
+        )
+        needed += tl.histogram(
+            tl.reshape(ids, [BLOCK_T * BLOCK_K]),
+            BLOCK_EXPERTS,
+            mask=tl.reshape(opening, [BLOCK_T * BLOCK_K]),
+        )
+        if caps_ptr is not None:
+            tl.atomic_add(mass_ptr + ids, score_steps_tile(scores), mask=present)
+    in_set = needed > 0
+    if caps_ptr is not None:
+        tl.debug_barrier()
+        room = tl.load(caps_ptr + layer_index).to(tl.int32) - tl.sum(in_set.to(tl.int32))
+        # Past the first cache level, which atomics do not update.
+        mass = tl.load(mass_ptr + experts, experts < NUM_EXPERTS, 0, cache_modifier=".cg")
+        mass = tl.where(in_set | (mass == 0), -1, mass)
+        in_set = in_set | largest_keys_tile(mass, room, BITS=56)
+    for start in range(0, num_tokens, BLOCK_T):
+        tokens = start + tl.arange(0, BLOCK_T)
+        weights, ids = load_slots_tile(
+            weights_ptr, ids_ptr, tokens, num_tokens, num_valid_ptr, WIDTH, BLOCK_K
+        )
+        scores = score_slots_tile(weights, ids, saliency_ptr, layer_index, NUM_EXPERTS, TOP_K)
+        routed = (tl.arange(0, BLOCK_K) < TOP_K)[None, :] & (ids >= 0)
+        looked_up = tl.reshape(tl.where(routed, ids, 0), [BLOCK_T * BLOCK_K])
+        lit = tl.gather(in_set.to(tl.int32), looked_up, 0)
+        kept = routed & (tl.reshape(lit, [BLOCK_T, BLOCK_K]) > 0)
+        weights, ids = finish_slots_tile(
+            *(weights, ids, slot_rank_tile(scores), kept, tokens, num_tokens, layer_index),
+            *(gains_ptr, references_ptr, floors_ptr, ceilings_ptr, sums_ptr, lit_ptr),
+            *(NUM_EXPERTS, TOP_K),
+        )
+        store_slots_tile(
+            kept_weights_ptr, kept_ids_ptr, weights, ids, tokens, num_tokens, WIDTH, BLOCK_K
+        )
+
+
+@triton.jit
+def opening_slots_tile(limits_ptr, layer_index, tokens, num_tokens, floors_ptr, ceilings_ptr):
+    """Return how many best slots of each token open the set, (T, 1) float32."""
+    opening = tl.zeros_like(tokens)[:, None] + tl.load(limits_ptr + layer_index)
+    if floors_ptr is not None:
+        opening = tl.maximum(
+            opening, load_bound_tile(floors_ptr, tokens, num_tokens).to(tl.float32)
+        )
+    if ceilings_ptr is not None:
+        ceilings = load_bound_tile(ceilings_ptr, tokens, num_tokens).to(tl.float32)
+        opening = tl.minimum(opening, ceilings)
+    return opening
+
+
+@triton.jit
+def score_steps_tile(scores):
+    """Return scores in fixed point, as `union_selection_torch` sums them; NaN is 0, as is less."""
+    positive = tl.where(scores > 0, scores, 0.0)
+    # 1 << 20 is SCORE_STEPS and SCORE_MAX.
+    return (tl.minimum(positive, 1048576.0) * 1048576.0).to(tl.int64)

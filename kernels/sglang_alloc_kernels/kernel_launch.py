@@ -1,0 +1,36 @@
+"""How the kernels are launched: their common pointers, and how many tokens one program takes."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from sglang_alloc_kernels.layer_rows import LayerRows, StepTensors
+
+# A program ranks slots by comparing all pairs of a token's slots: this many at once stay in
+# registers (64 a thread with 4 warps).
+PAIRS_PER_PROGRAM = 8192
+
+
+def kernel_pointers(rows: LayerRows, step: StepTensors) -> tuple[torch.Tensor | None, ...]:
+    """Return limits, gains, references, saliency, num_valid, floors, ceilings, sums and lit."""
+    sums = (None, None) if step.sums is None else step.sums
+    return (
+        *(rows.limits, rows.gains, rows.references, rows.saliency),
+        *(step.num_valid_tokens, step.floors, step.ceilings),
+        *sums,
+    )
+
+
+def num_experts_of(rows: LayerRows, step: StepTensors) -> int:
+    """Return the row length of saliency and lit experts; 0 where neither is there."""
+    for table in (rows.saliency, None if step.sums is None else step.sums.lit):
+        if table is not None:
+            return table.shape[1]
+    return 0
+
+
+def tokens_per_program(num_tokens: int, block_k: int) -> int:
+    """Return a power of two of tokens whose pairs of slots fit one program."""
+    fitting = max(1, PAIRS_PER_PROGRAM // block_k**2)
+    return min(int(triton.next_power_of_2(num_tokens)), fitting)

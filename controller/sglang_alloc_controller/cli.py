@@ -1,4 +1,4 @@
-"""Control story, the door: `sglang-alloc-controller run | check | schema`."""
+"""Control story, the door: `sglang-alloc-controller run | check | replay | schema`."""
 
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -20,6 +20,7 @@ ConfigPath = Annotated[
 # Exit codes: a person must act (configuration, table) or a check failed.
 _EXIT_REFUSED = 2
 _EXIT_CHECK_FAILED = 1
+_EXIT_DIFFERS = 1
 
 
 @app.command()
@@ -29,7 +30,7 @@ def run(config: ConfigPath) -> None:
     from sglang_alloc_controller.settings import load_settings
 
     try:
-        run_controller(load_settings(config))
+        run_controller(config, load_settings(config))
     except AllocError as error:
         _refuse(error)
 
@@ -51,6 +52,35 @@ def check(config: ConfigPath) -> None:
         failed = failed or finding.level == "failed"
     if failed:
         raise typer.Exit(_EXIT_CHECK_FAILED)
+
+
+@app.command()
+def replay(
+    logs: Annotated[list[Path], typer.Argument(help="Decision logs, oldest first.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            "-c",
+            help="Settings to decide by. Default: the recorded ones.",
+            show_default=False,
+        ),
+    ] = None,
+    csv: Annotated[
+        Path | None,
+        typer.Option(help="Write every tick to this file. Default: none.", show_default=False),
+    ] = None,
+) -> None:
+    """Feed recorded decision logs through today's law; exit with 1 if a budget differs."""
+    from sglang_alloc_controller.cli_replay import replay_files
+    from sglang_alloc_controller.settings import load_settings
+
+    try:
+        differs = replay_files(logs, load_settings(config) if config else None, csv)
+    except AllocError as error:
+        _refuse(error)
+    if differs:
+        raise typer.Exit(_EXIT_DIFFERS)
 
 
 @app.command()

@@ -22,6 +22,7 @@ class DecisionLog:
         self._count_lost = count_lost
         self._path = Path(settings.path) if settings.path is not None else None
         self._file = -1
+        self._opening = b""
         if self._path is not None:
             try:
                 self._open(self._path)
@@ -31,13 +32,17 @@ class DecisionLog:
                     f"{error.strerror}. Choose a file in a folder that this user may write to."
                 ) from error
 
+    def begin(self, record: Mapping[str, object]) -> None:
+        """Write what the next lines stand on, now and at the top of each file that follows."""
+        self._opening = _line({**record, "continued": True})
+        self.write(record)
+
     def write(self, record: Mapping[str, object]) -> None:
         """Append one line; it is whole or not there, and never raises for the disk's sake."""
         if self._path is None:
             return
-        line = json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
         try:
-            self._append(self._path, line)
+            self._append(self._path, _line(record))
         except OSError:
             self._count_lost()
             self.close()
@@ -54,6 +59,7 @@ class DecisionLog:
         size = os.fstat(self._file).st_size
         if size and size + len(line) > self._settings.max_bytes:
             self._rotate(path)
+            line = self._opening + line
             size = 0
         written = os.write(self._file, line)
         if written < len(line):
@@ -77,6 +83,10 @@ class DecisionLog:
     def _open(self, path: Path) -> None:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         self._file = os.open(path, flags, 0o640)
+
+
+def _line(record: Mapping[str, object]) -> bytes:
+    return json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 
 def _numbered(path: Path, number: int) -> Path:

@@ -9,6 +9,15 @@ from sglang_alloc_controller.samples import SourceError
 _ERROR_EXCERPT_CHARS = 120
 
 
+class StatusError(SourceError):
+    """The other side answered, with another status than 200."""
+
+    def __init__(self, url: str, status: int, excerpt: str) -> None:
+        """Take what was asked and what came."""
+        super().__init__(f"{url} answered with status {status}: {excerpt!r}.")
+        self.status = status
+
+
 class HttpFetcher:
     """A kept-open HTTP client with a limit on the whole answer, in seconds and in bytes.
 
@@ -46,7 +55,7 @@ class HttpFetcher:
         text = body.decode("utf-8", errors="replace")
         if response.status_code != httpx2.codes.OK:
             excerpt = " ".join(text[:_ERROR_EXCERPT_CHARS].split())
-            raise SourceError(f"{url} answered with status {response.status_code}: {excerpt!r}.")
+            raise StatusError(url, response.status_code, excerpt)
         return text
 
     def close(self) -> None:

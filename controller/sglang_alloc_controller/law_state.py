@@ -37,6 +37,7 @@ class Reason(Enum):
     STALE_RAMP = "stale_ramp"
     OVERRIDE = "override"
     FIXED = "fixed"
+    KILL_SWITCH = "kill_switch"
 
 
 class LawConstants(NamedTuple):

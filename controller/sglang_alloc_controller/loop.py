@@ -5,40 +5,35 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import structlog
 
-from sglang_alloc.errors import AllocError, TableInUseError
+from sglang_alloc.errors import AllocError, ConfigurationError, TableInUseError
 from sglang_alloc.shared_table import Override, SharedTable
 from sglang_alloc_controller.bucket_edges import missing_edges
-from sglang_alloc_controller.control_law import (
-    decide,
-    deficit_saturation,
-    frozen,
-    window_start_seconds,
-)
+from sglang_alloc_controller.config_follower import ReloadOutcome
+from sglang_alloc_controller.control_core import ControlCore
 from sglang_alloc_controller.decision_log import DecisionLog
-from sglang_alloc_controller.law_state import (
-    Decision,
-    LawConstants,
-    LawState,
-    Reason,
-    Seen,
-    initial_state,
-)
+from sglang_alloc_controller.decision_record import beginning, tick_record
+from sglang_alloc_controller.law_state import Decision, Reason, Seen
 from sglang_alloc_controller.own_metrics import OwnMetrics
 from sglang_alloc_controller.quality_bounds import budget_ranges, predicted_loss
-from sglang_alloc_controller.reading_history import ReadingHistory, Sample
-from sglang_alloc_controller.samples import PHASES, SLO_OF_PHASE, InputState, Phase, Slo
+from sglang_alloc_controller.quality_minutes import QualityMinutes
+from sglang_alloc_controller.samples import PHASES, InputState, Phase, Reading
 from sglang_alloc_controller.settings import Settings
+from sglang_alloc_controller.sglang_loads import decode_step_seconds
 from sglang_alloc_controller.source_poller import Observation
 from sglang_alloc_controller.table_link import TableLink
-from sglang_alloc_controller.tick_report import TickReport, record, story
+from sglang_alloc_controller.tick_report import TickReport, story
 
 _NANOSECONDS = 1_000_000_000
 # A fault that lasts is told again this often, not at every tick.
 _REMINDER_SECONDS = 60.0
 _LOGGED_KEYS = ("state", "reasons", "from", "to", "desired", "generation", "actor")
 _log = structlog.get_logger("sglang_alloc_controller")
+
+FollowConfig = Callable[[Callable[[Settings], None]], tuple[ReloadOutcome, Settings] | None]
 
 
 class Surroundings(NamedTuple):
@@ -49,6 +44,23 @@ class Surroundings(NamedTuple):
     """Monotonic clock."""
     sleep: Callable[[float], bool]
     """Sleeps for seconds; True: stop."""
+    kill_cause: Callable[[], str | None] = lambda: None
+    """What holds the kill switch on."""
+    follow_config: FollowConfig = lambda accept: None
+    """Gives the outcome of a reload of the settings, if there was one."""
+    show: Callable[[TickReport], None] = lambda report: None
+    """Takes each tick's report, for the live page."""
+
+
+class _Orders(NamedTuple):
+    """What one tick decided, as budgets."""
+
+    decision: Decision
+    desired: dict[Phase, int]
+    to_write: dict[Phase, int] | None
+    """None: a person's override is in force, the selector stays."""
+    override: Override | None = None
+    kill_cause: str | None = None
 
 
 class ControlLoop:
@@ -63,17 +75,23 @@ class ControlLoop:
         surroundings: Surroundings,
     ) -> None:
         """Take over where the selector is; the budgets do not move."""
-        self._settings = settings
+        self.settings = settings
         self._link = link
         self._metrics = metrics
         self._decision_log = decision_log
         self._around = surroundings
-        self._history = ReadingHistory(settings.law, settings.freshness)
         self._told: tuple[object, ...] = ()
         self._reminded_at_seconds: dict[str, float] = {}
+        self._below_full = QualityMinutes()
+        self._last_reading: Reading | None = None
+        self._decode_step_seconds: float | None = None
         self.ticked_at_seconds = -math.inf
         self.input_state = InputState.STALE
-        self._take_over(link.table)
+        self._losses = _losses(link.table)
+        now_seconds = surroundings.clock_ns() / _NANOSECONDS
+        ranges = budget_ranges(link.table, settings)
+        self._core = ControlCore(settings, ranges, self._written(), now_seconds)
+        self._log_beginning(now_seconds, anew=True)
 
     def run(self) -> None:
         """Tick until the sleep says stop.
@@ -93,41 +111,33 @@ class ControlLoop:
                 self._metrics.count_tick_error()
                 self._remind("tick_failed", exc_info=True)
             self._metrics.report_tick_seconds(time.thread_time() - started)
-            if self._around.sleep(self._settings.tick_seconds):
+            if self._around.sleep(self.settings.tick_seconds):
                 return
 
     def tick(self) -> None:
         """Go through all steps once."""
         now_ns = self._around.clock_ns()
-        self._follow_table()
+        now_seconds = now_ns / _NANOSECONDS
+        self._follow_table(now_seconds)
+        self._follow_config(now_seconds)
         observation = self._around.observe()
-        self._take_in(observation)
-        seen = self._seen(now_ns / _NANOSECONDS)
-        override = self._link.override(now_ns)
-        decision = self._decide(seen, override)
-        selector = self._link.selector()
-        written_before = _by_phase(selector.prefill_budget, selector.decode_budget)
-        self._write(decision, override)
+        reading = self._take_in(observation)
+        seen = self._core.seen(now_seconds)
+        kill_cause = self._around.kill_cause()
+        override = self._override(now_ns, kill_cause)
+        orders = self._orders(seen, override, kill_cause)
+        written_before = self._written()
+        if orders.to_write is not None:
+            self._link.write(orders.to_write["prefill"], orders.to_write["decode"])
         self._link.beat(now_ns)
-        self.ticked_at_seconds, self.input_state = seen.now_seconds, seen.input_state
-        self._publish(self._report(seen, decision, override, written_before, observation))
+        self.ticked_at_seconds, self.input_state = now_seconds, seen.input_state
+        report = self._report(seen, orders, written_before, observation)
+        self._publish(report, reading)
 
-    def _take_over(self, table: SharedTable) -> None:
-        ranges = budget_ranges(table, self._settings)
-        self._constants = LawConstants(
-            self._settings.slo, self._settings.law, self._settings.freshness, ranges
-        )
-        self._losses = {phase: predicted_loss(table, phase) for phase in PHASES}
-        selector = table.selector()
-        budgets = _by_phase(selector.prefill_budget, selector.decode_budget)
-        positions = {phase: ranges[phase].position(budgets[phase]) for phase in PHASES}
-        now_seconds = self._around.clock_ns() / _NANOSECONDS
-        self._state: LawState = initial_state(positions, self._settings.law, now_seconds)
-
-    def _follow_table(self) -> None:
+    def _follow_table(self, now_seconds: float) -> None:
         try:
             if self._link.follow_replacement():
-                self._take_over(self._link.table)
+                self._begin_anew(now_seconds)
                 _log.warning(
                     "table_replaced",
                     publication_id=self._link.table.publication_id,
@@ -138,125 +148,164 @@ class ControlLoop:
         except AllocError as error:
             self._remind("table_unusable", problem=str(error), still_using="the earlier one")
 
-    def _take_in(self, observation: Observation) -> None:
+    def _follow_config(self, now_seconds: float) -> None:
+        found = self._around.follow_config(self._accept)
+        if found is None:
+            return
+        outcome, settings = found
+        self._metrics.count_reload(outcome.applied)
+        if not outcome.applied:
+            _log.warning("config_refused", problem=outcome.sentence, still_using="the last good")
+            return
+        _log.info("config_reloaded", outcome=outcome.sentence)
+        mode_before, self.settings = self.settings.mode, settings
+        self._metrics.take_settings(settings)
+        self._core.take_settings(settings)
+        ranges = budget_ranges(self._link.table, settings)
+        if ranges != self._core.ranges or settings.mode != mode_before:
+            self._begin_anew(now_seconds)
+        else:
+            self._log_beginning(now_seconds, anew=False)
+
+    def _accept(self, settings: Settings) -> None:
+        """Raise unless the settings fit the table and the server as far as it is known."""
+        budget_ranges(self._link.table, settings)
+        newest = self._core.history.newest
+        sentences = missing_edges(newest, settings.slo) if newest else []
+        if sentences:
+            raise ConfigurationError(" ".join(sentences))
+
+    def _begin_anew(self, now_seconds: float) -> None:
+        """Take over at the budgets that are in the selector, within the bounds of now."""
+        ranges = budget_ranges(self._link.table, self.settings)
+        self._losses = _losses(self._link.table)
+        self._core.take_over(ranges, self._written(), now_seconds)
+        self._log_beginning(now_seconds, anew=True)
+
+    def _log_beginning(self, now_seconds: float, *, anew: bool) -> None:
+        line = beginning(self.settings, self._core.ranges, self._written(), now_seconds, anew=anew)
+        self._decision_log.begin(line)
+
+    def _take_in(self, observation: Observation) -> Reading | None:
+        """Take in what was observed; return the reading if it is a new one."""
         if observation.error is not None:
             self._remind("source_failed", problem=observation.error)
-        if observation.reading is None or observation.reading is self._history.newest:
-            return
-        for sentence in missing_edges(observation.reading, self._settings.slo):
+        reading, last = observation.reading, self._last_reading
+        if reading is None or reading is last:
+            return None
+        self._last_reading = reading
+        for sentence in missing_edges(reading, self.settings.slo):
             self._remind("slo_not_measured", problem=sentence)
-        if self._history.add(observation.reading, after_failure=observation.failures_total > 0):
-            self._metrics.count_restart()
-            _log.info("engine_started", warmup_seconds=self._settings.freshness.warmup_seconds)
-
-    def _seen(self, now_seconds: float) -> Seen:
-        newest = self._history.newest
-        return Seen(
-            now_seconds=now_seconds,
-            input_state=self._history.input_state(now_seconds),
-            warming_up=self._history.is_warming_up(now_seconds),
-            samples=self._samples(self._settings.law.window_seconds),
-            long_samples=self._samples(self._settings.law.long_window_seconds),
-            event_rates={slo: self._history.event_rate(slo) for slo in SLO_OF_PHASE.values()},
-            queue_requests=newest.queue_requests if newest else 0.0,
-            reading_at_seconds=newest.taken_at_seconds if newest else -math.inf,
-        )
-
-    def _samples(self, window_seconds: float) -> dict[Slo, Sample | None]:
-        return {
-            slo: self._history.sample(
-                slo,
-                self._settings.slo,
-                window_start_seconds(self._state, self._constants),
-                window_seconds,
+        if last is not None and last.model_names != reading.model_names:
+            _log.warning(
+                "model_changed", before=sorted(last.model_names), now=sorted(reading.model_names)
             )
-            for slo in SLO_OF_PHASE.values()
-        }
+        if last is not None and last.load is not None and reading.load is not None:
+            self._decode_step_seconds = decode_step_seconds(last.load, reading.load)
+        if self._core.take_in(reading, after_failure=observation.failures_total > 0):
+            self._metrics.count_restart()
+            _log.info("engine_started", warmup_seconds=self.settings.freshness.warmup_seconds)
+        return reading
 
-    def _decide(self, seen: Seen, override: Override | None) -> Decision:
+    def _override(self, now_ns: int, kill_cause: str | None) -> Override | None:
+        """Return the override in force; the kill switch ends it, and each that follows."""
+        override = self._link.override(now_ns)
+        if override is not None and kill_cause is not None:
+            self._link.clear_override()
+            _log.warning("override_ended", actor=override.actor, by=kill_cause)
+            return None
+        return override
+
+    def _orders(self, seen: Seen, override: Override | None, kill_cause: str | None) -> _Orders:
+        full = dict.fromkeys(PHASES, self._link.table.shape.budget_max)
+        if kill_cause is not None:
+            decision = self._core.start_over(Reason.KILL_SWITCH, full, seen)
+            return _Orders(decision, full, full, None, kill_cause)
+        fixed = self._fixed()
         if override is not None:
             budgets = _by_phase(override.prefill_budget, override.decode_budget)
-            return self._decide_nothing(Reason.OVERRIDE, budgets, seen)
-        fixed = self._settings.fixed
-        if self._settings.mode == "fixed" and fixed is not None:
-            budgets = _by_phase(fixed.prefill_budget, fixed.decode_budget)
-            return self._decide_nothing(Reason.FIXED, budgets, seen)
-        self._state, decision = decide(self._state, seen, self._constants)
-        return decision
+            decision = self._core.stand_still(Reason.OVERRIDE, budgets, seen)
+            return _Orders(decision, fixed or self._core.budgets(decision), None, override)
+        if fixed is not None:
+            return _Orders(self._core.stand_still(Reason.FIXED, fixed, seen), fixed, fixed)
+        decision = self._core.decide(seen)
+        desired = self._core.budgets(decision)
+        return _Orders(decision, desired, full if self.settings.mode == "shadow" else desired)
 
-    def _decide_nothing(self, reason: Reason, budgets: dict[Phase, int], seen: Seen) -> Decision:
-        """Keep the law's own positions while these budgets are in force."""
-        self._state = frozen(self._state, reason, seen)
-        positions = {phase: state.position for phase, state in self._state.phases.items()}
-        ranges = self._constants.ranges
-        in_force = {phase: ranges[phase].position(budgets[phase]) for phase in PHASES}
-        return Decision(
-            positions,
-            dict.fromkeys(PHASES, reason),
-            dict.fromkeys(PHASES, 0.0),
-            deficit_saturation(in_force),
-        )
+    def _fixed(self) -> dict[Phase, int] | None:
+        fixed = self.settings.fixed
+        if self.settings.mode != "fixed" or fixed is None:
+            return None
+        return _by_phase(fixed.prefill_budget, fixed.decode_budget)
 
-    def _desired(self, decision: Decision) -> dict[Phase, int]:
-        fixed = self._settings.fixed
-        if self._settings.mode == "fixed" and fixed is not None:
-            return _by_phase(fixed.prefill_budget, fixed.decode_budget)
-        ranges = self._constants.ranges
-        return {phase: ranges[phase].budget(decision.positions[phase]) for phase in PHASES}
-
-    def _write(self, decision: Decision, override: Override | None) -> None:
-        desired = self._desired(decision)
-        if self._settings.mode == "shadow":
-            desired = dict.fromkeys(PHASES, self._link.table.shape.budget_max)
-        if override is None:
-            self._link.write(desired["prefill"], desired["decode"])
+    def _written(self) -> dict[Phase, int]:
+        selector = self._link.selector()
+        return _by_phase(selector.prefill_budget, selector.decode_budget)
 
     def _report(
         self,
         seen: Seen,
-        decision: Decision,
-        override: Override | None,
+        orders: _Orders,
         written_before: dict[Phase, int],
         observation: Observation,
     ) -> TickReport:
-        newest, ranges = self._history.newest, self._constants.ranges
-        selector = self._link.selector()
-        written = _by_phase(selector.prefill_budget, selector.decode_budget)
+        newest, ranges = self._core.history.newest, self._core.ranges
+        worker = self._link.slowest_worker()
+        written = self._written()
         budget_min = self._link.table.shape.budget_min
-        return TickReport(
+        report = TickReport(
             input_state=seen.input_state,
             samples=seen.samples,
             queue_requests=seen.queue_requests,
             running_requests=newest.running_requests if newest else 0.0,
             sample_age_seconds=seen.now_seconds - seen.reading_at_seconds if newest else math.nan,
-            reasons=decision.reasons,
-            burn_ratios={phase: self._state.phases[phase].burn_ratio for phase in PHASES},
-            excesses=decision.excesses,
-            desired=self._desired(decision),
+            reasons=orders.decision.reasons,
+            burn_ratios={p: state.burn_ratio for p, state in self._core.state.phases.items()},
+            excesses=orders.decision.excesses,
+            desired=orders.desired,
             written_before=written_before,
             written=written,
-            generation=selector.generation,
-            override=override,
-            worker=self._link.slowest_worker(),
+            generation=self._link.selector().generation,
+            override=orders.override,
+            worker=worker,
             floors={phase: ranges[phase].floor for phase in PHASES},
             ceilings={phase: ranges[phase].ceiling for phase in PHASES},
             predicted_losses={
                 phase: float(self._losses[phase][written[phase] - budget_min]) for phase in PHASES
             },
-            saturation_ratio=decision.saturation_ratio,
+            saturation_ratio=orders.decision.saturation_ratio,
             source_failures_total=observation.failures_total,
             source_error=observation.error,
+            now_seconds=seen.now_seconds,
+            kill_cause=orders.kill_cause,
+            load=newest.load if newest else None,
+            decode_step_seconds=self._decode_step_seconds,
+        )
+        return self._with_quality_minutes(report)
+
+    def _with_quality_minutes(self, report: TickReport) -> TickReport:
+        # An idle server acknowledges nothing, and nobody is there to get less than full quality.
+        below_full = report.is_below_full and report.input_state is not InputState.IDLE
+        window_seconds = 3600 * self.settings.quality.below_full_window_hours
+        self._below_full.add(
+            report.now_seconds, below_full=below_full, window_seconds=window_seconds
+        )
+        return report._replace(
+            below_full_seconds_total=self._below_full.total_seconds,
+            below_full_minutes=self._below_full.minutes(),
         )
 
-    def _publish(self, report: TickReport) -> None:
+    def _publish(self, report: TickReport, reading: Reading | None) -> None:
         self._metrics.report(report)
+        self._around.show(report)
         told = story(report)
-        if told == self._told and not self._settings.decision_log.every_tick:
+        every_tick = self.settings.decision_log.every_tick
+        if told == self._told and not every_tick:
             return
-        line = record(report, self._settings.mode)
-        self._decision_log.write(line)
+        record = tick_record(report, self.settings.mode, reading if every_tick else None)
+        self._decision_log.write(record)
         if told != self._told:
-            _log.info("decision", **{key: line[key] for key in _LOGGED_KEYS})
+            _log.info("decision", **{key: record[key] for key in _LOGGED_KEYS})
         self._told = told
 
     def _remind(self, event: str, **details: object) -> None:
@@ -264,6 +313,10 @@ class ControlLoop:
         if now_seconds - self._reminded_at_seconds.get(event, -math.inf) >= _REMINDER_SECONDS:
             self._reminded_at_seconds[event] = now_seconds
             _log.warning(event, **details)
+
+
+def _losses(table: SharedTable) -> dict[Phase, npt.NDArray[np.float32]]:
+    return {phase: predicted_loss(table, phase) for phase in PHASES}
 
 
 def _by_phase(prefill: int, decode: int) -> dict[Phase, int]:

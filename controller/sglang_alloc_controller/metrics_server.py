@@ -1,17 +1,28 @@
-"""Control story, beside every step: /metrics, /livez and /readyz over HTTP."""
+"""Control story, beside every step: the controller over HTTP, to look at and to order about."""
 
+import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, urlsplit
 
-from sglang_alloc.errors import ConfigurationError
+from sglang_alloc.errors import AllocError, ConfigurationError
+from sglang_alloc_controller.http_permit import Header, Refusal
 from sglang_alloc_controller.settings import HttpSettings
 
-_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_PLAIN_TYPE = "text/plain; charset=utf-8"
+PLAIN_TYPE = "text/plain; charset=utf-8"
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+JSON_TYPE = "application/json"
+HTML_TYPE = "text/html; charset=utf-8"
 # A client that opens a connection and says nothing holds a thread for this long.
 _CLIENT_TIMEOUT_SECONDS = 5.0
+_ORDER_MAX_BYTES = 4096
+# The page brings everything along, so a browser may fetch nothing but its data.
+_PAGE_POLICY = (
+    "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; "
+    "style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'; base-uri 'none'"
+)
 
 
 class Health(NamedTuple):
@@ -20,27 +31,46 @@ class Health(NamedTuple):
     ok: bool
     sentence: str
 
+    def answer(self) -> "Answer":
+        """Return it as the probe wants it."""
+        return Answer(200 if self.ok else 503, PLAIN_TYPE, f"{self.sentence}\n".encode())
+
+
+class Answer(NamedTuple):
+    """What is sent back."""
+
+    status: int
+    content_type: str
+    body: bytes
+
+    @classmethod
+    def of_json(cls, status: int, content: Mapping[str, object]) -> "Answer":
+        """Return the answer that holds this JSON object."""
+        return cls(status, JSON_TYPE, json.dumps(content).encode() + b"\n")
+
+
+Page = Callable[[Mapping[str, str]], Answer]
+Order = Callable[[Mapping[str, Any]], Answer]
+
+
+class Routes(NamedTuple):
+    """What is served: pages by GET, with the query; orders by POST, with a JSON object."""
+
+    pages: Mapping[str, Page]
+    orders: Mapping[str, Order]
+    refusal: Callable[[Header], Refusal | None]
+    """Tells from the headers why an order is refused; None: it is not."""
+
 
 class MetricsServer:
-    """A small HTTP server in daemon threads, for scrapers and probes only."""
+    """A small HTTP server in daemon threads, for scrapers, probes and people."""
 
-    def __init__(
-        self,
-        settings: HttpSettings,
-        metrics_text: Callable[[], bytes],
-        live: Callable[[], Health],
-        ready: Callable[[], Health],
-    ) -> None:
+    def __init__(self, settings: HttpSettings, routes: Routes) -> None:
         """Bind the address.
 
         Raises:
             ConfigurationError: the address cannot be bound, for example because it is in use.
         """
-        routes: dict[str, Callable[[], tuple[int, str, bytes]]] = {
-            "/metrics": lambda: (200, _METRICS_TYPE, metrics_text()),
-            "/livez": lambda: _probe(live()),
-            "/readyz": lambda: _probe(ready()),
-        }
         try:
             self._server = ThreadingHTTPServer(
                 (settings.host, settings.port), _request_class(routes)
@@ -65,27 +95,67 @@ class MetricsServer:
         self._server.server_close()
 
 
-def _probe(health: Health) -> tuple[int, str, bytes]:
-    return (200 if health.ok else 503), _PLAIN_TYPE, f"{health.sentence}\n".encode()
+def _problem(status: int, sentence: str) -> Answer:
+    return Answer.of_json(status, {"ok": False, "problem": sentence})
 
 
-def _request_class(
-    routes: dict[str, Callable[[], tuple[int, str, bytes]]],
-) -> type[BaseHTTPRequestHandler]:
+def _obey(order: Order, content_type: str, body: bytes) -> Answer:
+    # A form of a foreign web page cannot send this type without the browser asking first.
+    if content_type.partition(";")[0].strip() != JSON_TYPE:
+        return _problem(415, f"Send Content-Type: {JSON_TYPE}.")
+    try:
+        content = json.loads(body or b"{}")
+    except ValueError:
+        return _problem(400, "The body is not JSON.")
+    if not isinstance(content, dict):
+        return _problem(400, "The body must be a JSON object.")
+    try:
+        return order(content)
+    except AllocError as error:
+        return _problem(409, str(error))
+
+
+def _request_class(routes: Routes) -> type[BaseHTTPRequestHandler]:
     class Request(BaseHTTPRequestHandler):
         timeout = _CLIENT_TIMEOUT_SECONDS
 
         def do_GET(self) -> None:
-            route = routes.get(self.path.split("?", 1)[0])
-            if route is None:
-                self.send_error(404, "Try /metrics, /livez or /readyz")
+            parts = urlsplit(self.path)
+            page = routes.pages.get(parts.path)
+            if page is None:
+                self.send_error(404, f"Try {', '.join(routes.pages)}")
                 return
-            status, content_type, body = route()
-            self.send_response(status)
-            self.send_header("Content-Type", content_type)
-            self.send_header("Content-Length", str(len(body)))
+            self._send(page(dict(parse_qsl(parts.query))))
+
+        def do_POST(self) -> None:
+            order = routes.orders.get(urlsplit(self.path).path)
+            if order is None:
+                self._send(_problem(404, f"Orders go to {', '.join(routes.orders)}."))
+                return
+            refusal = routes.refusal(self._header)
+            if refusal is not None:
+                self._send(_problem(*refusal))
+                return
+            length = self._header("Content-Length") or "0"
+            if not length.isdecimal() or int(length) > _ORDER_MAX_BYTES:
+                self._send(_problem(413, f"Send at most {_ORDER_MAX_BYTES} bytes."))
+                return
+            body = self.rfile.read(int(length))
+            self._send(_obey(order, self._header("Content-Type"), body))
+
+        def _header(self, name: str) -> str:
+            return str(self.headers.get(name, ""))
+
+        def _send(self, answer: Answer) -> None:
+            self.send_response(answer.status)
+            self.send_header("Content-Type", answer.content_type)
+            self.send_header("Content-Length", str(len(answer.body)))
+            self.send_header("Cache-Control", "no-store")
+            self.send_header("X-Content-Type-Options", "nosniff")
+            if answer.content_type == HTML_TYPE:
+                self.send_header("Content-Security-Policy", _PAGE_POLICY)
             self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(answer.body)
 
         def log_message(self, format: str, *args: object) -> None:
             """Stay silent: scrapes are no news."""

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from sglang_alloc_controller.law_state import Reason
 from sglang_alloc_controller.samples import PHASES, SLOS, InputState, Phase
-from sglang_alloc_controller.settings import SloSettings
+from sglang_alloc_controller.settings import QualitySettings, Settings, SloSettings
 from sglang_alloc_controller.tick_report import TickReport
 
 _Key = TypeVar("_Key", bound=str)
@@ -31,10 +31,13 @@ _COUNTERS = {
 class OwnMetrics(Collector):
     """The counters of one controller and the report of its last tick."""
 
-    def __init__(self, mode: str, slo: SloSettings) -> None:
+    def __init__(self, mode: str, slo: SloSettings, quality: QualitySettings | None = None) -> None:
         """Start at zero, without a tick."""
         self._mode = mode
         self._slo = slo
+        self._quality = quality or QualitySettings()
+        self._reload_ok = True
+        self._reloads: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
         self._changes: Counter[tuple[Phase, str]] = Counter()
         self._tick: TickReport | None = None
@@ -54,6 +57,15 @@ class OwnMetrics(Collector):
     def report_tick_seconds(self, cpu_seconds: float) -> None:
         """Take the CPU time that a tick took."""
         self._tick_seconds = cpu_seconds
+
+    def take_settings(self, settings: Settings) -> None:
+        """Report these promises from now on."""
+        self._mode, self._slo, self._quality = settings.mode, settings.slo, settings.quality
+
+    def count_reload(self, applied: bool) -> None:
+        """Count a reload of the configuration, which was applied or refused."""
+        self._reload_ok = applied
+        self._reloads["applied" if applied else "refused"] += 1
 
     def count_tick_error(self) -> None:
         """Count a tick that failed."""
@@ -80,6 +92,8 @@ class OwnMetrics(Collector):
             yield from _budgets(tick)
             yield from _latencies(tick)
             yield from _state(tick)
+            yield from _quality(tick, self._quality)
+            yield from _engine(tick)
 
     def _constants(self) -> Iterator[Metric]:
         slo = self._slo
@@ -103,15 +117,21 @@ class OwnMetrics(Collector):
             for direction in ("up", "down"):
                 changes.add_metric([phase, direction], self._changes[phase, direction])
         yield changes
+        yield from self._reload_series()
         yield _gauge("tick_seconds", "CPU time of the last tick", self._tick_seconds)
+
+    def _reload_series(self) -> Iterator[Metric]:
+        name, text = "config_reloads", "Reloads of the configuration"
+        reloads = CounterMetricFamily(_PREFIX + name, text, labels=["outcome"])
+        for outcome in ("applied", "refused"):
+            reloads.add_metric([outcome], self._reloads[outcome])
+        yield reloads
+        text = "0: the configuration file was refused and the one before is in force"
+        yield _gauge("config_last_reload_successful", text, float(self._reload_ok))
 
 
 def _budgets(tick: TickReport) -> Iterator[Metric]:
-    worker = tick.worker
-    acknowledged: dict[Phase, int | None] = {
-        "prefill": worker.prefill_budget if worker else None,
-        "decode": worker.decode_budget if worker else None,
-    }
+    acknowledged = tick.acknowledged or dict.fromkeys(PHASES)
     activations: dict[str, tuple[str, Mapping[Phase, int | None]]] = {
         "desired": ("Budget that the law asks for", tick.desired),
         "written": ("Budget in the shared table's selector", tick.written),
@@ -157,6 +177,30 @@ def _state(tick: TickReport) -> Iterator[Metric]:
     infeasible = Reason.INFEASIBLE in tick.reasons.values()
     yield _gauge("infeasible", "1: at the floor and violating for long", float(infeasible))
     yield _gauge("sample_age_seconds", "Age of the newest reading", tick.sample_age_seconds)
+
+
+def _quality(tick: TickReport, quality: QualitySettings) -> Iterator[Metric]:
+    name, text = "below_full_seconds", "Time in which a rank with work was below its ceiling"
+    yield CounterMetricFamily(_PREFIX + name, text, value=tick.below_full_seconds_total)
+    text = "Minutes below full quality within quality.below_full_window_hours"
+    yield _gauge("below_full_minutes", text, tick.below_full_minutes)
+    agreed = quality.below_full_minutes
+    text = "Minutes below full quality that are agreed for that window; NaN: no such agreement"
+    yield _gauge("below_full_agreed_minutes", text, math.nan if agreed is None else agreed)
+    text = "1: a person has ended all trading of quality"
+    yield _gauge("kill_switch", text, float(tick.kill_cause is not None))
+
+
+def _engine(tick: TickReport) -> Iterator[Metric]:
+    load = tick.load
+    known = {
+        "waiting_tokens": ("Prompt tokens of the longest queue", load and load.waiting_tokens),
+        "token_usage_ratio": ("Filled share of the KV cache", load and load.token_usage_ratio),
+        "generated_tokens_per_second": ("Sum over ranks", load and load.tokens_per_second),
+        "decode_step_seconds": ("Mean step of the slowest rank", tick.decode_step_seconds),
+    }
+    for name, (text, value) in known.items():
+        yield _gauge(name, f"{text}, from /v1/loads", math.nan if value is None else value)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

@@ -85,7 +85,7 @@ def parse_answer(text: str, offset_seconds: float, settings: SourceSettings) -> 
         scraped_at[target] = max(scraped_at.get(target, -math.inf), one.taken_at_seconds)
     newest_seconds = max(scraped_at.values(), default=-math.inf)
     horizon_seconds = newest_seconds - settings.lookback_seconds / 2
-    fold = SeriesFold(settings.streaming_only, settings.model_name)
+    fold = SeriesFold(settings)
     for one in series:
         if one.taken_at_seconds >= max(scraped_at[one.labels.target], horizon_seconds):
             fold.add(one.name, one.labels, one.value)

@@ -50,6 +50,11 @@ class ReadingHistory:
         self._active_at_seconds = -math.inf
         self.restarted_at_seconds = -math.inf
 
+    def take_settings(self, law: LawSettings, freshness: FreshnessSettings) -> None:
+        """Judge the same readings by other settings from now on."""
+        self._law = law
+        self._freshness = freshness
+
     @property
     def newest(self) -> Reading | None:
         """The newest reading, if there is one."""

@@ -1,10 +1,10 @@
 """Control story, from start to stop: `sglang-alloc-controller run`."""
 
 import logging
-import signal
+import os
 import sys
-import threading
 import time
+from importlib.resources import files
 from pathlib import Path
 
 import structlog
@@ -12,15 +12,30 @@ import structlog
 from sglang_alloc.errors import ConfigurationError, TableInUseError
 from sglang_alloc.shared_table import SharedTable
 from sglang_alloc_controller.bucket_edges import missing_edges
+from sglang_alloc_controller.config_follower import ConfigFollower
+from sglang_alloc_controller.control_api import orders
 from sglang_alloc_controller.decision_log import DecisionLog
+from sglang_alloc_controller.http_permit import Permit
+from sglang_alloc_controller.kill_switch import KillSwitch
 from sglang_alloc_controller.loop import ControlLoop, Surroundings
-from sglang_alloc_controller.metrics_server import Health, MetricsServer
+from sglang_alloc_controller.metrics_server import (
+    HTML_TYPE,
+    JSON_TYPE,
+    METRICS_TYPE,
+    Answer,
+    Health,
+    MetricsServer,
+    Page,
+    Routes,
+)
 from sglang_alloc_controller.own_metrics import OwnMetrics
+from sglang_alloc_controller.page_history import PageHistory
 from sglang_alloc_controller.quality_bounds import budget_ranges
 from sglang_alloc_controller.samples import SourceError
 from sglang_alloc_controller.settings import Settings
 from sglang_alloc_controller.source import open_source
 from sglang_alloc_controller.source_poller import SourcePoller
+from sglang_alloc_controller.stop_signal import StopSignal
 from sglang_alloc_controller.table_link import TableLink
 
 # A loop that has not ticked for this many ticks, and at least this long, is stuck.
@@ -30,8 +45,10 @@ _POLLER_STOP_SECONDS = 0.2
 _log = structlog.get_logger("sglang_alloc_controller")
 
 
-def run(settings: Settings) -> None:
+def run(config: Path, settings: Settings) -> None:
     """Control until SIGTERM or SIGINT, then leave the server at full quality.
+
+    `settings` were read from `config`, which is read again when it changes.
 
     Raises:
         ConfigurationError: a setting does not fit the table or the server, or a port or file
@@ -39,13 +56,13 @@ def run(settings: Settings) -> None:
         SharedTableError: there is no usable shared table, or another process writes it.
     """
     _configure_logging()
-    stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
+    follower = ConfigFollower(config, settings)
+    stop = StopSignal(follower.ask_later)
+    permit = Permit(settings.http.host, settings.control, os.environ)
     _refuse_missing_edges(settings)
     link = TableLink(Path(settings.table), lambda table: _accept(settings, table))
     try:
-        _control(settings, link, stopped)
+        _control(settings, link, follower, permit, stop)
     except TableInUseError:
         link.close()
         raise
@@ -56,17 +73,28 @@ def run(settings: Settings) -> None:
     _log.info("stopped", left_at="full quality")
 
 
-def _control(settings: Settings, link: TableLink, stopped: threading.Event) -> None:
-    metrics = OwnMetrics(settings.mode, settings.slo)
+def _control(
+    settings: Settings, link: TableLink, follower: ConfigFollower, permit: Permit, stop: StopSignal
+) -> None:
+    metrics = OwnMetrics(settings.mode, settings.slo, settings.quality)
     decision_log = DecisionLog(settings.decision_log, metrics.count_log_error)
     poller = SourcePoller(
         open_source(settings.source, time.monotonic), settings.source.poll_seconds
     )
-    around = Surroundings(poller.latest, time.monotonic_ns, stopped.wait)
-    loop = ControlLoop(settings, link, metrics, decision_log, around)
-    server = MetricsServer(
-        settings.http, metrics.text, lambda: _live(loop, settings), lambda: _ready(loop)
+    kill_switch = KillSwitch(_kill_path(settings), os.environ)
+    history = PageHistory(lambda: loop.settings)
+    around = Surroundings(
+        poller.latest,
+        time.monotonic_ns,
+        stop.sleep,
+        kill_switch.cause,
+        follower.follow,
+        history.add,
     )
+    loop = ControlLoop(settings, link, metrics, decision_log, around)
+    commands = orders(kill_switch, lambda: link.table, follower.ask, time.monotonic_ns)
+    routes = Routes(_pages(loop, metrics, history), commands, permit.refusal)
+    server = MetricsServer(settings.http, routes)
     server.start()
     poller.start()
     _log.info(
@@ -76,6 +104,8 @@ def _control(settings: Settings, link: TableLink, stopped: threading.Event) -> N
         mode=settings.mode,
         source=settings.source.url,
         metrics=f"http://{settings.http.host}:{server.port}/metrics",
+        page=f"http://{settings.http.host}:{server.port}/",
+        kill_switch=str(kill_switch.path),
         prefill=link.selector().prefill_budget,
         decode=link.selector().decode_budget,
     )
@@ -85,6 +115,23 @@ def _control(settings: Settings, link: TableLink, stopped: threading.Event) -> N
         poller.stop(_POLLER_STOP_SECONDS)
         server.stop()
         decision_log.close()
+
+
+def _pages(loop: ControlLoop, metrics: OwnMetrics, history: PageHistory) -> dict[str, Page]:
+    html = files(__package__).joinpath("live_page.html").read_bytes()
+    return {
+        "/": lambda query: Answer(200, HTML_TYPE, html),
+        "/history.json": lambda query: Answer(
+            200, JSON_TYPE, history.answer(query.get("span", "minutes"))
+        ),
+        "/metrics": lambda query: Answer(200, METRICS_TYPE, metrics.text()),
+        "/livez": lambda query: _live(loop).answer(),
+        "/readyz": lambda query: _ready(loop).answer(),
+    }
+
+
+def _kill_path(settings: Settings) -> Path:
+    return Path(settings.kill_switch.path or f"{settings.table}.kill")
 
 
 def _accept(settings: Settings, table: SharedTable) -> None:
@@ -105,9 +152,9 @@ def _refuse_missing_edges(settings: Settings) -> None:
         raise ConfigurationError(" ".join(sentences))
 
 
-def _live(loop: ControlLoop, settings: Settings) -> Health:
+def _live(loop: ControlLoop) -> Health:
     age_seconds = time.monotonic() - loop.ticked_at_seconds
-    limit_seconds = max(_STUCK_SECONDS, _STUCK_TICKS * settings.tick_seconds)
+    limit_seconds = max(_STUCK_SECONDS, _STUCK_TICKS * loop.settings.tick_seconds)
     if age_seconds <= limit_seconds:
         return Health(True, f"The last tick was {age_seconds:.1f} s ago.")
     return Health(False, f"The last good tick was {age_seconds:.1f} s ago; see the log.")

@@ -41,6 +41,32 @@ class Histogram(NamedTuple):
     """Sum of the latencies."""
 
 
+class DecodeTime(NamedTuple):
+    """What one rank has decoded since its start."""
+
+    steps: float
+    seconds: float
+
+
+class EngineLoad(NamedTuple):
+    """What SGLang's /v1/loads says of the moment, over all ranks of one engine."""
+
+    age_seconds: float
+    """Time since the last step of the rank that is furthest behind; 0 while none has work."""
+    queue_requests: float
+    """Waiting requests of the rank that has most."""
+    running_requests: float
+    """Running requests of the rank that has most."""
+    waiting_tokens: float
+    """Prompt tokens that wait for computation, those in the prefix cache left out; largest rank."""
+    token_usage_ratio: float
+    """Filled share of the KV cache, of the fullest rank."""
+    tokens_per_second: float
+    """Generated tokens per second, summed over ranks."""
+    decode_times: Mapping[int, DecodeTime]
+    """By data-parallel rank; empty before 0.5.17 and until the first decode step."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """One reading: counters since the engine's start and gauges of the moment.
@@ -59,6 +85,10 @@ class Reading:
     """Running requests, of the rank or replica that has most."""
     edges: Mapping[Slo, frozenset[float]] = field(default_factory=dict)
     """Bucket edges seen in any series, those of requests that do not stream included."""
+    load: EngineLoad | None = None
+    """What /v1/loads says besides; None: not asked, or not offered."""
+    model_names: frozenset[str] = frozenset()
+    """Names of the models that the series belong to."""
 
     def series(self, slo: Slo) -> Mapping[str, Histogram]:
         """Return the histogram series of one latency."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from sglang_alloc_controller.samples import Histogram, Reading, Slo, SourceError
+from sglang_alloc_controller.settings import SourceSettings
 
 _SLO_OF_HISTOGRAM: Mapping[str, Slo] = {
     "time_to_first_token_seconds": "ttft",
@@ -17,6 +18,8 @@ class Labels(NamedTuple):
 
     series: str
     """All labels but the bucket edge: the name of the series."""
+    rank: str
+    """The same without the priority: the rank or replica that reports."""
     edge_seconds: float | None
     is_streaming: str | None
     priority: str
@@ -31,6 +34,7 @@ class Labels(NamedTuple):
         rest = sorted((k, v) for k, v in labels.items() if k not in {"le", "__name__"})
         return cls(
             series=",".join(f'{key}="{value}"' for key, value in rest),
+            rank=",".join(f'{key}="{value}"' for key, value in rest if key != "priority"),
             edge_seconds=None if edge is None else float(edge),
             is_streaming=labels.get("is_streaming"),
             priority=labels.get("priority", ""),
@@ -44,31 +48,39 @@ class SeriesFold:
 
     Gauges: the maximum over ranks and replicas, since tensor ranks repeat each other and the worst
     queue is the one that hurts. Under priority scheduling SGLang reports the total with an empty
-    priority and its parts besides: only the total counts. Histograms stay apart by series.
+    priority and its parts besides: the total counts, or the chosen priorities' parts are added up
+    for each rank. Histograms stay apart by series; those of other priorities are left out.
     """
 
-    def __init__(self, streaming_only: bool, model_name: str | None) -> None:
-        """Start empty; see `SourceSettings` for the two filters."""
-        self._streaming_only = streaming_only
-        self._model_name = model_name
-        self._gauges: dict[str, float] = {}
+    def __init__(self, settings: SourceSettings) -> None:
+        """Start empty; the settings say which requests, model and priorities count."""
+        self._settings = settings
+        # By gauge, rank and priority, so that a sample that comes twice counts once.
+        self._gauges: dict[str, dict[str, dict[str, float]]] = {}
         self._buckets: dict[tuple[Slo, str], dict[float, float]] = {}
         self._sums: dict[tuple[Slo, str], float] = {}
         self._edges: dict[Slo, set[float]] = {"ttft": set(), "itl": set()}
+        self._model_names: set[str] = set()
 
     def add(self, name: str, labels: Labels, value: float) -> None:
         """Add one sample of `name`, which is without its sglang prefix."""
-        if self._model_name is not None and labels.model_name not in {None, self._model_name}:
+        model_name = self._settings.model_name
+        if model_name is not None and labels.model_name not in {None, model_name}:
             return
+        self._model_names.add(labels.model_name or "")
         base, _, part = name.rpartition("_")
         if base in _SLO_OF_HISTOGRAM:
             self._add_to_histogram(_SLO_OF_HISTOGRAM[base], part, labels, value)
-        elif labels.priority == "" and math.isfinite(value):
-            self._gauges[name] = max(value, self._gauges.get(name, 0.0))
+        elif math.isfinite(value):
+            parts = self._gauges.setdefault(name, {}).setdefault(labels.rank, {})
+            parts[labels.priority] = max(value, parts.get(labels.priority, 0.0))
 
     def has_gauges(self) -> bool:
-        """Tell whether both gauges were there."""
-        return {"num_queue_reqs", "num_running_reqs"} <= self._gauges.keys()
+        """Tell whether the totals of both gauges were there."""
+        return all(
+            any("" in parts for parts in self._gauges.get(name, {}).values())
+            for name in ("num_queue_reqs", "num_running_reqs")
+        )
 
     def reading(self, taken_at_seconds: float) -> Reading:
         """Return what was added, as one reading.
@@ -83,22 +95,37 @@ class SeriesFold:
             taken_at_seconds=taken_at_seconds,
             ttft=series["ttft"],
             itl=series["itl"],
-            queue_requests=self._gauges["num_queue_reqs"],
-            running_requests=self._gauges["num_running_reqs"],
+            queue_requests=self._largest("num_queue_reqs", self._settings.priorities),
+            running_requests=self._largest("num_running_reqs", None),
             edges={slo: frozenset(edges) for slo, edges in self._edges.items()},
+            model_names=frozenset(self._model_names - {""}),
+        )
+
+    def _largest(self, name: str, priorities: list[str] | None) -> float:
+        """Return the gauge of the rank that has most, of these priorities or in total."""
+        chosen = {""} if priorities is None else set(priorities)
+        return max(
+            sum(value for priority, value in parts.items() if priority in chosen)
+            for parts in self._gauges[name].values()
         )
 
     def _add_to_histogram(self, slo: Slo, part: str, labels: Labels, value: float) -> None:
         if labels.edge_seconds is not None:
             self._edges[slo].add(labels.edge_seconds)
-        # Servers without the label are counted whole: there is nothing to tell requests apart by.
-        if self._streaming_only and labels.is_streaming == "false":
+        if not self._counts(labels):
             return
         key = (slo, labels.series)
         if part == "sum":
             self._sums[key] = value
         elif labels.edge_seconds is not None:
             self._buckets.setdefault(key, {})[labels.edge_seconds] = value
+
+    def _counts(self, labels: Labels) -> bool:
+        # Servers without a label are counted whole: there is nothing to tell requests apart by.
+        if self._settings.streaming_only and labels.is_streaming == "false":
+            return False
+        priorities = self._settings.priorities
+        return priorities is None or labels.priority == "" or labels.priority in priorities
 
 
 def _histogram(name: str, buckets: dict[float, float], sum_seconds: float) -> Histogram:

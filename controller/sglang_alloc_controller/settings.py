@@ -39,6 +39,12 @@ class SourceSettings(_Section):
     time to first token reads up to 50 tokens too high."""
     model_name: str | None = None
     """Count only this model_name; null counts every model of the server."""
+    loads: bool = True
+    """sglang only: read /v1/loads too. Its queue is of the moment, and it tells the time of each
+    rank's last step, so that a scheduler that hangs behind a healthy HTTP server is stale."""
+    priorities: list[str] | None = None
+    """Count only requests of these priorities (--enable-priority-scheduling), for the latencies and
+    for the queue, so that waiting batch work costs no quality. null counts all."""
     selector: str = ""
     """prometheus only: PromQL label matchers such as job="sglang",namespace="prod"."""
     lookback_seconds: Seconds = 60.0
@@ -93,6 +99,11 @@ class QualitySettings(_Section):
     """Largest prefill budget; null: full quality."""
     decode_ceiling_budget: Budget | None = None
     """Largest decode budget; null: full quality."""
+    below_full_minutes: Positive | None = None
+    """Minutes below full quality that are agreed within the window: the error budget of quality. It
+    is reported and alerted on, and stops nothing. null: no such agreement."""
+    below_full_window_hours: Annotated[float, Field(gt=0, le=744)] = 24.0
+    """Length of that rolling window; what happened before this process started is not in it."""
 
     @model_validator(mode="after")
     def _floor_below_ceiling(self) -> "QualitySettings":
@@ -256,6 +267,22 @@ class HttpSettings(_Section):
     """The usual port of Prometheus exporters; 0 takes a free one and logs it."""
 
 
+class ControlSettings(_Section):
+    """The endpoints that change something: POST /killswitch, /override and /reload on http.port."""
+
+    token_file: str | None = None
+    """File with the token that they require, 16 characters or more, read at each request. The
+    environment variable SGLANG_ALLOC_CONTROL_TOKEN does the same. Without a token they answer only
+    while http.host is loopback."""
+
+
+class KillSwitchSettings(_Section):
+    """The switch that ends all trading of quality at once."""
+
+    path: str | None = None
+    """While this file is there, full quality is in force. null: the table's path and .kill."""
+
+
 class DecisionLogSettings(_Section):
     """The record of what was decided and why, as JSON lines."""
 
@@ -286,6 +313,8 @@ class Settings(_Section):
     law: LawSettings = LawSettings()
     freshness: FreshnessSettings = FreshnessSettings()
     http: HttpSettings = HttpSettings()
+    control: ControlSettings = ControlSettings()
+    kill_switch: KillSwitchSettings = KillSwitchSettings()
     decision_log: DecisionLogSettings = DecisionLogSettings()
 
     @model_validator(mode="after")

@@ -1,17 +1,19 @@
-"""Control story, first step, direct: SGLang's own /metrics text becomes a reading.
+"""Control story, first step, direct: SGLang's own /metrics and /v1/loads become a reading.
 
 The page of an 8-rank server is 0.7 MB; one compiled expression picks our few series out of it.
 """
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from sglang_alloc_controller.http_fetch import HttpFetcher
-from sglang_alloc_controller.samples import Reading, SourceError
+from sglang_alloc_controller.http_fetch import HttpFetcher, StatusError
+from sglang_alloc_controller.samples import EngineLoad, Reading, SourceError
 from sglang_alloc_controller.series_fold import Labels, SeriesFold
 from sglang_alloc_controller.settings import SourceSettings
+from sglang_alloc_controller.sglang_loads import LOADS_PATH, parse_loads
 
 # SGLang names its metrics with a colon; scrapers that speak OpenMetrics turn it into an underscore.
 HISTOGRAMS = ("time_to_first_token_seconds", "inter_token_latency_seconds")
@@ -22,6 +24,8 @@ _LABELS = r"(?:[^\"}]|\"(?:[^\"\\]|\\.)*\")*"
 _LINE = re.compile(rf"^sglang[:_]({'|'.join(SERIES)})(?:\{{({_LABELS})\}})?[ \t]+(\S+)", re.M)
 _LABEL = re.compile(r"([A-Za-z_]\w*)\s*=\s*\"((?:[^\"\\]|\\.)*)\"")
 _METRICS_MAX_BYTES = 32 * 1024 * 1024
+# Not offered, or only with an API key: /metrics alone has to do.
+_NOT_FOR_US = range(400, 500)
 
 
 class _Line(NamedTuple):
@@ -31,7 +35,7 @@ class _Line(NamedTuple):
 
 
 class SGLangMetrics:
-    """Reads one SGLang server's /metrics by HTTP."""
+    """Reads one SGLang server's /metrics and /v1/loads by HTTP."""
 
     def __init__(self, settings: SourceSettings, clock: Callable[[], float]) -> None:
         """Take the address and the limits; `clock` is monotonic, in seconds."""
@@ -41,9 +45,28 @@ class SGLangMetrics:
         self.url = f"{settings.url}/metrics"
 
     def read(self) -> Reading:
-        """Read once; see `MetricsSource.read`. The reading counts from when it was asked for."""
+        """Read once; see `MetricsSource.read`.
+
+        The reading is as old as the last step of the slowest rank, or counts from when it was asked
+        for where the server offers no /v1/loads.
+        """
         asked_at_seconds = self._clock()
-        return parse_metrics(self._fetcher.get_text(self.url), asked_at_seconds, self._settings)
+        load = self.read_load() if self._settings.loads else None
+        reading = parse_metrics(self._fetcher.get_text(self.url), asked_at_seconds, self._settings)
+        return reading if load is None else with_load(reading, load, self._settings)
+
+    def read_load(self) -> EngineLoad | None:
+        """Read /v1/loads once; None: this server does not offer it, or not to us.
+
+        Raises:
+            SourceError: no answer in time, or not the JSON that was expected.
+        """
+        try:
+            return parse_loads(self._fetcher.get_text(f"{self._settings.url}{LOADS_PATH}"))
+        except StatusError as error:
+            if error.status in _NOT_FOR_US:
+                return None
+            raise
 
     def missing_series(self) -> list[str]:
         """Return the series that the server does not show; see the function of this name.
@@ -64,7 +87,7 @@ def parse_metrics(text: str, taken_at_seconds: float, settings: SourceSettings) 
     Raises:
         SourceError: it is not SGLang's, or a value in it is not a number.
     """
-    fold = SeriesFold(settings.streaming_only, settings.model_name)
+    fold = SeriesFold(settings)
     for name, labels, value in _lines(text):
         try:
             fold.add(name, labels, float(value))
@@ -78,6 +101,24 @@ def parse_metrics(text: str, taken_at_seconds: float, settings: SourceSettings) 
             "with --enable-metrics, or check the address and source.model_name."
         )
     return fold.reading(taken_at_seconds)
+
+
+def with_load(reading: Reading, load: EngineLoad, settings: SourceSettings) -> Reading:
+    """Return the reading with the load's age, and with its queue unless priorities are chosen.
+
+    The load does not tell priorities apart, and SGLang's gauges in /metrics stay where they were
+    while an engine is idle.
+    """
+    taken_at_seconds = reading.taken_at_seconds - load.age_seconds
+    if settings.priorities is not None:
+        return replace(reading, taken_at_seconds=taken_at_seconds, load=load)
+    return replace(
+        reading,
+        taken_at_seconds=taken_at_seconds,
+        queue_requests=load.queue_requests,
+        running_requests=load.running_requests,
+        load=load,
+    )
 
 
 def missing_series(metrics_text: str) -> list[str]:

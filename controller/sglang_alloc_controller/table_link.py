@@ -71,6 +71,10 @@ class TableLink:
         """Return the override in force, if any."""
         return self.table.override(now_ns)
 
+    def clear_override(self) -> None:
+        """End the override in force."""
+        self.table.clear_override()
+
     def write(self, prefill_budget: int, decode_budget: int) -> bool:
         """Write the budgets if they differ from the selector's; return whether they did."""
         selector = self.table.selector()

@@ -1,14 +1,12 @@
-"""Control story, after the last step: what one tick saw and did, for the metrics and the log."""
+"""Control story, after the last step: what one tick saw and did, for metrics, log and page."""
 
-import math
 from collections.abc import Mapping
-from datetime import datetime, timezone
 from typing import NamedTuple
 
 from sglang_alloc.shared_table import Override, WorkerCounters
 from sglang_alloc_controller.law_state import Reason
 from sglang_alloc_controller.reading_history import Sample
-from sglang_alloc_controller.samples import PHASES, InputState, Phase, Slo
+from sglang_alloc_controller.samples import PHASES, EngineLoad, InputState, Phase, Slo
 
 
 class TickReport(NamedTuple):
@@ -35,6 +33,36 @@ class TickReport(NamedTuple):
     saturation_ratio: float
     source_failures_total: int
     source_error: str | None
+    now_seconds: float = 0.0
+    """Monotonic clock."""
+    kill_cause: str | None = None
+    """What holds the kill switch on."""
+    load: EngineLoad | None = None
+    decode_step_seconds: float | None = None
+    """Mean time of a decode step between the last two readings, of the slowest rank."""
+    below_full_seconds_total: float = 0.0
+    """Time below full quality since this process started, and within the agreed window."""
+    below_full_minutes: float = 0.0
+
+    @property
+    def acknowledged(self) -> Mapping[Phase, int] | None:
+        """Budgets of the rank that is furthest behind; None: no rank yet."""
+        if self.worker is None:
+            return None
+        return {"prefill": self.worker.prefill_budget, "decode": self.worker.decode_budget}
+
+    @property
+    def is_below_full(self) -> bool:
+        """Whether a rank uses less than the ceiling of a phase."""
+        found = self.acknowledged
+        return found is not None and any(found[phase] < self.ceilings[phase] for phase in PHASES)
+
+    @property
+    def actor(self) -> str:
+        """Whoever the budgets in force come from."""
+        if self.kill_cause is not None:
+            return self.kill_cause
+        return self.override.actor if self.override else "controller"
 
 
 def story(tick: TickReport) -> tuple[object, ...]:
@@ -43,40 +71,5 @@ def story(tick: TickReport) -> tuple[object, ...]:
     Reasons alone do not: they change from tick to tick while nothing moves. They are in the
     metrics, and in each line.
     """
-    actor = tick.override.actor if tick.override else None
     infeasible = Reason.INFEASIBLE in tick.reasons.values()
-    return tick.input_state, dict(tick.written), dict(tick.desired), actor, infeasible
-
-
-def record(tick: TickReport, mode: str, now: datetime | None = None) -> dict[str, object]:
-    """Return the line of the decision log, JSON values only."""
-    moment = now or datetime.now(timezone.utc)
-    return {
-        "time": moment.isoformat(timespec="milliseconds"),
-        "mode": mode,
-        "state": tick.input_state.value,
-        "reasons": {phase: tick.reasons[phase].value for phase in PHASES},
-        "actor": tick.override.actor if tick.override else "controller",
-        "from": dict(tick.written_before),
-        "to": dict(tick.written),
-        "desired": dict(tick.desired),
-        "generation": tick.generation,
-        "samples": {slo: _sample(sample) for slo, sample in tick.samples.items()},
-        "burn_ratio": {phase: _rounded(tick.burn_ratios[phase]) for phase in PHASES},
-        "error_ratio": {phase: _rounded(tick.excesses[phase]) for phase in PHASES},
-        "queue_requests": tick.queue_requests,
-        "running_requests": tick.running_requests,
-        "sample_age_seconds": _rounded(tick.sample_age_seconds),
-        "saturation_ratio": _rounded(tick.saturation_ratio),
-        "source_error": tick.source_error,
-    }
-
-
-def _sample(sample: Sample | None) -> dict[str, float | None] | None:
-    if sample is None:
-        return None
-    return {name: _rounded(value) for name, value in sample._asdict().items()}
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else round(value, 6)
+    return tick.input_state, dict(tick.written), dict(tick.desired), tick.actor, infeasible

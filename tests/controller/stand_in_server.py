@@ -13,10 +13,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class StandInServer:
-    """Serves `page` at /metrics in the manner of `fault`."""
+    """Serves `page` at /metrics and `loads` at /v1/loads in the manner of `fault`."""
 
     def __init__(self, page: str = "", port: int = 0) -> None:
         self.page = page
+        self.loads: str | None = None
+        """None: not found there, as with a server that does not offer it."""
         self.fault = "none"
         self.requests = 0
         self.stopping = threading.Event()
@@ -54,13 +56,18 @@ def free_port() -> int:
 def _request_class(stand_in: StandInServer) -> type[BaseHTTPRequestHandler]:
     class Request(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            stand_in.requests += 1
+            is_loads = self.path.startswith("/v1/loads")
+            if is_loads and stand_in.loads is None:
+                self.send_error(404)
+                return
+            stand_in.requests += not is_loads
             with suppress(OSError):  # A client that has given up waiting is no fault here.
                 self._answer()
 
         def _answer(self) -> None:
             body = b"\xff\x00 not metrics" if stand_in.fault == "garbage" else b""
-            body = body or stand_in.page.encode()
+            is_loads = self.path.startswith("/v1/loads")
+            body = body or ((is_loads and stand_in.loads) or stand_in.page).encode()
             if stand_in.fault == "hang":
                 stand_in.stopping.wait(60)
                 return

@@ -75,6 +75,13 @@ def _degrade(controller: VirtualController, engine: Engine) -> tuple[int, int]:
     return budgets
 
 
+def _ticks(log: Path) -> list[dict[str, Any]]:
+    """Return the ticks of a decision log, which begins with a line of its own."""
+    first, *ticks = (json.loads(line) for line in log.read_text().splitlines())
+    assert first["kind"] == "beginning"
+    return ticks
+
+
 def test_every_tick_beats(table: Path) -> None:
     controller, _ = _controller(table)
     for _ in range(3):
@@ -188,7 +195,7 @@ def test_an_override_freezes_the_law_and_names_its_actor(table: Path, tmp_path: 
     engine.within_ratio = 1.0
     assert _run(controller, 2) == budgets
     assert controller.reason("prefill") != "override"
-    actors = [json.loads(line)["actor"] for line in log.read_text().splitlines()]
+    actors = [line["actor"] for line in _ticks(log)]
     assert "alice" in actors
     assert actors[-1] == "controller"
 
@@ -345,7 +352,7 @@ def test_a_line_of_the_decision_log_tells_the_whole_story(table: Path, tmp_path:
     log = tmp_path / "d.jsonl"
     controller, engine = _controller(table, decision_log={"path": str(log)})
     budgets = _degrade(controller, engine)
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = _ticks(log)
     changed = [line for line in lines if line["from"] != line["to"]]
     assert changed[-1]["to"] == {"prefill": budgets[0], "decode": budgets[1]}
     assert changed[-1]["reasons"]["decode"] == "itl_slo"
@@ -357,4 +364,4 @@ def test_with_every_tick_each_tick_is_a_line(table: Path, tmp_path: Path) -> Non
     log = tmp_path / "d.jsonl"
     controller, _ = _controller(table, decision_log={"path": str(log), "every_tick": True})
     _run(controller, 5)
-    assert len(log.read_text().splitlines()) == 10
+    assert len(_ticks(log)) == 10

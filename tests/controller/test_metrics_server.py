@@ -1,14 +1,24 @@
-"""The controller's own HTTP server: metrics, probes and nothing else."""
+"""The controller's own HTTP server: pages for anybody, orders for whoever is permitted."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
 
 from sglang_alloc.errors import ConfigurationError
-from sglang_alloc_controller.metrics_server import Health, MetricsServer
+from sglang_alloc_controller.http_permit import TOKEN_VARIABLE, Permit
+from sglang_alloc_controller.metrics_server import (
+    METRICS_TYPE,
+    Answer,
+    Health,
+    MetricsServer,
+    Page,
+    Routes,
+)
 from sglang_alloc_controller.own_metrics import OwnMetrics
-from sglang_alloc_controller.settings import HttpSettings, SloSettings
+from sglang_alloc_controller.settings import ControlSettings, HttpSettings, SloSettings
 
 SLO = SloSettings(ttft_seconds=1.0, itl_seconds=None)
 
@@ -16,13 +26,29 @@ SLO = SloSettings(ttft_seconds=1.0, itl_seconds=None)
 class Served:
     """A running server whose health the test decides."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1", **permit: Any) -> None:
         self.health = Health(True, "Fine.")
         self.metrics = OwnMetrics("control", SLO)
-        self.server = MetricsServer(
-            HttpSettings(port=0), self.metrics.text, lambda: self.health, lambda: self.health
-        )
+        self.ordered: list[Mapping[str, Any]] = []
+        pages: dict[str, Page] = {
+            "/metrics": lambda query: Answer(200, METRICS_TYPE, self.metrics.text()),
+            "/livez": lambda query: self.health.answer(),
+            "/readyz": lambda query: self.health.answer(),
+        }
+        rule = Permit(host, permit.get("control", ControlSettings()), permit.get("env", {}))
+        routes = Routes(pages, {"/order": self._obey}, rule.refusal)
+        self.server = MetricsServer(HttpSettings(port=0), routes)
         self.server.start()
+
+    def _obey(self, content: Mapping[str, Any]) -> Answer:
+        if content.get("impossible"):
+            raise ConfigurationError("That cannot be.")
+        self.ordered.append(content)
+        return Answer.of_json(200, {"ok": True})
+
+    def post(self, json: Any = None, **arguments: Any) -> httpx2.Response:
+        url = f"http://127.0.0.1:{self.server.port}/order"
+        return httpx2.post(url, json=json, timeout=10, **arguments)
 
     def get(self, path: str) -> httpx2.Response:
         return httpx2.get(f"http://127.0.0.1:{self.server.port}{path}", timeout=10)
@@ -68,7 +94,8 @@ def test_probes_answer_with_the_health(served: Served, path: str) -> None:
 def test_other_paths_and_methods_are_refused(served: Served) -> None:
     assert served.get("/").status_code == 404
     url = f"http://127.0.0.1:{served.server.port}/metrics"
-    assert httpx2.post(url, timeout=10).status_code == 501
+    assert httpx2.post(url, timeout=10).status_code == 404
+    assert httpx2.put(url, timeout=10).status_code == 501
 
 
 def test_it_listens_on_loopback_unless_told_otherwise() -> None:
@@ -78,4 +105,81 @@ def test_it_listens_on_loopback_unless_told_otherwise() -> None:
 def test_a_port_in_use_is_refused_with_its_number(served: Served) -> None:
     settings = HttpSettings(port=served.server.port)
     with pytest.raises(ConfigurationError, match=rf"http\.port {served.server.port}: Address"):
-        MetricsServer(settings, lambda: b"", lambda: served.health, lambda: served.health)
+        MetricsServer(settings, Routes({}, {}, lambda header: None))
+
+
+def test_on_loopback_an_order_needs_no_token(served: Served) -> None:
+    assert served.post({"a": 1}).json() == {"ok": True}
+    assert served.ordered == [{"a": 1}]
+
+
+def test_an_order_that_cannot_be_obeyed_says_why(served: Served) -> None:
+    answer = served.post({"impossible": True})
+    assert (answer.status_code, answer.json()["problem"]) == (409, "That cannot be.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        ({"data": {"a": "1"}}, 415),  # a form, as a foreign web page could send it
+        ({"content": b"{", "headers": {"Content-Type": "application/json"}}, 400),
+        ({"json": [1]}, 400),
+        ({"json": {"long": "x" * 5000}}, 413),
+        ({"json": {}, "headers": {"Host": "evil.example:80"}}, 403),  # DNS rebinding
+    ],
+)
+def test_a_malformed_order_is_refused(
+    served: Served, arguments: dict[str, Any], status: int
+) -> None:
+    assert served.post(**arguments).status_code == status
+    assert served.ordered == []
+
+
+def test_beyond_loopback_orders_need_a_token_to_be_configured() -> None:
+    served = Served("0.0.0.0")
+    answer = served.post({})
+    served.server.stop()
+    assert answer.status_code == 403
+    assert "control.token_file" in answer.json()["problem"]
+    assert served.ordered == []
+
+
+@pytest.mark.parametrize("source", ["file", "environment"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_with_a_token_only_the_token_counts(tmp_path: Path, source: str, host: str) -> None:
+    (tmp_path / "token").write_text("0123456789abcdef\n")
+    control = ControlSettings(token_file=str(tmp_path / "token") if source == "file" else None)
+    env = {TOKEN_VARIABLE: "0123456789abcdef"} if source == "environment" else {}
+    served = Served(host, control=control, env=env)
+    statuses = [
+        served.post({}, headers=headers).status_code
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "0123456789abcdef"},
+            {"Authorization": "Bearer 0123456789abcdef"},
+        )
+    ]
+    served.server.stop()
+    assert statuses == [401, 401, 401, 200]
+    assert len(served.ordered) == 1
+
+
+def test_a_replaced_token_counts_at_once_and_a_lost_one_opens_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("0123456789abcdef")
+    served = Served(control=ControlSettings(token_file=str(file)))
+    file.write_text("fedcba9876543210")
+    headers = {"Authorization": "Bearer fedcba9876543210"}
+    replaced = served.post({}, headers=headers).status_code
+    file.unlink()
+    lost = served.post({}, headers=headers).status_code
+    served.server.stop()
+    assert (replaced, lost) == (200, 503)
+
+
+@pytest.mark.parametrize("token", ["", "short"])
+def test_a_token_that_can_be_guessed_is_refused_at_the_start(tmp_path: Path, token: str) -> None:
+    (tmp_path / "token").write_text(token)
+    with pytest.raises(ConfigurationError, match="at least 16"):
+        Permit("0.0.0.0", ControlSettings(token_file=str(tmp_path / "token")), {})

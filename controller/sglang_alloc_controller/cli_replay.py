@@ -1,0 +1,89 @@
+"""Control story, afterwards: `sglang-alloc-controller replay LOG...`."""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from sglang_alloc_controller.replay import ReplayedTick, ReplayError, replay
+from sglang_alloc_controller.samples import PHASES
+from sglang_alloc_controller.settings import Settings
+
+_SHOWN_DIFFERENCES = 20
+
+
+def replay_files(logs: list[Path], settings: Settings | None, csv_path: Path | None) -> bool:
+    """Replay the logs, print a summary, write the CSV; return whether a budget differs.
+
+    Raises:
+        ReplayError: a log cannot be read or replayed, or the CSV cannot be written.
+    """
+    ticks = list(replay(_records(logs), settings))
+    different = [tick for tick in ticks if tick.budgets_differ]
+    for tick in different[:_SHOWN_DIFFERENCES]:
+        typer.echo(_sentence(tick))
+    if len(different) > _SHOWN_DIFFERENCES:
+        typer.echo(f"... and {len(different) - _SHOWN_DIFFERENCES} more")
+    typer.echo(_summary(ticks, len(different)))
+    if csv_path is not None:
+        _export(ticks, csv_path)
+    return bool(different)
+
+
+def _records(logs: list[Path]) -> Iterator[dict[str, Any]]:
+    for path in logs:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ReplayError(f"Cannot read the log {path}: {error}.") from error
+        for line in text.splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ReplayError(f"{path} has a line that is no JSON: {line[:80]!r}.") from error
+            if not isinstance(record, dict):
+                raise ReplayError(f"{path} has a line that is no JSON object: {line[:80]!r}.")
+            yield record
+
+
+def _sentence(tick: ReplayedTick) -> str:
+    parts = [
+        f"{phase} {tick.recorded[phase]} -> {tick.replayed[phase]} "
+        f"({tick.recorded_reasons[phase]} -> {tick.replayed_reasons[phase]})"
+        for phase in PHASES
+        if tick.recorded[phase] != tick.replayed[phase]
+    ]
+    return f"{tick.time}  {', '.join(parts)}"
+
+
+def _summary(ticks: list[ReplayedTick], differing: int) -> str:
+    count = max(1, len(ticks))
+    means = ", ".join(
+        f"{phase} {sum(tick.recorded[phase] for tick in ticks) / count:.1f} -> "
+        f"{sum(tick.replayed[phase] for tick in ticks) / count:.1f}"
+        for phase in PHASES
+    )
+    return f"{differing} of {len(ticks)} ticks differ; mean budget {means} activations per token"
+
+
+def _export(ticks: list[ReplayedTick], path: Path) -> None:
+    columns = ["recorded", "replayed", "recorded_reason", "replayed_reason"]
+    try:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["time", *(f"{p}_{column}" for p in PHASES for column in columns)])
+            for tick in ticks:
+                writer.writerow([tick.time, *_cells(tick)])
+    except OSError as error:
+        raise ReplayError(f"Cannot write {path}: {error.strerror}.") from error
+
+
+def _cells(tick: ReplayedTick) -> Iterator[object]:
+    for phase in PHASES:
+        yield tick.recorded[phase]
+        yield tick.replayed[phase]
+        yield tick.recorded_reasons[phase]
+        yield tick.replayed_reasons[phase]

@@ -1,0 +1,124 @@
+"""Control story, second and third step together: readings in, decisions out. No clock, no I/O.
+
+The loop, the replay of a decision log and any simulator drive this same code.
+"""
+
+import math
+from collections.abc import Mapping
+
+from sglang_alloc_controller.budget_range import BudgetRange
+from sglang_alloc_controller.control_law import (
+    decide,
+    deficit_saturation,
+    frozen,
+    window_start_seconds,
+)
+from sglang_alloc_controller.law_state import (
+    Decision,
+    LawConstants,
+    LawState,
+    Reason,
+    Seen,
+    initial_state,
+)
+from sglang_alloc_controller.reading_history import ReadingHistory, Sample
+from sglang_alloc_controller.samples import PHASES, SLO_OF_PHASE, SLOS, Phase, Reading, Slo
+from sglang_alloc_controller.settings import Settings
+
+
+class ControlCore:
+    """The readings of one engine and the law's memory of it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        ranges: Mapping[Phase, BudgetRange],
+        budgets: Mapping[Phase, int],
+        now_seconds: float,
+    ) -> None:
+        """Begin without readings, at `budgets` (activations per token), monotonic time."""
+        self._settings = settings
+        self.history = ReadingHistory(settings.law, settings.freshness)
+        self.take_over(ranges, budgets, now_seconds)
+
+    def take_over(
+        self,
+        ranges: Mapping[Phase, BudgetRange],
+        budgets: Mapping[Phase, int],
+        now_seconds: float,
+    ) -> None:
+        """Begin anew at these budgets, as if just chosen; the readings are kept."""
+        settings = self._settings
+        self.ranges = ranges
+        self._constants = LawConstants(settings.slo, settings.law, settings.freshness, ranges)
+        positions = {phase: ranges[phase].position(budgets[phase]) for phase in PHASES}
+        self.state: LawState = initial_state(positions, settings.law, now_seconds)
+
+    def take_settings(self, settings: Settings) -> None:
+        """Go on under other settings, with the readings and the law's memory as they are."""
+        self._settings = settings
+        self.history.take_settings(settings.law, settings.freshness)
+        self._constants = LawConstants(
+            settings.slo, settings.law, settings.freshness, self._constants.ranges
+        )
+
+    def take_in(self, reading: Reading, *, after_failure: bool) -> bool:
+        """Take a reading in; return True when the engine started anew before it."""
+        return self.history.add(reading, after_failure=after_failure)
+
+    def seen(self, now_seconds: float) -> Seen:
+        """Return what the law sees at `now_seconds`."""
+        newest, law = self.history.newest, self._settings.law
+        return Seen(
+            now_seconds=now_seconds,
+            input_state=self.history.input_state(now_seconds),
+            warming_up=self.history.is_warming_up(now_seconds),
+            samples=self._samples(law.window_seconds),
+            long_samples=self._samples(law.long_window_seconds),
+            event_rates={slo: self.history.event_rate(slo) for slo in SLO_OF_PHASE.values()},
+            queue_requests=newest.queue_requests if newest else 0.0,
+            reading_at_seconds=newest.taken_at_seconds if newest else -math.inf,
+        )
+
+    def decide(self, seen: Seen) -> Decision:
+        """Let the law decide and remember."""
+        self.state, decision = decide(self.state, seen, self._constants)
+        return decision
+
+    def stand_still(self, reason: Reason, budgets: Mapping[Phase, int], seen: Seen) -> Decision:
+        """Keep the law's own positions while somebody else's `budgets` are in force."""
+        self.state = frozen(self.state, reason, seen)
+        positions = {phase: state.position for phase, state in self.state.phases.items()}
+        return self._not_decided(reason, positions, budgets)
+
+    def start_over(self, reason: Reason, budgets: Mapping[Phase, int], seen: Seen) -> Decision:
+        """Forget everything but the readings while `budgets` are forced; go on from them."""
+        self.take_over(self.ranges, budgets, seen.now_seconds)
+        positions = {phase: state.position for phase, state in self.state.phases.items()}
+        return self._not_decided(reason, positions, budgets)
+
+    def budgets(self, decision: Decision) -> dict[Phase, int]:
+        """Return the budgets that the decision's positions stand for."""
+        return {phase: self.ranges[phase].budget(decision.positions[phase]) for phase in PHASES}
+
+    def _not_decided(
+        self, reason: Reason, positions: dict[Phase, float], budgets: Mapping[Phase, int]
+    ) -> Decision:
+        in_force = {phase: self.ranges[phase].position(budgets[phase]) for phase in PHASES}
+        return Decision(
+            positions,
+            dict.fromkeys(PHASES, reason),
+            dict.fromkeys(PHASES, 0.0),
+            deficit_saturation(in_force),
+        )
+
+    def _samples(self, window_seconds: float) -> dict[Slo, Sample | None]:
+        return {
+            slo: self.history.sample(
+                slo,
+                self._settings.slo,
+                window_start_seconds(self.state, self._constants),
+                window_seconds,
+            )
+            for slo in SLOS
+        }

@@ -1,0 +1,87 @@
+"""Control story, after the last step: the lines of the decision log, and what replay needs in them.
+
+A log begins with a line of `kind` "beginning": settings, bounds and budgets. Each further line of
+`kind` "tick" is one tick; with `every_tick` it carries the reading that came in at it.
+"""
+
+import math
+from collections.abc import Mapping
+from datetime import datetime, timezone
+
+from sglang_alloc_controller.budget_range import BudgetRange
+from sglang_alloc_controller.reading_history import Sample
+from sglang_alloc_controller.reading_json import reading_to_json
+from sglang_alloc_controller.samples import PHASES, Phase, Reading
+from sglang_alloc_controller.settings import Settings
+from sglang_alloc_controller.tick_report import TickReport
+
+BEGINNING, TICK = "beginning", "tick"
+
+
+def beginning(
+    settings: Settings,
+    ranges: Mapping[Phase, BudgetRange],
+    budgets: Mapping[Phase, int],
+    now_seconds: float,
+    *,
+    anew: bool,
+) -> dict[str, object]:
+    """Return the line from which the law begins anew, or goes on under other settings."""
+    return {
+        "time": _wall_time(None),
+        "kind": BEGINNING,
+        "anew": anew,
+        "now_seconds": now_seconds,
+        "settings": settings.model_dump(mode="json"),
+        "ranges": {phase: ranges[phase]._asdict() for phase in PHASES},
+        "budgets": dict(budgets),
+    }
+
+
+def tick_record(
+    tick: TickReport, mode: str, reading: Reading | None = None, now: datetime | None = None
+) -> dict[str, object]:
+    """Return the line of one tick, JSON values only; `reading` is the one that came in at it."""
+    override = tick.override
+    record: dict[str, object] = {
+        "time": _wall_time(now),
+        "kind": TICK,
+        "now_seconds": tick.now_seconds,
+        "mode": mode,
+        "state": tick.input_state.value,
+        "reasons": {phase: tick.reasons[phase].value for phase in PHASES},
+        "actor": tick.actor,
+        "killed": tick.kill_cause is not None,
+        "override": [override.prefill_budget, override.decode_budget] if override else None,
+        "from": dict(tick.written_before),
+        "to": dict(tick.written),
+        "acknowledged": dict(tick.acknowledged) if tick.acknowledged else None,
+        "desired": dict(tick.desired),
+        "generation": tick.generation,
+        "samples": {slo: _sample(sample) for slo, sample in tick.samples.items()},
+        "burn_ratio": {phase: _rounded(tick.burn_ratios[phase]) for phase in PHASES},
+        "error_ratio": {phase: _rounded(tick.excesses[phase]) for phase in PHASES},
+        "queue_requests": tick.queue_requests,
+        "running_requests": tick.running_requests,
+        "sample_age_seconds": _rounded(tick.sample_age_seconds),
+        "saturation_ratio": _rounded(tick.saturation_ratio),
+        "source_failures_total": tick.source_failures_total,
+        "source_error": tick.source_error,
+    }
+    if reading is not None:
+        record["reading"] = reading_to_json(reading)
+    return record
+
+
+def _wall_time(now: datetime | None) -> str:
+    return (now or datetime.now(timezone.utc)).isoformat(timespec="milliseconds")
+
+
+def _sample(sample: Sample | None) -> dict[str, float | None] | None:
+    if sample is None:
+        return None
+    return {name: _rounded(value) for name, value in sample._asdict().items()}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else round(value, 6)

@@ -1,0 +1,1 @@
+"""Offline story, judging: what every rule costs in quality at equal measured activations."""

@@ -1,0 +1,72 @@
+"""Offline story, judging: the held-out text, prompts and questions that every rule is put through.
+
+All of it lies inside the trained context, beyond which losses mean nothing.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sglang_alloc.evaluation.generation import greedy_continuations, right_answers
+from sglang_alloc.evaluation.questions import TEXT_TASKS, Question, questions_of
+from sglang_alloc.evaluation.text_measures import ROWS_PER_PASS, full_log_probabilities
+from sglang_alloc.reference.exact_tasks import TASKS
+from sglang_alloc.reference.heldout import windows_of
+from sglang_alloc.reference.model import ReferenceModel
+from sglang_alloc.reference.samples import read_sample
+
+# A task that the full model fails at tells nothing about a budget.
+RIGHT_SHARE_MIN = 0.4
+
+
+class Sizes(NamedTuple):
+    """How much is measured; more gives narrower intervals."""
+
+    windows: int = 64  # a multiple of 32, the largest decode batch
+    window_tokens: int = 512
+    prompts: int = 64
+    prompt_tokens: int = 128
+    new_tokens: int = 32
+    questions: int = 96  # of each task
+    calibration_windows: int = 24
+    calibration_tokens: int = 512
+
+
+class Material(NamedTuple):
+    """What rules are measured on, and what the full model makes of it."""
+
+    windows: Tensor  # (W, S + 1), the domains in turn
+    full_log_probabilities: Tensor  # (W, S, V)
+    prompts: Tensor  # (P, S)
+    full_continuations: Tensor  # (P, new_tokens)
+    questions: dict[str, list[Question]]
+    full_right: dict[str, Tensor]  # (Q,) by task
+
+
+def domains_in_turn(split: str, count: int, window_tokens: int) -> Tensor:
+    """Return `count` windows (W, S + 1) of the committed samples; neighbours differ in domain."""
+    by_domain = read_sample(split)
+    each = -(-count // len(by_domain))
+    rows = [windows_of(tokens, window_tokens, each) for tokens in by_domain.values()]
+    turns = max(map(len, rows))
+    picked = [part[turn] for turn in range(turns) for part in rows if turn < len(part)]
+    return torch.stack(picked[:count])
+
+
+def gather_material(model: ReferenceModel, sizes: Sizes) -> Material:
+    """Cut the held-out text and run the full model on it once."""
+    windows = domains_in_turn("heldout", sizes.windows, sizes.window_tokens)
+    assert len(windows) % ROWS_PER_PASS == 0
+    prompts = domains_in_turn("heldout", sizes.prompts, sizes.prompt_tokens)[:, :-1]
+    asked = {task: questions_of(task, sizes.questions) for task in (*TEXT_TASKS, *TASKS)}
+    right = {task: right_answers(model, questions, None) for task, questions in asked.items()}
+    able = [task for task, marks in right.items() if float(marks.mean()) >= RIGHT_SHARE_MIN]
+    return Material(
+        windows,
+        full_log_probabilities(model, windows),
+        prompts,
+        greedy_continuations(model, prompts, sizes.new_tokens, None),
+        {task: asked[task] for task in able},
+        {task: right[task] for task in able},
+    )

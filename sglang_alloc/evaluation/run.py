@@ -1,0 +1,135 @@
+"""Offline story, judging: the whole evaluation of one model, from its folder to the report."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+
+from sglang_alloc.budget_tables import BudgetTables, load_budget_tables
+from sglang_alloc.errors import ConfigurationError
+from sglang_alloc.evaluation.decode_union import PLAIN_RULE, text_jobs, union_jobs
+from sglang_alloc.evaluation.findings import FULL_RULE
+from sglang_alloc.evaluation.jobs import Job, run_jobs
+from sglang_alloc.evaluation.journal import EvaluationJournal
+from sglang_alloc.evaluation.material import Material, Sizes, domains_in_turn, gather_material
+from sglang_alloc.evaluation.neighbours import neighbour_jobs
+from sglang_alloc.evaluation.points import Point, measure_point
+from sglang_alloc.evaluation.report import write_report
+from sglang_alloc.evaluation.rules import DEFAULT_RULE, RULE_NAMES, Subject, build_rule
+from sglang_alloc.evaluation.switching import switching_jobs
+from sglang_alloc.model_identity import identity_from_config
+from sglang_alloc.reference.architecture import FAMILIES
+from sglang_alloc.reference.export import load_checkpoint
+
+JOURNAL_NAME = "points.jsonl"
+FRACTIONS = (1 / 4, 1 / 3, 1 / 2, 2 / 3, 5 / 6)
+PREDICTED_BUDGETS = 16  # spread over all of them, to compare predicted with measured losses
+
+
+class Evaluation(NamedTuple):
+    """What to evaluate: a reference model's folder, its tables, how much, and where to."""
+
+    folder: Path
+    tables: Path
+    output: Path
+    sizes: Sizes
+    rules: Sequence[str] = RULE_NAMES
+    fractions: Sequence[float] = FRACTIONS
+    workers: int = 2
+
+
+def evaluate(asked: Evaluation, console: Console) -> Path:
+    """Measure everything that the journal in the output folder lacks; return the report's path.
+
+    Raises:
+        ConfigurationError: the folder is no reference model, the tables are another model's or
+            lack what the modes need, or the journal belongs to another evaluation.
+    """
+    tables = checked_tables(asked)
+    journal = EvaluationJournal(asked.output / JOURNAL_NAME, identity_of(asked))
+    torch.set_num_threads(1)  # whole passes run side by side instead
+    model = load_checkpoint(asked.folder)
+    text = domains_in_turn(
+        "calibration", asked.sizes.calibration_windows, asked.sizes.calibration_tokens
+    )
+    with ThreadPoolExecutor(asked.workers) as executor:
+        subject = Subject(model, tables, text, executor)
+        material = gather_material(model, asked.sizes)
+        run_jobs(all_jobs(subject, material, asked), journal, console, asked.workers)
+    return write_report(asked.output, tables, journal.points)
+
+
+def checked_tables(asked: Evaluation) -> BudgetTables:
+    """Load the tables and make sure that they are the model's and hold every mode."""
+    config = json.loads((asked.folder / "config.json").read_text())
+    if config.get("model_type") not in FAMILIES:
+        raise ConfigurationError(
+            f"{asked.folder} holds a model of type {config.get('model_type')!r}. Every rule is "
+            f"compared on the reference models ({', '.join(FAMILIES)}); a real checkpoint is "
+            "evaluated through its server, with `sglang-alloc evaluate-served`."
+        )
+    tables = load_budget_tables(asked.tables)
+    if tables.fingerprint != identity_from_config(config).fingerprint():
+        raise ConfigurationError(
+            f"{asked.tables} was made for {tables.model_id}, which is another model than the one "
+            f"in {asked.folder}. Pass the tables that were made for it."
+        )
+    for name in ("thresholds", "threshold_quotas", "saliency", "union_quotas", "sensitivity"):
+        if getattr(tables, name) is None:
+            raise ConfigurationError(
+                f"{asked.tables} holds no {name}, and the modes are judged with it. Make the "
+                "tables again with `python -m sglang_alloc.reference.calibrate`."
+            )
+    return tables
+
+
+def identity_of(asked: Evaluation) -> dict[str, object]:
+    """What decides every measured number, for the journal."""
+    return {
+        "model": asked.folder.name,
+        "checkpoint": _digest(asked.folder / "model.safetensors"),
+        "tables": _digest(asked.tables),
+        "sizes": asked.sizes._asdict(),
+    }
+
+
+def budgets_of(tables: BudgetTables, fractions: Sequence[float]) -> list[int]:
+    """Fractions of the full budget as whole activations per token."""
+    return sorted({max(tables.budget_min, round(tables.budget_max * f)) for f in fractions})
+
+
+def all_jobs(subject: Subject, material: Material, asked: Evaluation) -> list[Job]:
+    """Every point: the grid first, then the questions of decode, prediction and switching."""
+    tables = subject.tables
+    budgets = budgets_of(tables, asked.fractions)
+    full = tables.budget_max
+    layers = subject.layers
+    spread = sorted({int(b) for b in torch.linspace(tables.budget_min, full, PREDICTED_BUDGETS)})
+    uniform = list(range(layers, full, layers))
+    jobs = [_grid_job(subject, material, FULL_RULE, full)]
+    jobs += [_grid_job(subject, material, r, b) for b in budgets for r in asked.rules]
+    jobs += text_jobs(subject, material, PLAIN_RULE, uniform)
+    jobs += union_jobs(subject, material, uniform)
+    jobs += text_jobs(subject, material, DEFAULT_RULE, spread)
+    jobs += text_jobs(subject, material, "layer", spread)
+    few = tuple(budgets_of(tables, (1 / 4, 1 / 2, 1)))
+    jobs += switching_jobs(subject, material, few)
+    jobs += neighbour_jobs(subject, material, few[:-1])
+    return jobs
+
+
+def _grid_job(subject: Subject, material: Material, rule: str, budget: int) -> Job:
+    def measure() -> Point:
+        allocation = None if rule == FULL_RULE else build_rule(subject, rule, budget)
+        return measure_point(subject.model, material, rule, budget, allocation)
+
+    return Job(rule, budget, measure)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -18,7 +18,6 @@ from sglang_alloc_kernels.kept_slots_tile import (
 from sglang_alloc_kernels.kernel_launch import kernel_pointers
 from sglang_alloc_kernels.largest_keys_tile import sortable_bits_tile
 from sglang_alloc_kernels.layer_rows import NO_STEP_TENSORS, LayerRows, StepTensors
-from sglang_alloc_kernels.slot_rank import slot_rank_tile
 
 # Keeps a row of zero weights from dividing by zero, as SGLang's routing does.
 SMALLEST_MASS = 1e-20
@@ -200,10 +199,9 @@ def _budgeted_routing_kernel(
     ids = tl.where(present, ids, -1)
 
     scores = score_slots_tile(weights, ids, saliency_ptr, layer_index, NUM_EXPERTS, TOP_K)
-    ranks = slot_rank_tile(scores)
-    kept = budget_tile(scores, ranks, tl.load(limits_ptr + layer_index), RULE)
+    kept = budget_tile(scores, tl.load(limits_ptr + layer_index), RULE)
     weights, ids = finish_slots_tile(
-        *(weights, ids, ranks, kept, tokens, num_tokens, layer_index),
+        *(weights, ids, scores, kept, tokens, num_tokens, layer_index),
         *(gains_ptr, references_ptr, floors_ptr, ceilings_ptr, sums_ptr, lit_ptr),
         *(NUM_EXPERTS, TOP_K),
     )

@@ -19,7 +19,7 @@ from sglang_alloc_kernels.kernel_launch import kernel_pointers, num_experts_of, 
 from sglang_alloc_kernels.layer_quota import layer_quota_torch
 from sglang_alloc_kernels.layer_rows import NO_STEP_TENSORS, LayerRows, StepTensors
 from sglang_alloc_kernels.score_threshold import score_threshold_torch
-from sglang_alloc_kernels.slot_rank import slot_rank_tile
+from sglang_alloc_kernels.slot_rank import best_slot_tile, slot_rank_tile
 
 Rule = Literal["quota", "threshold"]
 
@@ -116,10 +116,9 @@ def _budgeted_slots_kernel(
         weights_ptr, ids_ptr, tokens, num_tokens, num_valid_ptr, WIDTH, BLOCK_K
     )
     scores = score_slots_tile(weights, ids, saliency_ptr, layer_index, NUM_EXPERTS, TOP_K)
-    ranks = slot_rank_tile(scores)
-    kept = budget_tile(scores, ranks, tl.load(limits_ptr + layer_index), RULE)
+    kept = budget_tile(scores, tl.load(limits_ptr + layer_index), RULE)
     weights, ids = finish_slots_tile(
-        *(weights, ids, ranks, kept, tokens, num_tokens, layer_index),
+        *(weights, ids, scores, kept, tokens, num_tokens, layer_index),
         *(gains_ptr, references_ptr, floors_ptr, ceilings_ptr, sums_ptr, lit_ptr),
         *(NUM_EXPERTS, TOP_K),
     )
@@ -129,12 +128,12 @@ def _budgeted_slots_kernel(
 
 
 @triton.jit
-def budget_tile(scores, ranks, limit, RULE: tl.constexpr):
+def budget_tile(scores, limit, RULE: tl.constexpr):
     """Return the kept mask of a tile by rule `quota`, `threshold` or `all`."""
     if RULE == "quota":
-        kept = ranks < limit
+        kept = slot_rank_tile(scores) < limit
     elif RULE == "threshold":
-        kept = (scores >= limit) | (scores != scores) | (ranks == 0)
+        kept = (scores >= limit) | (scores != scores) | best_slot_tile(scores)
     else:
-        kept = ranks >= 0
+        kept = tl.full(scores.shape, 1, tl.int1)
     return kept

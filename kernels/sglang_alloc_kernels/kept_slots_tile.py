@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sglang_alloc_kernels.slot_rank import slot_rank_tile
 from sglang_alloc_kernels.step_statistics import add_to_sums_tile
 
 
@@ -57,7 +58,7 @@ def load_bound_tile(bound_ptr, tokens, num_tokens):
 def finish_slots_tile(
     weights,
     ids,
-    ranks,
+    scores,
     kept,
     tokens,
     num_tokens,
@@ -71,8 +72,13 @@ def finish_slots_tile(
     NUM_EXPERTS,
     TOP_K,
 ):
-    """Return (weights, ids) after floors, ceilings and corrections, as `finish_slots_torch`."""
+    """Return (weights, ids) after floors, ceilings and corrections, as `finish_slots_torch`.
+
+    Slots are ranked only where something asks for it.
+    """
     routed = (tl.arange(0, weights.shape[1]) < TOP_K)[None, :]
+    if (floors_ptr is not None) or (ceilings_ptr is not None) or (references_ptr is not None):
+        ranks = slot_rank_tile(scores)
     if floors_ptr is not None:
         kept = kept | (ranks < load_bound_tile(floors_ptr, tokens, num_tokens))
     if ceilings_ptr is not None:

@@ -7,9 +7,9 @@ import triton
 
 from sglang_alloc_kernels.layer_rows import LayerRows, StepTensors
 
-# A program ranks slots by comparing all pairs of a token's slots: this many at once stay in
-# registers (64 a thread with 4 warps).
-PAIRS_PER_PROGRAM = 8192
+# A program ranks slots by comparing all pairs of a token's slots: 8 a thread with 4 warps keeps its
+# code short, which is what a small launch waits for.
+PAIRS_PER_PROGRAM = 1024
 
 
 def kernel_pointers(rows: LayerRows, step: StepTensors) -> tuple[torch.Tensor | None, ...]:
@@ -30,7 +30,7 @@ def num_experts_of(rows: LayerRows, step: StepTensors) -> int:
     return 0
 
 
-def tokens_per_program(num_tokens: int, block_k: int) -> int:
-    """Return a power of two of tokens whose pairs of slots fit one program."""
-    fitting = max(1, PAIRS_PER_PROGRAM // block_k**2)
+def tokens_per_program(num_tokens: int, block_k: int, pairs: int = PAIRS_PER_PROGRAM) -> int:
+    """Return a power of two of tokens whose `pairs` of slots fit one program."""
+    fitting = max(1, pairs // block_k**2)
     return min(int(triton.next_power_of_2(num_tokens)), fitting)

@@ -21,6 +21,14 @@ def slot_rank_torch(scores: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
+def best_slot_tile(scores):
+    """Return which slot of each token (T, K) has rank 0, without ranking the others."""
+    comparable = tl.where(scores != scores, float("-inf"), scores)
+    slots = tl.arange(0, scores.shape[1])
+    return slots[None, :] == tl.argmax(comparable, axis=1, tie_break_left=True)[:, None]
+
+
+@triton.jit
 def slot_rank_tile(scores):
     """Rank each slot of a tile (T, K), as `slot_rank_torch`; K is a power of two."""
     comparable = tl.where(scores != scores, float("-inf"), scores)

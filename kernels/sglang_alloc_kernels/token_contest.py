@@ -21,7 +21,7 @@ from sglang_alloc_kernels.kept_slots_tile import (
 )
 from sglang_alloc_kernels.kernel_launch import tokens_per_program
 from sglang_alloc_kernels.largest_keys_tile import pick_digit_tile, winning_keys_tile
-from sglang_alloc_kernels.slot_rank import slot_rank_tile
+from sglang_alloc_kernels.slot_rank import best_slot_tile
 from sglang_alloc_kernels.token_selection import contending_keys_tile, extra_slots_tile
 
 NUM_COUNTS = 1 + 4 * 256  # tokens in the contest, then keys by digit for each of four digits
@@ -110,7 +110,7 @@ def _contest_keys_kernel(
     )
     scores = score_slots_tile(weights, ids, saliency_ptr, layer_index, NUM_EXPERTS, TOP_K)
     keys, contending = contending_keys_tile(
-        scores, slot_rank_tile(scores), ids, tokens, num_tokens, floors_ptr, TOP_K
+        scores, best_slot_tile(scores), ids, tokens, num_tokens, floors_ptr, TOP_K
     )
     keys = tl.reshape(keys, [BLOCK_T * BLOCK_K])
     places = tl.program_id(0) * BLOCK_T * BLOCK_K + tl.arange(0, BLOCK_T * BLOCK_K)
@@ -182,9 +182,9 @@ def _contest_slots_kernel(
         weights_ptr, ids_ptr, tokens, num_tokens, num_valid_ptr, WIDTH, BLOCK_K
     )
     scores = score_slots_tile(weights, ids, saliency_ptr, layer_index, NUM_EXPERTS, TOP_K)
-    ranks = slot_rank_tile(scores)
+    best = best_slot_tile(scores)
     _keys, contending = contending_keys_tile(
-        scores, ranks, ids, tokens, num_tokens, floors_ptr, TOP_K
+        scores, best, ids, tokens, num_tokens, floors_ptr, TOP_K
     )
     last, remaining, wanted = contest_level_tile(counts_ptr, limits_ptr, layer_index, 4)
     programs = tl.arange(0, BLOCK_PROGRAMS)
@@ -192,9 +192,9 @@ def _contest_slots_kernel(
     places = program * BLOCK_T * BLOCK_K + tl.arange(0, BLOCK_T * BLOCK_K)
     keys = tl.load(keys_ptr + places)
     won = winning_keys_tile(keys, last, remaining - tl.sum(ties), wanted)
-    kept = tl.reshape(won, [BLOCK_T, BLOCK_K]) | (contending[:, None] & (ranks == 0))
+    kept = tl.reshape(won, [BLOCK_T, BLOCK_K]) | (contending[:, None] & best)
     weights, ids = finish_slots_tile(
-        *(weights, ids, ranks, kept, tokens, num_tokens, layer_index),
+        *(weights, ids, scores, kept, tokens, num_tokens, layer_index),
         *(gains_ptr, references_ptr, floors_ptr, ceilings_ptr, sums_ptr, lit_ptr),
         *(NUM_EXPERTS, TOP_K),
     )

@@ -53,17 +53,17 @@ def sortable_bits_torch(scores: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def contending_keys_tile(scores, ranks, ids, tokens, num_tokens, floors_ptr, TOP_K):
+def contending_keys_tile(scores, best, ids, tokens, num_tokens, floors_ptr, TOP_K):
     """Return the keys (T, K) of slots in the contest, -1 elsewhere, and which tokens take part.
 
-    Protected tokens and padding do not; a token's best slot is kept without a contest.
+    Protected tokens and padding do not; a token's best slot, `best` (T, K), needs no contest.
     """
     routed = (tl.arange(0, ids.shape[1]) < TOP_K)[None, :]
     contending = tl.max((routed & (ids >= 0)).to(tl.int32), axis=1) > 0
     if floors_ptr is not None:
         floors = tl.load(floors_ptr + tokens, mask=tokens < num_tokens, other=0)
         contending = contending & (floors < TOP_K)
-    candidate = contending[:, None] & routed & (ranks >= 1)
+    candidate = contending[:, None] & routed & ~best
     return tl.where(candidate, sortable_bits_tile(scores), -1), contending
 
 

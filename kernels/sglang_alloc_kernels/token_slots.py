@@ -13,10 +13,10 @@ from sglang_alloc_kernels.kept_slots_tile import (
     score_slots_tile,
     store_slots_tile,
 )
-from sglang_alloc_kernels.kernel_launch import PAIRS_PER_PROGRAM, kernel_pointers, num_experts_of
+from sglang_alloc_kernels.kernel_launch import kernel_pointers, num_experts_of
 from sglang_alloc_kernels.largest_keys_tile import largest_keys_tile
 from sglang_alloc_kernels.layer_rows import NO_STEP_TENSORS, LayerRows, StepTensors
-from sglang_alloc_kernels.slot_rank import slot_rank_tile
+from sglang_alloc_kernels.slot_rank import best_slot_tile
 from sglang_alloc_kernels.token_contest import token_contest
 from sglang_alloc_kernels.token_selection import (
     contending_keys_tile,
@@ -24,8 +24,8 @@ from sglang_alloc_kernels.token_selection import (
     token_selection_torch,
 )
 
-# Pairs of slots that one program of 16 warps ranks: 512 tokens of top-8.
-ONE_PROGRAM_PAIRS = 4 * PAIRS_PER_PROGRAM
+# Slots that one program of 16 warps selects from: 512 tokens of top-8, 8 slots a thread.
+ONE_PROGRAM_SLOTS = 4096
 
 
 def token_slots_torch(
@@ -80,11 +80,11 @@ def token_slots(
         "WIDTH": width,
         "BLOCK_K": block_k,
     }
-    pairs = block_tokens * block_k**2
-    if pairs > ONE_PROGRAM_PAIRS:
+    slots = block_tokens * block_k
+    if slots > ONE_PROGRAM_SLOTS:
         token_contest(arguments, constants, num_tokens)
     else:
-        num_warps = 4 if pairs <= PAIRS_PER_PROGRAM else 16
+        num_warps = 4 if slots <= 1024 else 16
         _token_slots_kernel[(1,)](
             *arguments, **constants, BLOCK_T=block_tokens, num_warps=num_warps
         )
@@ -120,15 +120,15 @@ def _token_slots_kernel(
         weights_ptr, ids_ptr, tokens, num_tokens, num_valid_ptr, WIDTH, BLOCK_K
     )
     scores = score_slots_tile(weights, ids, saliency_ptr, layer_index, NUM_EXPERTS, TOP_K)
-    ranks = slot_rank_tile(scores)
+    best = best_slot_tile(scores)
     keys, contending = contending_keys_tile(
-        scores, ranks, ids, tokens, num_tokens, floors_ptr, TOP_K
+        scores, best, ids, tokens, num_tokens, floors_ptr, TOP_K
     )
     wanted = extra_slots_tile(limits_ptr, layer_index, tl.sum(contending.to(tl.int32)))
     won = largest_keys_tile(tl.reshape(keys, [BLOCK_T * BLOCK_K]), wanted, BITS=32)
-    kept = tl.reshape(won, [BLOCK_T, BLOCK_K]) | (contending[:, None] & (ranks == 0))
+    kept = tl.reshape(won, [BLOCK_T, BLOCK_K]) | (contending[:, None] & best)
     weights, ids = finish_slots_tile(
-        *(weights, ids, ranks, kept, tokens, num_tokens, layer_index),
+        *(weights, ids, scores, kept, tokens, num_tokens, layer_index),
         *(gains_ptr, references_ptr, floors_ptr, ceilings_ptr, sums_ptr, lit_ptr),
         *(NUM_EXPERTS, TOP_K),
     )

@@ -20,6 +20,9 @@ from sglang_alloc_kernels.layer_rows import NO_STEP_TENSORS, LayerRows, StepTens
 from sglang_alloc_kernels.slot_rank import slot_rank_tile
 from sglang_alloc_kernels.union_selection import union_selection_torch
 
+# Its one program works through the tokens in this many pairs of slots: 128 tokens of top-8 at once.
+PAIRS_AT_ONCE = 8192
+
 
 def union_slots_torch(
     topk_weights: torch.Tensor,
@@ -75,7 +78,7 @@ def union_slots(
     if num_tokens == 0:
         return weights, ids
     block_k = triton.next_power_of_2(width)
-    block_tokens = tokens_per_program(num_tokens, block_k)
+    block_tokens = tokens_per_program(num_tokens, block_k, PAIRS_AT_ONCE)
     mass = rows.caps
     if rows.caps is not None:
         mass = torch.empty(num_experts, dtype=torch.int64, device=topk_ids.device)
@@ -89,6 +92,7 @@ def union_slots(
         BLOCK_T=block_tokens,
         BLOCK_K=block_k,
         BLOCK_EXPERTS=triton.next_power_of_2(num_experts),
+        num_warps=4 if block_tokens * block_k**2 <= PAIRS_AT_ONCE // 4 else 8,
     )
     return weights, ids
 
@@ -164,7 +168,7 @@ def _union_slots_kernel(
         lit = tl.gather(in_set.to(tl.int32), looked_up, 0)
         kept = routed & (tl.reshape(lit, [BLOCK_T, BLOCK_K]) > 0)
         weights, ids = finish_slots_tile(
-            *(weights, ids, slot_rank_tile(scores), kept, tokens, num_tokens, layer_index),
+            *(weights, ids, scores, kept, tokens, num_tokens, layer_index),
             *(gains_ptr, references_ptr, floors_ptr, ceilings_ptr, sums_ptr, lit_ptr),
             *(NUM_EXPERTS, TOP_K),
         )

@@ -1,0 +1,99 @@
+"""Compile every kernel for a GPU that is not there: `python compile_for_gpu.py` prints a line each.
+
+Host functions are called as they are; a launch compiles instead of running. Needs no driver: Triton
+brings its assembler. The interpreter must be off, so the tests start this as a process of its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from sglang_alloc_kernels.budgeted_routing import Router, budgeted_routing
+from sglang_alloc_kernels.budgeted_slots import budgeted_slots
+from sglang_alloc_kernels.layer_rows import LayerRows, StepTensors
+from sglang_alloc_kernels.step_statistics import make_step_sums, make_totals, step_statistics
+from sglang_alloc_kernels.token_slots import token_slots
+from sglang_alloc_kernels.union_routing import union_routing
+from sglang_alloc_kernels.union_slots import union_slots
+
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.bfloat16: "*bf16",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+LAYERS, EXPERTS, TOP_K = 2, 60, 6
+
+
+def compile_launch(kernel: Any, target: GPUTarget, args: tuple[Any, ...], named: Any) -> Any:
+    """Compile what `kernel[grid](*args, **named)` would have launched."""
+    options = {key: named.pop(key) for key in ("num_warps",) if key in named}
+    bound = inspect.signature(kernel.fn).bind(*args, **named).arguments
+    constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    signature: dict[str, str] = {}
+    for name, value in bound.items():
+        if name in constant or value is None:
+            signature[name] = "constexpr"
+        elif isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+    constants = {name: bound[name] for name, kind in signature.items() if kind == "constexpr"}
+    return triton.compile(ASTSource(kernel, signature, constants), target=target, options=options)
+
+
+def launches(target: GPUTarget) -> Iterator[str]:
+    """Call every host function; yield one line per kernel that was compiled."""
+    lines: list[str] = []
+
+    def compile_instead(kernel: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        compiled = compile_launch(kernel, target, args, named)
+        shared = compiled.metadata.shared
+        size = len(compiled.asm["cubin"])
+        lines.append(f"{kernel.__name__}: {size} bytes of code, {shared} of shared memory")
+
+    JITFunction.run = compile_instead
+    rows = LayerRows(*(torch.ones(LAYERS) for _ in range(3)), torch.ones(LAYERS, EXPERTS))
+    bare = LayerRows(torch.ones(LAYERS))
+    for tokens in (1, 33, 1024):
+        bounds = torch.ones(tokens, dtype=torch.int32)
+        sums = make_step_sums(LAYERS, EXPERTS, "cpu")
+        step = StepTensors(torch.ones(1, dtype=torch.int32), bounds, bounds, sums)
+        weights = torch.ones(tokens, TOP_K + 2)
+        ids = torch.ones(tokens, TOP_K + 2, dtype=torch.int32)
+        for now, shared in ((rows, step), (bare, StepTensors())):
+            budgeted_slots(weights, ids, now, 1, "quota", num_shared=2, step=shared)
+            budgeted_slots(weights, ids, now, 1, "threshold", num_shared=2, step=shared)
+            token_slots(weights, ids, now, 1, num_shared=2, step=shared)
+            union_slots(weights, ids, now, 1, EXPERTS, num_shared=2, step=shared)
+        capped = rows._replace(caps=torch.ones(LAYERS))
+        union_slots(weights, ids, capped, 1, EXPERTS, num_shared=2, step=step)
+        yield from lines
+        lines.clear()
+    step_statistics(sums, make_totals(LAYERS, "cpu"))
+    logits = torch.ones(3, EXPERTS, dtype=torch.bfloat16)
+    bias = torch.ones(EXPERTS)
+    budgeted_routing(logits, Router(TOP_K), bare, 1, "quota")
+    grouped = Router(TOP_K, "sigmoid", num_groups=6, top_groups=2, scaling=2.5)
+    budgeted_routing(logits, grouped, rows, 1, "threshold", correction_bias=bias, step=step)
+    union_routing(logits, Router(TOP_K), rows, 1)
+    yield from lines
+
+
+def main() -> None:
+    for line in launches(GPUTarget("cuda", 90, 32)):
+        print(line)
+
+
+if __name__ == "__main__":
+    main()

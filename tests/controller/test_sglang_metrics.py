@@ -64,6 +64,28 @@ def test_histograms_of_all_priorities_count(recorded: Path) -> None:
     assert sorted(h.counts[-1] for h in reading.ttft.values()) == [6.0, 12.0]
 
 
+def test_only_chosen_priorities_count_for_latency_and_queue(recorded: Path) -> None:
+    after = (recorded / "tp2_priority_after.txt").read_text()
+    burst = (recorded / "tp2_priority_burst.txt").read_text()
+    chosen = SourceSettings(priorities=["3"])
+    assert _parse(after, chosen).event_count("ttft") == 12
+    assert _parse(after, chosen).event_count("itl") == 588
+    assert _parse(burst, chosen).queue_requests == 3
+    assert _parse(burst, SourceSettings(priorities=["0"])).queue_requests == 0
+    both = SourceSettings(priorities=["0", "3"])
+    assert _parse(burst, both).queue_requests == _parse(burst).queue_requests
+
+
+def test_waiting_work_of_another_priority_does_not_make_the_server_idle(recorded: Path) -> None:
+    burst = (recorded / "tp2_priority_burst.txt").read_text()
+    assert _parse(burst, SourceSettings(priorities=["0"])).running_requests == 1
+
+
+def test_a_line_that_comes_twice_counts_once(recorded: Path) -> None:
+    text = (recorded / "after.txt").read_text()
+    assert _parse(text + text) == _parse(text)
+
+
 def test_the_busiest_rank_speaks_for_the_queue() -> None:
     text = "".join(
         f'sglang:num_{name}_reqs{{dp_rank="{rank}"}} {value}\n'

@@ -74,7 +74,9 @@ class Line(NamedTuple):
 class VirtualController:
     """The loop with a clock, a source and a log that tests hold in their hands."""
 
-    def __init__(self, settings: Settings, log: DecisionLogSettings | None = None) -> None:
+    def __init__(
+        self, settings: Settings, log: DecisionLogSettings | None = None, **surroundings: Any
+    ) -> None:
         self.settings = settings
         self.clock = VirtualClock()
         self.observation = Observation(None, 0, None)
@@ -86,7 +88,7 @@ class VirtualController:
             self.link,
             self.metrics,
             decision_log,
-            Surroundings(self._observe, lambda: self.clock.now_ns, self._sleep),
+            Surroundings(self._observe, lambda: self.clock.now_ns, self._sleep, **surroundings),
         )
         self.lines: list[Line] = []
         self.source: Callable[[], Reading | None] = lambda: None

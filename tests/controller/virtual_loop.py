@@ -80,7 +80,7 @@ class VirtualController:
         self.settings = settings
         self.clock = VirtualClock()
         self.observation = Observation(None, 0, None)
-        self.metrics = OwnMetrics(settings.mode, settings.slo)
+        self.metrics = OwnMetrics(settings.mode, settings.slo, settings.quality)
         self.link = TableLink(Path(settings.table), lambda table: None)
         decision_log = DecisionLog(log or settings.decision_log, self.metrics.count_log_error)
         self.loop = ControlLoop(

@@ -1,0 +1,123 @@
+"""Replay: a recorded log gives the same decisions again, and other settings give others."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_counters import Engine
+from virtual_loop import NS, VirtualController, make_settings, publish_table
+
+from sglang_alloc_controller.cli_replay import replay_files
+from sglang_alloc_controller.reading_json import reading_from_json, reading_to_json
+from sglang_alloc_controller.replay import ReplayedTick, ReplayError, replay
+from sglang_alloc_controller.settings import parse_settings
+
+
+def _record(tmp_path: Path, **log: Any) -> Path:
+    """Record an overload, an outage, an override, a kill and a recovery, tick by tick."""
+    path, killed = tmp_path / "d.jsonl", [None]
+    publish_table(tmp_path / "t.tbl")
+    chosen = {"path": str(path), "every_tick": True, **log}
+    settings = make_settings(tmp_path / "t.tbl", decision_log=chosen)
+    controller = VirtualController(settings, kill_cause=lambda: killed[0])
+    engine = Engine(controller)
+    controller.source = engine
+    for ratio, outage, kill in (
+        (1.0, False, None),
+        (0.4, False, None),
+        (0.4, True, None),
+        (0.9, False, None),
+        (1.0, False, "file x"),
+        (0.5, False, None),
+    ):
+        engine.within_ratio, killed[0] = ratio, kill
+        controller.source = (lambda: None) if outage else engine
+        for _ in range(40):
+            controller.tick()
+        if ratio == 0.9:
+            deadline_ns = controller.clock.now_ns + 5 * NS
+            controller.link.table.set_override(10, 11, deadline_ns, "alice")
+    return path
+
+
+def _records(*paths: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+
+
+def _replayed(*paths: Path) -> list[ReplayedTick]:
+    return list(replay(_records(*paths)))
+
+
+def test_a_recorded_log_gives_the_same_decisions_and_reasons_again(tmp_path: Path) -> None:
+    ticks = _replayed(_record(tmp_path))
+    assert len(ticks) == 240
+    assert len({tuple(tick.recorded.values()) for tick in ticks}) > 3
+    for tick in ticks:
+        assert tick.replayed == tick.recorded
+        assert tick.replayed_reasons == tick.recorded_reasons
+
+
+def test_files_that_rotated_replay_as_one_run(tmp_path: Path) -> None:
+    path = _record(tmp_path, max_bytes=60_000, keep_files=20)
+    older = [one for one in tmp_path.iterdir() if one.name.startswith("d.jsonl.")]
+    assert len(older) > 2
+    in_order = sorted(older, key=lambda one: -int(one.suffix[1:]))
+    ticks = _replayed(*in_order, path)
+    assert len(ticks) == 240
+    assert not any(tick.budgets_differ for tick in ticks)
+
+
+def test_the_newest_file_alone_can_be_replayed_too(tmp_path: Path) -> None:
+    path = _record(tmp_path, max_bytes=60_000, keep_files=20)
+    assert 0 < len(_replayed(path)) < 240
+
+
+def test_other_settings_decide_otherwise(tmp_path: Path) -> None:
+    records = _records(_record(tmp_path))
+    content = records[0]["settings"] | {"slo": {"ttft_seconds": None, "itl_seconds": None}}
+    ticks = list(replay(records, parse_settings(content)))
+    assert any(tick.budgets_differ for tick in ticks)
+    assert all(tick.replayed["decode"] >= tick.recorded["decode"] for tick in ticks)
+
+
+def test_the_command_tells_the_differences_and_writes_every_tick(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = _record(tmp_path)
+    assert not replay_files([path], None, tmp_path / "out.csv")
+    assert "0 of 240 ticks differ" in capsys.readouterr().out
+    lines = (tmp_path / "out.csv").read_text().splitlines()
+    assert len(lines) == 241
+    assert lines[0].startswith("time,prefill_recorded,prefill_replayed,")
+
+
+def test_a_log_without_readings_is_refused(tmp_path: Path) -> None:
+    path = _record(tmp_path, every_tick=False)
+    with pytest.raises(ReplayError, match=r"decision_log\.every_tick"):
+        _replayed(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "does not begin with the settings"),
+        ("{}\n", "Line 1 of the log cannot be replayed"),
+        ('{"kind": "beginning", "settings": {}}\n', "Line 1"),
+        ("garbled\n", "no JSON"),
+        ("[]\n", "no JSON object"),
+    ],
+)
+def test_what_is_no_decision_log_is_refused(tmp_path: Path, text: str, sentence: str) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text(text)
+    with pytest.raises(ReplayError, match=sentence):
+        replay_files([path], None, None)
+
+
+def test_a_reading_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    publish_table(tmp_path / "t.tbl")
+    engine = Engine(VirtualController(make_settings(tmp_path / "t.tbl")))
+    engine.within_ratio, engine.queue_requests = 1 / 3, 0.1 + 0.2
+    reading = engine()
+    assert reading_from_json(json.loads(json.dumps(reading_to_json(reading)))) == reading

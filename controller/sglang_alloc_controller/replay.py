@@ -100,11 +100,7 @@ def _tick(run: _Run, record: Mapping[str, Any]) -> ReplayedTick:
     if "reading" in record:
         reading = reading_from_json(record["reading"])
         run.core.take_in(reading, after_failure=record["source_failures_total"] > 0)
-    decision = _decide(run, record, run.core.seen(record["now_seconds"]))
-    budgets = run.core.budgets(decision)
-    if run.settings.mode == "fixed" and run.settings.fixed is not None:
-        fixed = run.settings.fixed
-        budgets = {"prefill": fixed.prefill_budget, "decode": fixed.decode_budget}
+    decision, budgets = _decide(run, record, run.core.seen(record["now_seconds"]))
     return ReplayedTick(
         record["time"],
         {phase: record["desired"][phase] for phase in PHASES},
@@ -114,15 +110,25 @@ def _tick(run: _Run, record: Mapping[str, Any]) -> ReplayedTick:
     )
 
 
-def _decide(run: _Run, record: Mapping[str, Any], seen: Seen) -> Decision:
+def _decide(run: _Run, record: Mapping[str, Any], seen: Seen) -> tuple[Decision, dict[Phase, int]]:
+    """Return what the loop would have decided, and the budgets that it would have asked for."""
     core = run.core
     if record["killed"]:
         full: dict[Phase, int] = {phase: record["desired"][phase] for phase in PHASES}
-        return core.start_over(Reason.KILL_SWITCH, full, seen)
+        return core.start_over(Reason.KILL_SWITCH, full, seen), full
+    fixed = _fixed(run.settings)
     if record["override"] is not None:
         prefill, decode = record["override"]
-        return core.stand_still(Reason.OVERRIDE, {"prefill": prefill, "decode": decode}, seen)
-    if run.settings.mode == "fixed":
-        ceilings: dict[Phase, int] = {phase: core.ranges[phase].ceiling for phase in PHASES}
-        return core.stand_still(Reason.FIXED, ceilings, seen)
-    return core.decide(seen)
+        in_force: dict[Phase, int] = {"prefill": prefill, "decode": decode}
+        decision = core.stand_still(Reason.OVERRIDE, in_force, seen)
+        return decision, fixed or core.budgets(decision)
+    if fixed is not None:
+        return core.stand_still(Reason.FIXED, fixed, seen), fixed
+    decision = core.decide(seen)
+    return decision, core.budgets(decision)
+
+
+def _fixed(settings: Settings) -> dict[Phase, int] | None:
+    if settings.mode != "fixed" or settings.fixed is None:
+        return None
+    return {"prefill": settings.fixed.prefill_budget, "decode": settings.fixed.decode_budget}

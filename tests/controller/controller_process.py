@@ -71,6 +71,13 @@ class ControllerProcess:
     def get(self, path: str) -> httpx2.Response:
         return httpx2.get(f"http://127.0.0.1:{self._port}{path}", timeout=10)
 
+    def order(self, path: str, **content: Any) -> httpx2.Response:
+        return httpx2.post(f"http://127.0.0.1:{self._port}{path}", json=content, timeout=10)
+
+    @property
+    def page_url(self) -> str:
+        return f"http://127.0.0.1:{self._port}/"
+
     def has(self, series: str) -> bool:
         """Tell whether this line is in the metrics; a controller that starts has none yet."""
         try:

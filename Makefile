@@ -46,7 +46,7 @@ $(INSTALLED): requirements/serving-cpu.txt requirements/dev.txt pyproject.toml $
 	@requirements/check_machine.sh
 	@requirements/install_venv.sh
 
-tools: $(INSTALLED) ## Put Helm, kubectl, Prometheus and promtool into .tools
+tools: $(INSTALLED) ## Put Helm, kubectl, Prometheus and promtool into .tools, and install chromium
 	@$(VENV_PYTHON) deploy/install_tools.py
 	@requirements/install_debian_tools.sh
 

@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
-# Unpack the programs of requirements/debian.txt into .tools, unless they are installed already.
-# Needs no root where apt's package lists are present; otherwise root or sudo fetches the lists.
+# Bring the programs of requirements/debian.txt here, unless they are installed already.
+# To unpack needs no root where apt's package lists are present; to install needs root or sudo.
 set -euo pipefail
 
 folder=.tools/debian
 mkdir -p "$folder" .tools/bin
 
-update_lists() {
+as_root() {
   if [[ $(id -u) == 0 ]]; then
-    apt-get update -q
+    "$@"
   elif command -v sudo >/dev/null && sudo -n true 2>/dev/null; then
-    sudo apt-get update -q
+    sudo "$@"
   else
     return 1
   fi
 }
+
+update_lists() { as_root apt-get update -q; }
 
 fetch() { (cd "$folder" && apt-get download -q "$1"); }
 
@@ -34,9 +36,20 @@ unpack() {
   done
 }
 
-while read -r package _; do
+apt_install() {
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "$1"
+}
+
+install() {
+  if ! apt_install "$1" </dev/null && ! { update_lists && apt_install "$1" </dev/null; }; then
+    printf 'missing: the Debian package %s\n   run: sudo apt-get install %s\n' "$1" "$1" >&2
+    return 1
+  fi
+}
+
+while read -r package how _; do
   [[ -z $package || $package == '#'* ]] && continue
   if ! command -v "$package" >/dev/null; then
-    unpack "$package"
+    "$how" "$package"
   fi
 done <requirements/debian.txt

@@ -170,7 +170,9 @@ def _budgeted_routing_kernel(
     experts = groups * group_size + members
     exists = (groups < NUM_GROUPS) & (members < group_size)
     logits = tl.load(logits_ptr + experts, mask=exists, other=float("-inf")).to(tl.float32)
-    largest = tl.max(tl.max(logits, axis=1), axis=0)
+    numbers = tl.where(logits == logits, logits, float("-inf"))
+    # No lower than a finite number: the filler's -inf less -inf would be NaN.
+    largest = tl.maximum(tl.max(tl.max(numbers, axis=1), axis=0), -3.4e38)
     total = tl.sum(tl.sum(tl.exp(logits - largest), axis=1), axis=0)
     choice = score_tile(logits, largest, total, SCORING)
     if bias_ptr is not None:
@@ -190,7 +192,7 @@ def _budgeted_routing_kernel(
         present = present & (tokens < tl.load(num_valid_ptr))[:, None]
     if allowed_ptr is not None:
         present = present & (tl.load(allowed_ptr + ids, mask=present, other=0) != 0)
-    chosen = tl.load(logits_ptr + ids, mask=present, other=0.0).to(tl.float32)
+    chosen = tl.load(logits_ptr + ids, mask=present, other=float("-inf")).to(tl.float32)
     weights = tl.where(present, score_tile(chosen, largest, total, SCORING), 0.0)
     if RENORMALIZE:
         # 1e-20 is SMALLEST_MASS.

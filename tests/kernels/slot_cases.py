@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
@@ -119,34 +120,58 @@ Rule = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 def assert_same(
-    kernel: Rule, twin: Rule, case: SlotCase, device: str, rows: LayerRows, *, bounds: bool = False
+    kernel: Rule,
+    twin: Rule,
+    case: SlotCase,
+    device: str,
+    rows: LayerRows,
+    *extra: object,
+    bounds: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run both on the case: ids, counts and lit experts are equal, weights are within rounding.
 
-    `kernel` and `twin` take (weights, ids, rows, step). Returns the kernel's weights and ids.
+    Both take (weights, ids, rows, layer, *extra, num_shared, step). Returns the kernel's result.
     """
     weights, ids = make_slots(case)
-    theirs, ours = make_step(case, bounds=bounds), _on(make_step(case, bounds=bounds), device)
-    expected_weights, expected_ids = twin(weights, ids, rows, theirs)
-    found_weights, found_ids = (
-        tensor.cpu()
-        for tensor in kernel(weights.to(device), ids.to(device), _on(rows, device), ours)
+    theirs, ours = make_step(case, bounds=bounds), on(device, make_step(case, bounds=bounds))
+    expected_weights, expected_ids = twin(
+        *(weights, ids, rows, LAYER, *extra), num_shared=case.num_shared, step=theirs
     )
+    results = kernel(
+        *(weights.to(device), ids.to(device), on(device, rows), LAYER, *extra),
+        num_shared=case.num_shared,
+        step=ours,
+    )
+    found_weights, found_ids = (tensor.cpu() for tensor in results)
     assert torch.equal(found_ids, expected_ids)
     assert found_ids.dtype == case.ids_dtype
     torch.testing.assert_close(found_weights, expected_weights, equal_nan=True)
+    assert_same_sums(ours, theirs)
+    return found_weights, found_ids
+
+
+def assert_same_sums(ours: StepTensors, theirs: StepTensors) -> None:
+    """Compare what two runs counted: slots and experts exactly, masses within rounding."""
     assert theirs.sums is not None
     assert ours.sums is not None
     torch.testing.assert_close(ours.sums.sums.cpu(), theirs.sums.sums, equal_nan=True)
     assert torch.equal(ours.sums.sums[:, :2].cpu(), theirs.sums.sums[:, :2])
     assert torch.equal(ours.sums.lit.cpu(), theirs.sums.lit)
-    return found_weights, found_ids
 
 
-def _on(tensors: object, device: str) -> object:
+Tensors = TypeVar("Tensors")
+
+
+def on(device: str, tensors: Tensors) -> Tensors:
     """Return a copy of a tuple of tensors, tuples and None on a device."""
-    if isinstance(tensors, torch.Tensor):
-        return tensors.to(device)
-    if isinstance(tensors, tuple):
-        return type(tensors)(*(_on(part, device) for part in tensors))
-    return tensors
+
+    def moved(part: Any) -> Any:
+        if isinstance(part, torch.Tensor):
+            return part.to(device, copy=True)
+        if not isinstance(part, tuple):
+            return part
+        parts = tuple(moved(inner) for inner in part)
+        return type(part)(*parts) if hasattr(part, "_fields") else parts
+
+    copy: Tensors = moved(tensors)
+    return copy

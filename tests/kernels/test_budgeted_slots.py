@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from slot_cases import CASES, LAYER, SlotCase, assert_same, make_rows, make_slots
+from slot_cases import CASES, SlotCase, assert_same, make_rows, make_slots
 
 from sglang_alloc_kernels.budgeted_slots import Rule, budgeted_slots, budgeted_slots_torch
 from sglang_alloc_kernels.layer_rows import LayerRows, StepTensors
@@ -13,16 +13,7 @@ PLAIN = SlotCase("plain", "nothing is odd")
 
 
 def _same(case: SlotCase, device: str, rule: Rule, rows: LayerRows, bounds: bool = False) -> None:
-    assert_same(
-        lambda weights, ids, rows, step: budgeted_slots(
-            weights, ids, rows, LAYER, rule, num_shared=case.num_shared, step=step
-        ),
-        lambda weights, ids, rows, step: budgeted_slots_torch(
-            weights, ids, rows, LAYER, rule, num_shared=case.num_shared, step=step
-        ),
-        *(case, device, rows),
-        bounds=bounds,
-    )
+    assert_same(budgeted_slots, budgeted_slots_torch, case, device, rows, rule, bounds=bounds)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -100,11 +91,8 @@ def test_reference_one_normalises_over_what_was_kept(device: str) -> None:
 
 def test_padding_lights_no_expert_and_counts_for_nothing(device: str) -> None:
     case = SlotCase("padding", "", padding=9, num_shared=1)
-    rows = make_rows(case, 6.0)
     weights, ids = assert_same(
-        lambda *a: budgeted_slots(*a[:3], LAYER, "quota", num_shared=1, step=a[3]),
-        lambda *a: budgeted_slots_torch(*a[:3], LAYER, "quota", num_shared=1, step=a[3]),
-        *(case, device, rows),
+        budgeted_slots, budgeted_slots_torch, case, device, make_rows(case, 6.0), "quota"
     )
     assert (ids == -1).all()
     assert (weights == 0).all()

@@ -64,15 +64,17 @@ class BudgetOverride:
         table: SharedTable,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
+        limit_seconds: float = OVERRIDE_SECONDS,
     ) -> None:
         self._table = table
+        self._limit_seconds = limit_seconds
         self._sleep = sleep
         self._clock = clock
 
     def set(self, prefill_budget: int, decode_budget: int) -> None:
         """Put budgets in force; return when the leading rank has acknowledged them."""
         now_ns = time.monotonic_ns()
-        deadline_ns = now_ns + int(OVERRIDE_SECONDS * 1e9)
+        deadline_ns = now_ns + int(self._limit_seconds * 1e9)
         self._table.set_override(prefill_budget, decode_budget, deadline_ns, ACTOR)
         override = self._table.override(now_ns)
         assert override is not None

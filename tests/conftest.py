@@ -1,4 +1,4 @@
-"""For every test: programs that `make tools` put into .tools come before the machine's own."""
+"""For every test: the tools of `make tools` come first, and Triton's own functions interpret."""
 
 from __future__ import annotations
 
@@ -6,7 +6,25 @@ import os
 from pathlib import Path
 
 _TOOLS = Path(__file__).parents[1] / ".tools" / "bin"
+_INTERPRETED = "TRITON_INTERPRET"
 
 
 def pytest_configure() -> None:
     os.environ["PATH"] = os.pathsep.join((str(_TOOLS), os.environ.get("PATH", os.defpath)))
+    if os.environ.get("KERNEL_TEST_DEVICE", "cpu") == "cpu":
+        _import_interpreted_triton()
+
+
+def _import_interpreted_triton() -> None:
+    """Import Triton before any test module does.
+
+    What kernels call of it (tl.sum, tl.cumsum) is settled at its import, like a kernel at its
+    definition: imported without the variable, it cannot be called from tests/kernels. The variable
+    must not stay, because servers under test would inherit it.
+    """
+    asked = os.environ.get(_INTERPRETED)
+    os.environ[_INTERPRETED] = "1"
+    import triton.language  # noqa: F401
+
+    if asked is None:
+        del os.environ[_INTERPRETED]

@@ -28,7 +28,7 @@ def write_config(folder: Path, url: str, **sections: Any) -> Path:
         "tick_seconds": 0.1,
         "source": {"url": url, "poll_seconds": 0.1, "timeout_seconds": 5.0},
         "slo": {"ttft_seconds": 1.0, "itl_seconds": 0.05},
-        "law": {"degrade_hold_seconds": 0.3, "dead_time_seconds": 0.0},
+        "law": {"degrade_hold_seconds": 0.3, "dead_time_seconds": 0.0, "idle_ramp_seconds": 1.0},
         "freshness": {
             "stale_after_seconds": 2.0,
             "hold_seconds": 1.0,
@@ -84,6 +84,12 @@ class ControllerProcess:
             return series in self.get("/metrics").text.splitlines()
         except httpx2.HTTPError:
             return False
+
+    def value(self, name: str) -> float:
+        """Return the value of a series without labels; a controller that starts has none yet."""
+        lines = self.get("/metrics").text.splitlines()
+        prefix = f"sglang_alloc_controller_{name} "
+        return next((float(line.split()[1]) for line in lines if line.startswith(prefix)), 0.0)
 
     def is_in_state(self, state: str) -> bool:
         return self.has(f'sglang_alloc_controller_input_state{{state="{state}"}} 1.0')

@@ -1,11 +1,13 @@
 """The loop over a real shared table in virtual time: states, modes, faults and restarts."""
 
 import json
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engine_counters import Engine
+from time_machine import TimeMachineFixture
 from virtual_loop import NS, VirtualController, make_settings, publish_table
 
 from sglang_alloc.errors import ConfigurationError, TableInUseError
@@ -105,6 +107,29 @@ def test_a_reading_that_does_not_get_newer_becomes_stale(table: Path) -> None:
     _run(controller, 1)
     assert controller.state() == "stale"
     assert controller.metric("sample_age_seconds") > 5
+
+
+def test_a_machine_that_slept_for_an_hour_goes_on_without_a_jump(table: Path) -> None:
+    controller, engine = _controller(table)
+    budgets = _degrade(controller, engine)
+    controller.source = lambda: None  # the reading from before the sleep
+    controller.clock.move(3600.0)
+    assert controller.tick()[1:] == budgets
+    assert controller.state() == "stale"
+    controller.source = engine
+    assert min(controller.tick()[1:]) >= min(budgets)
+
+
+def test_a_wall_clock_that_jumps_changes_no_decision(
+    table: Path, tmp_path: Path, time_machine: TimeMachineFixture
+) -> None:
+    log = tmp_path / "d.jsonl"
+    controller, _ = _controller(table, decision_log={"path": str(log), "every_tick": True})
+    for year in (2030, 1999, 2026):
+        time_machine.move_to(datetime(year, 1, 1, tzinfo=timezone.utc))
+        assert controller.tick()[1:] == FULL
+    assert [line["time"][:4] for line in _ticks(log)] == ["2030", "1999", "2026"]
+    assert controller.state() == "valid"
 
 
 def test_an_idle_server_is_served_at_full_quality(table: Path) -> None:

@@ -67,6 +67,17 @@ def test_series_that_the_last_scrape_no_longer_had_are_gone() -> None:
     assert reading.ttft == {}
 
 
+def test_both_spellings_of_one_target_at_once_count_once() -> None:
+    """While Prometheus is upgraded from 2 to 3, the lookback holds the series under both names."""
+    ttft = _histogram("time_to_first_token_seconds", {"0.5": 7, "+Inf": 9})
+    text = _answer(_gauges() + ttft)
+    older = json.loads(text.replace("sglang:", "sglang_"))["data"]["result"]
+    both = _answer(json.loads(text)["data"]["result"] + older)
+    assert parse_answer(both, OFFSET_SECONDS, SETTINGS) == parse_answer(
+        text, OFFSET_SECONDS, SETTINGS
+    )
+
+
 def test_underscores_in_the_names_read_the_same() -> None:
     text = _answer(_gauges())
     other = text.replace("sglang:", "sglang_")

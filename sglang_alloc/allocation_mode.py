@@ -68,5 +68,10 @@ def predicted_loss(
 
 
 def _loss_of(table: SharedTable, mode: str, phase: str) -> npt.NDArray[np.float32]:
+    return table.section(loss_section(mode, phase, table.has_section))
+
+
+def loss_section(mode: str, phase: str, has_section: Callable[[str], bool]) -> str:
+    """Return the name of the array with the predicted losses (N,) of `mode` in `phase`."""
     names = _LOSSES["layer" if mode == "token" else mode, phase]
-    return table.section(next(name for name in names if table.has_section(name)))
+    return next(name for name in names if has_section(name))

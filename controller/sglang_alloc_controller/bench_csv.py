@@ -9,22 +9,31 @@ from sglang_alloc.errors import ConfigurationError
 from sglang_alloc_controller.step_times import PhaseTimes, StepTimes
 
 COLUMNS = ("phase", "concurrency", "budget", "median_ms")
+UNNAMED_MODE = "(not named)"  # of a bench without a column `mode`
 # Shipped with the package: the reference model on two CPU cores, from `make bench`.
 DEFAULT_BENCH = Path(__file__).parent / "simulator" / "plants" / "cpu.csv"
 _Row = dict[str, str]
 
 
-def read_step_times(path: Path) -> StepTimes:
+def modes_measured(path: Path) -> list[str]:
+    """Return the modes in the bench's column `mode`, in order; raises as `read_step_times` does."""
+    return list(dict.fromkeys(row.get("mode") or UNNAMED_MODE for row in _read(path)))
+
+
+def read_step_times(path: Path, mode: str | None = None) -> StepTimes:
     """Fit step times to a bench CSV with the columns of `COLUMNS`.
+
+    A file that holds several modes is read for `mode`.
 
     A prefill row of concurrency c counts as a step of c * `prefill_prompt_tokens` tokens. Where
     `stock_median_ms` and `ratio_to_stock` are present the full step time is the median of stock's
     and the others follow from the ratios, which were measured side by side.
 
     Raises:
-        ConfigurationError: the file cannot be read, lacks a column, or its grid has holes.
+        ConfigurationError: the file cannot be read, lacks a column, its grid has holes, or it holds
+            several modes and none was asked for.
     """
-    rows = _read(path)
+    rows = _of_mode(path, _read(path), mode)
     return StepTimes(
         prefill=_phase_times(path, [row for row in rows if row["phase"] == "prefill"], "prefill"),
         decode=_phase_times(path, [row for row in rows if row["phase"] == "decode"], "decode"),
@@ -45,6 +54,21 @@ def _read(path: Path) -> list[_Row]:
             f"{', '.join(missing)}. Make it with `make bench`."
         )
     return rows
+
+
+def _of_mode(path: Path, rows: list[_Row], mode: str | None) -> list[_Row]:
+    found = {row.get("mode") or UNNAMED_MODE for row in rows}
+    if mode is None and len(found) > 1:
+        raise ConfigurationError(
+            f"{path} holds the step times of the modes {', '.join(sorted(found))}, and a server "
+            "serves one of them. Make a cost model of that one with `sglang-alloc-controller "
+            "advise --mode`."
+        )
+    if mode is not None and mode not in found:
+        raise ConfigurationError(
+            f"{path} holds the step times of mode {', '.join(sorted(found))} and not of {mode}."
+        )
+    return [row for row in rows if mode is None or (row.get("mode") or UNNAMED_MODE) == mode]
 
 
 def _phase_times(path: Path, rows: list[_Row], phase: str) -> PhaseTimes:

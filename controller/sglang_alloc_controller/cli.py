@@ -1,4 +1,4 @@
-"""Control story, the door: `sglang-alloc-controller run | check | replay | schema`."""
+"""Control story, the door: `sglang-alloc-controller run | check | replay | advise | schema`."""
 
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -81,6 +81,52 @@ def replay(
         _refuse(error)
     if differs:
         raise typer.Exit(_EXIT_DIFFERS)
+
+
+@app.command()
+def advise(
+    *,
+    benches: Annotated[
+        list[Path], typer.Argument(help="CSVs of `make bench`, one for each mode to compare.")
+    ],
+    tables: Annotated[
+        Path, typer.Option(help="The budget tables (.npz) of the model.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Write the cost model here, for quality.cost_model. Default: print only.",
+            show_default=False,
+        ),
+    ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            help="Mode of the cost model. Default: the one that saves most.", show_default=False
+        ),
+    ] = None,
+    batch: Annotated[
+        list[int], typer.Option(min=1, help="Running requests; give it once per batch size.")
+    ] = [1, 8, 32],  # noqa: B006 - typer copies it
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of an average request.")] = 512,
+    output_tokens: Annotated[int, typer.Option(min=1, help="Of an average request.")] = 128,
+    chunk_tokens: Annotated[int, typer.Option(min=1, help="Of a prefill step.")] = 2048,
+    max_loss: Annotated[
+        float, typer.Option(min=0.0, help="Predicted loss to compare at, nats per token.")
+    ] = 0.01,
+) -> None:
+    """Say which budget buys the most latency per loss at each batch size; write a cost model."""
+    from sglang_alloc_controller.advisor import RequestShape
+    from sglang_alloc_controller.cli_advise import Asked
+    from sglang_alloc_controller.cli_advise import advise as advise_on
+
+    shapes = [RequestShape(prompt_tokens, output_tokens, one, chunk_tokens) for one in batch]
+    try:
+        advise_on(Asked(benches, tables, output, mode, shapes, max_loss))
+    except AllocError as error:
+        _refuse(error)
 
 
 @app.command()

@@ -59,8 +59,11 @@ class Enforcement(Protocol):
     def set_budgets(self, prefill_budget: int, decode_budget: int) -> None:
         """Take the budgets, in activations per token, that the following forwards obey."""
 
-    def begin_forward(self, phase: Phase) -> None:
-        """Start a forward of the served model in this phase."""
+    def begin_forward(self, phase: Phase, num_tokens: int | None = None) -> None:
+        """Start a forward of the served model in this phase.
+
+        Rows from `num_tokens` on are padding of a captured batch; None where there is none.
+        """
 
     def drops_slots(self) -> bool:
         """Return whether the forward under way may hold dropped slots."""

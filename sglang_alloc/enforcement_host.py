@@ -26,7 +26,7 @@ class HostEnforcement:
     def set_budgets(self, prefill_budget: int, decode_budget: int) -> None:
         self._budgets = {"prefill": prefill_budget, "decode": decode_budget}
 
-    def begin_forward(self, phase: Phase) -> None:
+    def begin_forward(self, phase: Phase, num_tokens: int | None = None) -> None:
         self._phase = phase
 
     def drops_slots(self) -> bool:

@@ -46,7 +46,7 @@ class ProbeEnforcement:
         self._write_record()
         self._probe = prefill_budget
 
-    def begin_forward(self, phase: Phase) -> None:
+    def begin_forward(self, phase: Phase, num_tokens: int | None = None) -> None:
         """Do nothing: probes are the same in both phases."""
 
     def drops_slots(self) -> bool:

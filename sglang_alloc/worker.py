@@ -72,6 +72,7 @@ class Worker:
         self.model = model
         self.enforcement = enforcement
         self.metrics = metrics
+        self._on_device = enforcement if isinstance(enforcement, DeviceEnforcement) else None
         self.statistics = WorkerStatistics(model.num_experts)
         self._unseen_layers = set(range(len(model.layer_ids)))
         self._slot = self.table.worker_slot(model.rank)
@@ -109,16 +110,29 @@ class Worker:
     def begin_forward(self, phase: Phase, num_tokens: int) -> None:
         """Every rank, at the start of each forward of the served model."""
         now_ns = time.monotonic_ns()
-        if now_ns - self._reported_ns > REPORT_EVERY_NS:
+        is_due = now_ns - self._reported_ns > REPORT_EVERY_NS
+        if is_due:
             self.report(now_ns)  # before this forward is sampled: its layers are still to come
         if self._unseen_layers and self.steps:
             self._refuse_unseen_layers()
-        self.enforcement.begin_forward(phase)
+        self.enforcement.begin_forward(phase, num_tokens)
+        if is_due and self._on_device is not None:
+            self._on_device.ask_for_measurements()  # for the next report
         if self.model.device_type == "cpu":  # measuring reads tensors: never on an accelerator
             self.statistics.begin_forward(phase, num_tokens)
         self.steps += 1
         if self._record is not None:
             self._record.add(self.steps, self.in_force, phase, num_tokens)
+
+    def begin_capture(self, phase: Phase) -> None:
+        """Every rank: CUDA graphs that are captured from now on belong to this phase."""
+        if self._on_device is not None:
+            self._on_device.begin_capture(phase)
+
+    def prepare(self, slots: RoutedSlots, max_tokens: int) -> None:
+        """Every rank, before the server is ready: do ahead what first forwards would wait for."""
+        if self._on_device is not None:
+            self._on_device.prepare(slots, max_tokens)
 
     def route(self, layer_index: int, slots: RoutedSlots) -> RoutedSlots:
         """Apply the budget to one layer's routing."""
@@ -153,6 +167,8 @@ class Worker:
     def report(self, now_ns: int) -> None:
         """Write this rank's counters to the shared table and its metrics to the engine's."""
         self._reported_ns = now_ns
+        if self._on_device is not None:
+            self.statistics.by_phase.update(self._on_device.measurements())
         self._slot.store(self._counters(now_ns))
         if self.metrics is not None:
             self.metrics.export(self)
@@ -222,9 +238,4 @@ def make_enforcement(
         return ProbeEnforcement(tables, table.section(mean), device_type, profile_record)
     if device_type == "cpu":
         return HostEnforcement(tables)
-    if mode == "token":
-        raise UnsupportedServerError(
-            f"mode 'token' is not available on {device_type!r}: its selection across tokens would "
-            "wait for the device in every layer. Use SGLANG_ALLOC_MODE=threshold or layer."
-        )
-    return DeviceEnforcement(tables, torch.device(device_type))
+    return DeviceEnforcement(tables, table.shape.num_experts, torch.device(device_type))

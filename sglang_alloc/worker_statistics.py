@@ -50,7 +50,10 @@ class WorkerStatistics:
 
     def __init__(self, num_experts: int) -> None:
         self._num_experts = num_experts
-        self.by_phase = {"prefill": PhaseStatistics(), "decode": PhaseStatistics()}
+        self.by_phase: dict[Phase, PhaseStatistics] = {
+            "prefill": PhaseStatistics(),
+            "decode": PhaseStatistics(),
+        }
         self._taken = {"prefill": PhaseStatistics(), "decode": PhaseStatistics()}
         self._sampled: PhaseStatistics | None = None
 

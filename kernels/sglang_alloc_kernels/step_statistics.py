@@ -47,27 +47,45 @@ def add_to_sums_torch(
     """Add one layer's routing, in place.
 
     weights: (T, K) float and ids: (T, K) int as routed, -1 for slots that are not there; kept:
-    (T, K) bool. A row without any slot is padding and counts for nothing.
+    (T, K) bool. A row without any slot is padding and counts for nothing; a weight that is NaN
+    counts as 0, so that one broken request does not end the measuring.
     """
     present = ids >= 0
     kept = kept & present
-    mass = weights.float().masked_fill(~present, 0.0)
+    mass = torch.where(present & ~torch.isnan(weights), weights.float(), 0.0)
     added = (present.any(dim=1).sum(), kept.sum(), mass.sum(), mass.masked_fill(~kept, 0.0).sum())
     step.sums[layer_index] += torch.stack([value.float() for value in added])
-    step.lit[layer_index, ids[kept].long()] = 1
+    num_experts = step.lit.shape[1]
+    experts = torch.where(kept, ids, num_experts).flatten().long()
+    lit = step.lit.new_zeros(num_experts + 1).scatter_(0, experts, 1)
+    step.lit[layer_index] |= lit[:num_experts]
 
 
-def step_statistics_torch(step: StepSums, totals: torch.Tensor) -> None:
+def step_statistics_torch(
+    step: StepSums, totals: torch.Tensor, part: torch.Tensor | None = None
+) -> None:
     """Add a step's sums to the totals and clear them, both in place.
 
-    totals: (L, 6) float64 as from `make_totals`. A layer that saw no token since the last call
-    (another model's, or an idle step's) adds nothing, not even a step.
+    totals: (L, 6) float64 as from `make_totals`; or several of them, (P, L, 6), of which `part`,
+    (1,) int32 on the device, names the one to add to. A layer that saw no token since the last
+    call (another model's, or an idle step's) adds nothing, not even a step.
     """
-    seen = (step.sums[:, 0] > 0).double()
-    distinct = step.lit.sum(dim=1, dtype=torch.int64).double()
-    totals += torch.column_stack((seen, step.sums.double(), distinct)) * seen[:, None]
+    everyone = torch.ones((), dtype=torch.bool, device=totals.device)
+    if part is None:
+        _add_totals(step, totals, everyone)
+    else:
+        for index, one in enumerate(totals):
+            _add_totals(step, one, everyone & (part == index))
     step.sums.zero_()
     step.lit.zero_()
+
+
+def _add_totals(step: StepSums, totals: torch.Tensor, chosen: torch.Tensor) -> None:
+    """Add the step to the totals (L, 6) where `chosen`, one bool, says so."""
+    seen = (step.sums[:, 0] > 0) & chosen
+    distinct = step.lit.sum(dim=1, dtype=torch.int64).double()
+    added = torch.column_stack((torch.ones_like(distinct), step.sums.double(), distinct))
+    totals += torch.where(seen[:, None], added, 0.0)
 
 
 @triton.jit
@@ -75,7 +93,7 @@ def add_to_sums_tile(sums_ptr, lit_ptr, layer_index, weights, ids, kept, routed,
     """Add a tile's routing (T, K) to one layer's sums, as `add_to_sums_torch`; kept is present."""
     present = routed & (ids >= 0)
     tokens = tl.sum((tl.sum(present.to(tl.int32), axis=1) > 0).to(tl.float32))
-    mass = tl.where(present, weights, 0.0)
+    mass = tl.where(present & (weights == weights), weights, 0.0)
     sums_ptr += layer_index * 4
     tl.atomic_add(sums_ptr, tokens)
     tl.atomic_add(sums_ptr + 1, tl.sum(tl.sum(kept.to(tl.float32), axis=1)))
@@ -85,14 +103,11 @@ def add_to_sums_tile(sums_ptr, lit_ptr, layer_index, weights, ids, kept, routed,
     tl.store(lit_ptr + layer_index * NUM_EXPERTS + ids, 1, mask=kept)
 
 
-def step_statistics(step: StepSums, totals: torch.Tensor) -> None:
+def step_statistics(step: StepSums, totals: torch.Tensor, part: torch.Tensor | None = None) -> None:
     """As `step_statistics_torch`, in one launch for all layers."""
     num_layers, num_experts = step.lit.shape
     _step_statistics_kernel[(num_layers,)](
-        step.sums,
-        step.lit,
-        totals,
-        num_experts,
+        *(step.sums, step.lit, totals, part, num_layers, num_experts),
         BLOCK_EXPERTS=triton.next_power_of_2(num_experts),
     )
 
@@ -101,7 +116,9 @@ def step_statistics(step: StepSums, totals: torch.Tensor) -> None:
 def _step_statistics_kernel(
     sums_ptr,  # (L, 4) float32
     lit_ptr,  # (L, E) int8
-    totals_ptr,  # (L, 6) float64
+    totals_ptr,  # (L, 6) or (P, L, 6) float64
+    part_ptr,  # (1,) int32 or None
+    num_layers,
     num_experts,
     BLOCK_EXPERTS: tl.constexpr,
 ):
@@ -117,6 +134,8 @@ def _step_statistics_kernel(
     added = tl.where(column == 0, 1.0, sums)
     added = tl.where(column == 5, tl.sum(lit.to(tl.int32)).to(tl.float64), added)
     totals_ptr += layer * 6 + column
+    if part_ptr is not None:
+        totals_ptr += tl.load(part_ptr) * num_layers * 6
     totals = tl.load(totals_ptr, mask=column < 6, other=0.0)
     tl.store(totals_ptr, totals + tl.where(seen, added, 0.0), mask=column < 6)
     tl.store(sums_ptr + layer * 4 + column - 1, 0.0, mask=is_sum)

@@ -52,3 +52,27 @@ def test_kernel_equals_its_twin_over_steps(device: str) -> None:
         step_statistics_torch(step, theirs)
     torch.testing.assert_close(ours.cpu(), theirs)
     assert torch.equal(ours.cpu()[:, [0, 1, 2, 5]], theirs[:, [0, 1, 2, 5]])
+
+
+def test_the_device_names_the_totals_that_a_step_is_added_to(device: str) -> None:
+    """A captured graph adds to prefill's or decode's totals by what is in memory when it runs."""
+    ours = torch.zeros(2, 2, len(TOTALS), dtype=torch.float64, device=device)
+    theirs = torch.zeros_like(ours, device="cpu")
+    part = torch.zeros(1, dtype=torch.int32)
+    for index in (0, 1, 1):
+        step = make_step_sums(2, 60, "cpu")
+        add_to_sums_torch(step, 0, WEIGHTS, IDS, KEPT)
+        part.fill_(index)
+        step_statistics(on(device, step), ours, part.to(device))
+        step_statistics_torch(step, theirs, part)
+    torch.testing.assert_close(ours.cpu(), theirs)
+    assert theirs[:, 0, 0].tolist() == [1, 2]
+
+
+def test_a_nan_weight_counts_as_no_mass(device: str) -> None:
+    weights = WEIGHTS.clone()
+    weights[0] = float("nan")
+    step, totals = make_step_sums(1, 60, "cpu"), make_totals(1, device)
+    add_to_sums_torch(step, 0, weights, IDS, KEPT)
+    step_statistics(on(device, step), totals)
+    assert totals[0].tolist()[1:5] == [2, 3, 1.0, 1.0]

@@ -10,10 +10,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from sglang_alloc.enforcement import Enforcement, EnforcementTables, PhaseRows, RoutedSlots
 from sglang_alloc.enforcement_device import DeviceEnforcement
 from sglang_alloc.enforcement_host import HostEnforcement
+from sglang_alloc_kernels.slot_rules import TWINS
 
 LAYERS, TOP_K, EXPERTS, TOKENS = 3, 4, 16, 24
 BUDGET_MIN, BUDGET_MAX = LAYERS, LAYERS * TOP_K
-CPU = torch.device("cpu")
+
+
+def _on_device(tables: EnforcementTables) -> DeviceEnforcement:
+    """What serves on a device, on the CPU: nothing can launch kernels here, so with their twins."""
+    return DeviceEnforcement(tables, EXPERTS, torch.device("cpu"), TWINS)
 
 
 def _make_tables(mode: str, *, gains: bool = False, saliency: bool = False) -> EnforcementTables:
@@ -61,10 +66,10 @@ def test_a_full_budget_on_the_host_returns_the_same_object(mode: str) -> None:
     assert not enforcement.drops_slots()
 
 
-@pytest.mark.parametrize("mode", ["layer", "threshold"])
+@pytest.mark.parametrize("mode", ["layer", "token", "threshold"])
 @pytest.mark.parametrize("gains", [False, True])
 def test_a_full_budget_on_a_device_changes_no_bit(mode: str, gains: bool) -> None:
-    enforcement = DeviceEnforcement(_make_tables(mode, gains=gains), CPU)
+    enforcement = _on_device(_make_tables(mode, gains=gains))
     slots = _make_slots()
     enforcement.begin_forward("decode")
     after = enforcement.drop(1, slots)
@@ -72,11 +77,11 @@ def test_a_full_budget_on_a_device_changes_no_bit(mode: str, gains: bool) -> Non
     assert torch.equal(after.ids, slots.ids)
 
 
-@pytest.mark.parametrize("mode", ["layer", "threshold"])
+@pytest.mark.parametrize("mode", ["layer", "token", "threshold"])
 @pytest.mark.parametrize("saliency", [False, True])
 def test_host_and_device_keep_the_same_slots_at_every_budget(mode: str, saliency: bool) -> None:
     tables, slots = _make_tables(mode, saliency=saliency), _make_slots()
-    host, device = HostEnforcement(tables), DeviceEnforcement(tables, CPU)
+    host, device = HostEnforcement(tables), _on_device(tables)
     for budget in range(BUDGET_MIN, BUDGET_MAX + 1):
         assert torch.equal(_kept(host, budget, slots), _kept(device, budget, slots))
 
@@ -98,7 +103,7 @@ def test_prefill_and_decode_obey_their_own_budgets() -> None:
     assert ((decode >= 0).sum(dim=1) == 3).all()
 
 
-@pytest.mark.parametrize("make", [HostEnforcement, lambda t: DeviceEnforcement(t, CPU)])
+@pytest.mark.parametrize("make", [HostEnforcement, _on_device])
 def test_shared_expert_columns_are_never_dropped(make: type[HostEnforcement]) -> None:
     slots = _make_slots(num_shared=2)
     enforcement = make(_make_tables("layer"))
@@ -110,7 +115,7 @@ def test_shared_expert_columns_are_never_dropped(make: type[HostEnforcement]) ->
     assert ((after.ids[:, :TOP_K] >= 0).sum(dim=1) == 1).all()
 
 
-@pytest.mark.parametrize("make", [HostEnforcement, lambda t: DeviceEnforcement(t, CPU)])
+@pytest.mark.parametrize("make", [HostEnforcement, _on_device])
 def test_gains_scale_the_kept_weights(make: type[HostEnforcement]) -> None:
     slots = _make_slots()
     enforcement = make(_make_tables("layer", gains=True))
@@ -123,7 +128,7 @@ def test_gains_scale_the_kept_weights(make: type[HostEnforcement]) -> None:
 
 def test_what_a_graph_recorded_follows_the_budgets_set_later() -> None:
     """A captured graph replays kernels, not Python: tracing stands in for capture on a CPU."""
-    enforcement, slots = DeviceEnforcement(_make_tables("layer"), CPU), _make_slots()
+    enforcement, slots = _on_device(_make_tables("layer")), _make_slots()
 
     def route(weights: torch.Tensor) -> torch.Tensor:
         return enforcement.drop(0, RoutedSlots(weights, slots.ids, 0)).ids
@@ -135,10 +140,10 @@ def test_what_a_graph_recorded_follows_the_budgets_set_later() -> None:
         assert ((recorded(slots.weights) >= 0).sum(dim=1) == budget // LAYERS).all()
 
 
-def test_the_device_buffer_keeps_its_address_through_changes() -> None:
-    enforcement = DeviceEnforcement(_make_tables("layer"), CPU)
+def test_the_device_buffers_keep_their_addresses_through_changes() -> None:
+    enforcement = _on_device(_make_tables("layer"))
     enforcement.begin_forward("decode")
-    before = enforcement.buffer_address()
+    before = enforcement.addresses()
     enforcement.set_budgets(BUDGET_MIN, BUDGET_MIN + 1)
     enforcement.begin_forward("prefill")
-    assert enforcement.buffer_address() == before
+    assert enforcement.addresses() == before

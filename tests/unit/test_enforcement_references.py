@@ -13,6 +13,7 @@ from sglang_alloc.enforcement_host import HostEnforcement
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
 from sglang_alloc.worker_settings import Mode
 from sglang_alloc.worker_tables import enforcement_tables
+from sglang_alloc_kernels.slot_rules import TWINS
 
 WEIGHTS, IDS = torch.tensor([[0.4, 0.3, 0.2, 0.1]]), torch.tensor([[5, 2, 0, 1]])
 BUDGETS = np.arange(1, 5)
@@ -28,7 +29,7 @@ def _tables(mode: Mode) -> EnforcementTables:
 def _enforcement(kind: str, mode: Mode) -> Enforcement:
     if kind == "host":
         return HostEnforcement(_tables(mode))
-    return DeviceEnforcement(_tables(mode), torch.device("cpu"))
+    return DeviceEnforcement(_tables(mode), 6, torch.device("cpu"), TWINS)
 
 
 @pytest.mark.parametrize("kind", ["host", "device"])

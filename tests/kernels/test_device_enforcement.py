@@ -1,0 +1,140 @@
+"""The budget as an accelerator enforces it, by real kernels: against the host, and by itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_alloc.enforcement import EnforcementTables, Phase, PhaseRows, RoutedSlots
+from sglang_alloc.enforcement_device import DeviceEnforcement
+from sglang_alloc.enforcement_host import HostEnforcement
+from sglang_alloc_kernels.slot_rules import KERNELS
+
+LAYERS, TOP_K, EXPERTS, TOKENS = 2, 6, 60, 11
+BUDGET_MIN, FULL = LAYERS, LAYERS * TOP_K
+BUDGETS = (BUDGET_MIN, 5, 8, FULL)
+MODES = ("layer", "threshold", "token")
+
+
+def _make_tables(mode: str) -> EnforcementTables:
+    """Rows that differ between layers and phases, with every correction that the mode has."""
+    budgets = np.arange(BUDGET_MIN, FULL + 1)
+    quotas = ((budgets[:, None] + np.arange(LAYERS)) // LAYERS).astype(np.int16)
+    thresholds = np.linspace(0.3, 0.0, len(budgets), dtype=np.float32)[:, None]
+    thresholds = thresholds * np.array([[1.0, 0.5]], np.float32)
+    references = np.minimum(quotas + 2, TOP_K)
+    is_threshold = mode == "threshold"
+    decode = PhaseRows(
+        quotas,
+        thresholds,
+        np.full_like(thresholds, 1.25) if is_threshold else None,
+        references if is_threshold else None,
+    )
+    prefill = decode._replace(quotas=quotas[:, ::-1].copy(), thresholds=thresholds[:, ::-1].copy())
+    saliency = np.random.default_rng(5).uniform(0.5, 1.5, (LAYERS, EXPERTS)).astype(np.float32)
+    return EnforcementTables(
+        mode=mode,  # type: ignore[arg-type]
+        top_k=TOP_K,
+        budget_min=BUDGET_MIN,
+        budget_max=FULL,
+        prefill=prefill,
+        decode=decode,
+        saliency=saliency,
+    )
+
+
+def _make_slots(tokens: int = TOKENS, num_shared: int = 0) -> RoutedSlots:
+    logits = torch.randn(tokens, EXPERTS, generator=torch.Generator().manual_seed(tokens))
+    weights, ids = logits.softmax(dim=1).topk(TOP_K, dim=1)
+    shared = torch.full((tokens, num_shared), EXPERTS)
+    return RoutedSlots(
+        torch.cat([weights / weights.sum(1, keepdim=True), torch.ones(tokens, num_shared)], 1),
+        torch.cat([ids, shared], 1).int(),
+        num_shared,
+    )
+
+
+def _on(device: str, slots: RoutedSlots) -> RoutedSlots:
+    return RoutedSlots(slots.weights.to(device), slots.ids.to(device), slots.num_shared)
+
+
+def _make_device(mode: str, device: str) -> DeviceEnforcement:
+    return DeviceEnforcement(_make_tables(mode), EXPERTS, torch.device(device), KERNELS)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("num_shared", [0, 1])
+def test_device_agrees_with_host_at_every_budget_and_phase(
+    mode: str, num_shared: int, device: str
+) -> None:
+    host, ours = HostEnforcement(_make_tables(mode)), _make_device(mode, device)
+    slots = _make_slots(num_shared=num_shared)
+    for budget in BUDGETS:
+        phases: tuple[Phase, Phase] = ("decode", "prefill")
+        for phase in phases:
+            kept = []
+            for enforcement, given in ((host, slots), (ours, _on(device, slots))):
+                enforcement.set_budgets(budget, budget)
+                enforcement.begin_forward(phase, TOKENS)
+                kept.append(enforcement.drop(1, given))
+            assert torch.equal(kept[1].ids.cpu(), kept[0].ids)
+            torch.testing.assert_close(kept[1].weights.cpu(), kept[0].weights)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_full_budget_changes_no_bit(mode: str, device: str) -> None:
+    ours, slots = _make_device(mode, device), _on(device, _make_slots())
+    ours.begin_forward("decode", TOKENS)
+    kept = ours.drop(0, slots)
+    assert torch.equal(kept.ids, slots.ids)
+    assert torch.equal(kept.weights, slots.weights)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_padding_rows_light_no_expert_and_leave_the_others_alone(mode: str, device: str) -> None:
+    """A captured batch of eleven rows replayed for seven tokens."""
+    ours, slots = _make_device(mode, device), _on(device, _make_slots(num_shared=1))
+    ours.set_budgets(5, 5)
+    ours.begin_forward("decode", 7)
+    padded = ours.drop(0, slots)
+    assert (padded.ids[7:] == -1).all()
+    assert not padded.weights[7:].any()
+    alone = ours.drop(0, RoutedSlots(slots.weights[:7], slots.ids[:7], 1))
+    assert torch.equal(padded.ids[:7], alone.ids)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_change_of_budget_phase_or_batch_moves_no_tensor(mode: str, device: str) -> None:
+    ours, slots = _make_device(mode, device), _on(device, _make_slots())
+    before = ours.addresses()
+    counts = []
+    for budget, phase, tokens in ((FULL, "decode", 11), (5, "prefill", 11), (5, "decode", 4)):
+        ours.set_budgets(budget, budget)
+        ours.begin_forward(phase, tokens)
+        counts.append(int((ours.drop(1, slots).ids >= 0).sum()))
+    assert ours.addresses() == before
+    assert counts[0] == TOKENS * TOP_K > counts[1] > counts[2] > 0
+
+
+def test_what_was_kept_is_measured_by_phase_and_read_without_waiting(device: str) -> None:
+    ours, slots = _make_device("layer", device), _on(device, _make_slots())
+    ours.prepare(slots, 4)  # leaves traces, as capture does
+    assert ours.measurements() == {}
+    ours.set_budgets(4, 8)
+    for phase, tokens in (("prefill", 11), ("decode", 3), ("decode", 3)):
+        ours.begin_forward(phase, tokens)
+        distinct = [len(ours.drop(layer, slots).ids.unique()) for layer in range(LAYERS)]
+    ours.ask_for_measurements()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    measured = ours.measurements()
+    assert measured["prefill"].activations_per_token() == 4
+    assert measured["decode"].activations_per_token() == 8
+    assert measured["decode"].sampled_forwards == 2
+    assert measured["decode"].tokens == 6
+    lit = sum(distinct) - LAYERS  # the padding's -1 is no expert
+    assert measured["decode"].distinct_experts == 2 * lit
+    ratio = measured["decode"].kept_mass_ratio()
+    expected = slots.weights[:3].sort(descending=True).values[:, :4].sum() / 3
+    assert ratio == pytest.approx(float(expected), rel=1e-5)

@@ -27,12 +27,21 @@ _MOE = "sglang.srt.layers.moe"
 _TOPK = f"{_MOE}.topk"
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
 _RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
-_TRITON = f"{_MOE}.moe_runner.triton_utils.fused_moe"
 _HOOKS = "sglang.srt.plugins.hook_registry"
+
+# What the plugin puts hooks on.
+SELECT_EXPERTS = f"{_TOPK}.select_experts"
+LOAD_MODEL = f"{_RUNNER}.load_model"
+INITIALIZE = f"{_RUNNER}.initialize"
+FORWARD = f"{_RUNNER}.forward"
+PULL_REQUESTS = f"{_RECEIVER}._pull_raw_reqs"
+RECEIVE_REQUESTS = f"{_RECEIVER}.recv_requests"
+CPU_EXPERTS = f"{_MOE}.fused_moe_native.moe_forward_native"
+TRITON_EXPERTS = f"{_MOE}.moe_runner.triton_utils.fused_moe._fused_moe_kernel_sequence"
 
 SEAMS: tuple[Seam, ...] = (
     Seam(
-        f"{_TOPK}.select_experts",
+        SELECT_EXPERTS,
         "function",
         ("hidden_states", "router_logits", "topk_config", "*", "layer_id", "num_token_non_padded"),
         "drop the slots beyond the quota from the routing of a layer",
@@ -57,19 +66,19 @@ SEAMS: tuple[Seam, ...] = (
         "read and replace the routing of a layer",
     ),
     Seam(
-        f"{_RUNNER}.load_model",
+        LOAD_MODEL,
         "function",
         ("self",),
         "bind the table to the loaded model before memory is sized",
     ),
     Seam(
-        f"{_RUNNER}.initialize",
+        INITIALIZE,
         "function",
         ("self",),
         "prove that the routing obeys the budget before the server is ready",
     ),
     Seam(
-        f"{_RUNNER}.forward",
+        FORWARD,
         "function",
         ("self", "forward_batch"),
         "put the budget of the batch's phase in force before its first layer",
@@ -87,13 +96,13 @@ SEAMS: tuple[Seam, ...] = (
         "tell prefill from decode",
     ),
     Seam(
-        f"{_RECEIVER}._pull_raw_reqs",
+        PULL_REQUESTS,
         "function",
         ("self",),
         "let a change of budget join the broadcast on the leading rank",
     ),
     Seam(
-        f"{_RECEIVER}.recv_requests",
+        RECEIVE_REQUESTS,
         "function",
         ("self",),
         "take the change out of the broadcast on every rank, before the same batch",
@@ -123,13 +132,13 @@ SEAMS: tuple[Seam, ...] = (
         "refuse a dispatcher that has not been shown to skip a dropped slot",
     ),
     Seam(
-        f"{_MOE}.fused_moe_native.moe_forward_native",
+        CPU_EXPERTS,
         "function",
         ("layer", "x", "topk_output", "moe_runner_config"),
         "run only the kept slots through the experts on the CPU",
     ),
     Seam(
-        f"{_TRITON}._fused_moe_kernel_sequence",
+        TRITON_EXPERTS,
         "function",
         ("*", "filter_expert"),
         "let the Triton experts skip dropped slots when no expert is sharded",

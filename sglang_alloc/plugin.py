@@ -1,4 +1,7 @@
-"""Data story: every seam between SGLang and the budget, in this one file.
+"""Data story: every hook on SGLang, in this one file.
+
+`plugin_facts.py` reads SGLang's objects, `plugin_proof.py` proves that the hooks are reached, and
+`plugin_records.py` serves the profiler. No other file imports SGLang.
 
 A plugin that is configured but not in place would serve without its budget. So a problem found
 before the hooks ends the process (`plugin_entry`), one found in a hook fails the load of the model,
@@ -10,50 +13,50 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import pkgutil
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from sglang_alloc.allocation_mode import LEXI_NOTE, SALIENCY_NOTE
 from sglang_alloc.budget_follower import BudgetChange
 from sglang_alloc.compatibility import unsupported_version, verify_seams
+from sglang_alloc.compatibility_seams import (
+    CPU_EXPERTS,
+    FORWARD,
+    INITIALIZE,
+    LOAD_MODEL,
+    PULL_REQUESTS,
+    RECEIVE_REQUESTS,
+    SELECT_EXPERTS,
+    TRITON_EXPERTS,
+)
 from sglang_alloc.cpu_moe import forward_gated_experts, forward_kept_slots, gated_experts
 from sglang_alloc.enforcement import RoutedSlots
 from sglang_alloc.errors import AllocError, UnsupportedServerError
-from sglang_alloc.lexi_record import record_deviations
-from sglang_alloc.model_identity import ModelIdentity, identity_from_config
-from sglang_alloc.saliency_record import SaliencyRecorder
-from sglang_alloc.server_check import REFUSED_OPTIONS, ExpertKernel, ServerFacts, check_server
+from sglang_alloc.model_identity import identity_from_config
+from sglang_alloc.plugin_facts import (
+    expert_layers,
+    moe_routers,
+    num_shared_columns,
+    served_model,
+    server_facts,
+)
+from sglang_alloc.plugin_proof import computes_as_the_engine, prove_routing
+from sglang_alloc.plugin_records import record_lexi, record_saliency
+from sglang_alloc.server_check import check_server
 from sglang_alloc.shared_table import SharedTable
-from sglang_alloc.worker import ServedModel, Worker, check_fits, make_enforcement
+from sglang_alloc.worker import Worker, check_fits, make_enforcement
 from sglang_alloc.worker_settings import WorkerSettings, settings_from_environment
 from sglang_alloc.worker_tables import choose_mode
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    import torch
 
     from sglang_alloc.enforcement import Phase
     from sglang_alloc.worker_metrics import WorkerMetrics
 
 logger = logging.getLogger("sglang_alloc")
-
-SELECT_EXPERTS = "sglang.srt.layers.moe.topk.select_experts"
-LOAD_MODEL = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
-INITIALIZE = "sglang.srt.model_executor.model_runner.ModelRunner.initialize"
-FORWARD = "sglang.srt.model_executor.model_runner.ModelRunner.forward"
-RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
-PULL_REQUESTS = f"{RECEIVER}._pull_raw_reqs"
-RECEIVE_REQUESTS = f"{RECEIVER}.recv_requests"
-CPU_EXPERTS = "sglang.srt.layers.moe.fused_moe_native.moe_forward_native"
-TRITON_EXPERTS = (
-    "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe._fused_moe_kernel_sequence"
-)
-
-_LAYER_IN_NAME = re.compile(r"\blayers\.(\d+)\.")
 
 
 @dataclass
@@ -148,15 +151,15 @@ def _bind(model_runner: Any, config: dict[str, Any]) -> None:
     missing = [target for target, hook, _ in _hooks() if not _is_hooked(target, hook)]
     if missing:
         raise UnsupportedServerError(f"these hooks did not take effect: {', '.join(missing)}")
-    routers = _moe_routers(model_runner.model)
-    check_server(_server_facts(model_runner, routers))
-    model = _served_model(model_runner, routers, identity_from_config(config))
+    routers = moe_routers(model_runner.model)
+    check_server(server_facts(model_runner, routers))
+    model = served_model(model_runner, routers, identity_from_config(config))
     worker = Worker(_process.settings)
     check_fits(worker.table, model)
     record = _process.settings.profile_folder if model.rank == 0 else None
     enforcement = make_enforcement(worker.table, worker.mode, model.device_type, record)
     if worker.table.mode_note.endswith(SALIENCY_NOTE):
-        _record_saliency(model_runner, model, record)
+        record_saliency(model_runner, model, record)
     worker.bind(model, enforcement, _metrics(model_runner.server_args, model.rank))
     _process.layer_index_of = {
         id(router.topk_config): index for index, router in enumerate(routers.values())
@@ -164,139 +167,27 @@ def _bind(model_runner: Any, config: dict[str, Any]) -> None:
     _process.worker = worker
 
 
-def _record_saliency(model_runner: Any, model: ServedModel, record: Path | None) -> None:
-    """Observe the experts' outputs, for the profiler."""
-    layers = _expert_layers(model_runner.model)
-    shape = len(model.layer_ids), model.num_experts
-    SaliencyRecorder(shape, _completion(layers), record).attach(layers)
-
-
-def _record_lexi(model_runner: Any, worker: Worker, record: Path | None) -> None:
-    """Record how far each layer's output moves at top-k, for the profiler."""
-    modules = dict(model_runner.model.named_modules())
-    routers = _moe_routers(model_runner.model).values()
-    names = {id(module): name for name, module in modules.items()}
-    blocks = [modules[names[id(router)].rpartition(".")[0]] for router in routers]
-    shape = worker.table.shape
-    complete = _completion(_expert_layers(model_runner.model))
-
-    def dropping(is_dropping: bool) -> None:
-        budget = shape.budget_min if is_dropping else shape.budget_max
-        worker.enforcement.set_budgets(budget, budget)
-
-    record_deviations(blocks, worker.model.top_k, complete, dropping, record)
-
-
-def _completion(layers: list[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return what makes an expert layer's output whole: each rank holds a part of the sum."""
-    from sglang.srt.distributed.communication_op import tensor_model_parallel_all_reduce
-
-    def completed(output: torch.Tensor) -> torch.Tensor:
-        summed: torch.Tensor = tensor_model_parallel_all_reduce(output)
-        return summed
-
-    is_whole = any(getattr(layer, "reduce_results", False) for layer in layers)
-    return (lambda output: output) if is_whole else completed
-
-
 def _prove(model_runner: Any) -> None:
     assert _process.worker is not None
     assert _process.settings is not None
     model = _process.worker.model
-    for layer_index, router in enumerate(_moe_routers(model_runner.model).values()):
-        _prove_routing(_process.worker, layer_index, router)
+    for layer_index, router in enumerate(moe_routers(model_runner.model).values()):
+        prove_routing(_process.worker, layer_index, router)
     if model.device_type == "cpu":
         _process.gated_layers = {
             id(layer)
-            for layer in _expert_layers(model_runner.model)
-            if _computes_as_the_engine(layer, model.top_k)
+            for layer in expert_layers(model_runner.model)
+            if computes_as_the_engine(layer, model.top_k)
         }
     if _process.worker.table.mode_note.endswith(LEXI_NOTE):
         record = _process.settings.profile_folder if model.rank == 0 else None
-        _record_lexi(model_runner, _process.worker, record)
+        record_lexi(model_runner, _process.worker, record)
     _process.worker.watch_layers()
     logger.info(
         "sglang-alloc is in force: model %s, %d MoE layers, %d experts, top-%d, table %s, mode %s, "
         "rank %d, %d hooks verified",
         *(model.name, len(model.layer_ids), model.num_experts, model.top_k),
         *(_process.settings.table_path, _process.worker.mode, model.rank, len(_hooks())),
-    )
-
-
-def _moe_routers(model: torch.nn.Module) -> dict[int, Any]:
-    """Return the model's routers by layer id, in order.
-
-    The id comes from the module's name ("model.layers.3.mlp.topk"): before SGLang 0.5.22 some
-    architectures leave `TopK.layer_id` empty. Raises UnsupportedServerError for a router whose
-    layer cannot be told, or a layer with two.
-    """
-    from sglang.srt.layers.moe.topk import TopK
-
-    routers: dict[int, Any] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, TopK):
-            continue
-        match = _LAYER_IN_NAME.search(name)
-        layer_id = int(match.group(1)) if match else module.layer_id
-        if layer_id is None or layer_id in routers:
-            raise UnsupportedServerError(
-                f"the router {name!r} is not the only one of a numbered layer, so the table has "
-                "no row for it: this architecture is not supported"
-            )
-        routers[layer_id] = module
-    return dict(sorted(routers.items()))
-
-
-def _server_facts(model_runner: Any, routers: dict[int, Any]) -> ServerFacts:
-    """Read what is in force, which from 0.5.20 on is not what the command line says."""
-    from sglang.srt.layers.moe.utils import get_moe_a2a_backend
-
-    arguments = model_runner.server_args
-    resolved = arguments.resolved_dict() if hasattr(arguments, "resolved_dict") else vars(arguments)
-    modules = list(model_runner.model.modules())
-    return ServerFacts(
-        model_path=str(arguments.model_path),
-        device_type=str(model_runner.device),
-        is_rocm=torch.version.hip is not None,
-        a2a_backend=str(get_moe_a2a_backend().value),
-        options={name: resolved.get(name) for name in REFUSED_OPTIONS},
-        router_widths={router.topk_config.top_k for router in routers.values()},
-        module_types={type(module).__name__ for module in modules},
-        expert_kernels={_expert_kernel(layer) for layer in _expert_layers(model_runner.model)},
-    )
-
-
-def _expert_layers(model: torch.nn.Module) -> list[Any]:
-    names = ("moe_runner_config", "quant_method")
-    return [module for module in model.modules() if all(hasattr(module, n) for n in names)]
-
-
-def _expert_kernel(experts: Any) -> ExpertKernel:
-    """Tell which kernel computes one layer's experts; quantisation may choose it per layer."""
-    method = experts.quant_method
-    backend = getattr(getattr(method, "runner", None), "runner_backend", None)
-    return ExpertKernel(
-        quant_method=type(method).__name__,
-        runner_backend=str(getattr(backend, "value", backend)),
-        amx=bool(getattr(experts, "use_intel_amx_backend", False)),
-    )
-
-
-def _served_model(
-    model_runner: Any, routers: dict[int, Any], identity: ModelIdentity
-) -> ServedModel:
-    from sglang.srt.distributed.parallel_state import get_tensor_model_parallel_rank
-
-    topk_config = next(iter(routers.values())).topk_config
-    arguments = model_runner.server_args
-    return ServedModel(
-        name=str(arguments.served_model_name or arguments.model_path),
-        fingerprint=identity.fingerprint(),
-        layer_ids=tuple(routers),
-        top_k=topk_config.top_k - _num_shared(topk_config),
-        num_experts=identity.num_experts,
-        rank=get_tensor_model_parallel_rank(),
-        device_type=str(model_runner.device),
     )
 
 
@@ -308,63 +199,6 @@ def _metrics(server_args: Any, rank: int) -> WorkerMetrics | None:
     from sglang_alloc.worker_metrics import WorkerMetrics
 
     return WorkerMetrics(rank)
-
-
-def _prove_routing(worker: Worker, layer_index: int, router: Any) -> None:
-    """Route three made-up tokens through a real layer at the smallest budget.
-
-    Proves that the layer's own call reaches the hook, and that slots are dropped where the quota
-    asks for it: a stale binding or a backend that routes elsewhere shows here, before the server
-    is ready. The logits fall so steeply that, under softmax and sigmoid alike, all but the first
-    slots weigh next to nothing.
-    """
-    shape, model = worker.table.shape, worker.model
-    hidden_states = torch.zeros(3, 8, device=model.device_type)
-    logits = -4.0 * torch.arange(model.num_experts, device=model.device_type).float()
-    worker.enforcement.set_budgets(shape.budget_min, shape.budget_min)
-    worker.enforcement.begin_forward("decode")
-    try:
-        output = router(hidden_states, logits.repeat(3, 1))
-    finally:
-        worker.enforcement.set_budgets(shape.budget_max, shape.budget_max)
-        worker.enforcement.begin_forward("decode")
-    if type(output).__name__ != "StandardTopKOutput":
-        raise UnsupportedServerError(
-            f"the MoE backend routes inside its kernel ({type(output).__name__}), so no slot can "
-            "be dropped: start SGLang with --moe-runner-backend triton"
-        )
-    quota = worker.quotas("decode", shape.budget_min)[layer_index]
-    must_drop = worker.mode != "threshold" and quota < model.top_k
-    dropped = bool((output.topk_ids < 0).any())
-    if not worker.has_seen(layer_index) or (must_drop and not dropped):
-        raise UnsupportedServerError(
-            f"the routing of MoE layer {model.layer_ids[layer_index]} does not obey the budget: "
-            f"the hook on {SELECT_EXPERTS} is registered but not reached"
-        )
-
-
-def _computes_as_the_engine(layer: Any, top_k: int) -> bool:
-    """Compare our computation of a layer's experts with the engine's, on four made-up tokens.
-
-    Where they differ, or the layer is of a kind that is not ours to compute, the engine's own
-    function goes on computing the experts, with more copying around it.
-    """
-    from sglang.srt.layers.moe.topk import StandardTopKOutput
-
-    experts = gated_experts(layer, layer.moe_runner_config)
-    if experts is None:
-        return False
-    made_up = torch.Generator().manual_seed(0)
-    num_experts, hidden_size = len(experts.w13), experts.w13.shape[2]
-    hidden_states = torch.randn(4, hidden_size, generator=made_up).to(experts.w13.dtype)
-    weights, ids = torch.rand(4, num_experts, generator=made_up).topk(top_k)
-    engine = pkgutil.resolve_name(CPU_EXPERTS)
-    slots = StandardTopKOutput(weights, ids.int(), None)
-    with torch.inference_mode():
-        expected = engine(layer, hidden_states, slots, layer.moe_runner_config).float()
-        found = forward_gated_experts(experts, hidden_states, weights, ids.int()).float()
-    allowed = max(16 * torch.finfo(experts.w13.dtype).eps, 1e-4) * expected.abs().max()
-    return bool((found - expected).abs().max() <= allowed)
 
 
 def _worker_in_force() -> Worker | None:
@@ -427,7 +261,7 @@ def _after_select_experts(output: Any, *args: Any, **kwargs: Any) -> Any:
     layer_index = _process.layer_index_of.get(id(topk_config))
     if layer_index is None:
         return None  # a draft model's layer
-    slots = RoutedSlots(output.topk_weights, output.topk_ids, _num_shared(topk_config))
+    slots = RoutedSlots(output.topk_weights, output.topk_ids, num_shared_columns(topk_config))
     kept = _process.worker.route(layer_index, slots)
     if kept is slots:
         return None
@@ -465,13 +299,6 @@ def _before_triton_experts(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
     if _process.worker is not None:
         kwargs["filter_expert"] = True
     return args, kwargs
-
-
-def _num_shared(topk_config: Any) -> int:
-    """Return the number of trailing shared-expert columns, under either of SGLang's names."""
-    if hasattr(topk_config, "num_shared_topk_slots"):
-        return int(topk_config.num_shared_topk_slots)
-    return int(getattr(topk_config, "num_fused_shared_experts", 0) or 0)
 
 
 def _is_hooked(target: str, hook: Callable[..., Any]) -> bool:

@@ -17,6 +17,8 @@ from table_factory import FINGERPRINT, make_tables
 from sglang_alloc import plugin, plugin_entry
 from sglang_alloc.budget_follower import BudgetChange
 from sglang_alloc.errors import SharedTableError, UnsupportedServerError
+from sglang_alloc.plugin_facts import num_shared_columns
+from sglang_alloc.plugin_proof import prove_routing
 from sglang_alloc.shared_table import Fallback, Selection, publish_shared_table
 from sglang_alloc.worker import ServedModel, Worker, make_enforcement
 from sglang_alloc.worker_settings import WorkerSettings
@@ -175,14 +177,14 @@ def test_the_proof_accepts_a_layer_that_obeys_and_leaves_full_quality(
     worker: Worker, process: Any
 ) -> None:
     for index in range(LAYERS):
-        plugin._prove_routing(worker, index, _Router(process, index))
+        prove_routing(worker, index, _Router(process, index))
     assert not worker.enforcement.drops_slots()
 
 
 def test_the_proof_refuses_a_layer_whose_hook_is_not_reached(worker: Worker, process: Any) -> None:
     worker.watch_layers()
     with pytest.raises(UnsupportedServerError, match="MoE layer 2 does not obey the budget"):
-        plugin._prove_routing(worker, 1, _Router(process, 1, reaches_hook=False))
+        prove_routing(worker, 1, _Router(process, 1, reaches_hook=False))
     assert not worker.enforcement.drops_slots()
 
 
@@ -191,13 +193,13 @@ def test_the_proof_refuses_a_backend_that_routes_in_its_kernel(worker: Worker) -
         return SimpleNamespace(topk_ids=None)
 
     with pytest.raises(UnsupportedServerError, match="routes inside its kernel"):
-        plugin._prove_routing(worker, 0, bypassed)
+        prove_routing(worker, 0, bypassed)
 
 
 def test_the_number_of_shared_columns_is_read_under_either_name() -> None:
-    assert plugin._num_shared(SimpleNamespace(num_shared_topk_slots=1)) == 1
-    assert plugin._num_shared(SimpleNamespace(num_fused_shared_experts=2)) == 2
-    assert plugin._num_shared(SimpleNamespace(num_fused_shared_experts=None)) == 0
+    assert num_shared_columns(SimpleNamespace(num_shared_topk_slots=1)) == 1
+    assert num_shared_columns(SimpleNamespace(num_fused_shared_experts=2)) == 2
+    assert num_shared_columns(SimpleNamespace(num_fused_shared_experts=None)) == 0
 
 
 def test_a_hook_under_a_foreign_wrapper_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

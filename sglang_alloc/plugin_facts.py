@@ -1,0 +1,99 @@
+"""Data story, before serving: what the engine's own objects say about the model and the server."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from sglang_alloc.errors import UnsupportedServerError
+from sglang_alloc.model_identity import ModelIdentity
+from sglang_alloc.server_check import REFUSED_OPTIONS, ExpertKernel, ServerFacts
+from sglang_alloc.worker import ServedModel
+
+_LAYER_IN_NAME = re.compile(r"\blayers\.(\d+)\.")
+
+
+def moe_routers(model: torch.nn.Module) -> dict[int, Any]:
+    """Return the model's routers by layer id, in order.
+
+    The id comes from the module's name ("model.layers.3.mlp.topk"): before SGLang 0.5.22 some
+    architectures leave `TopK.layer_id` empty. Raises UnsupportedServerError for a router whose
+    layer cannot be told, or a layer with two.
+    """
+    from sglang.srt.layers.moe.topk import TopK
+
+    routers: dict[int, Any] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, TopK):
+            continue
+        match = _LAYER_IN_NAME.search(name)
+        layer_id = int(match.group(1)) if match else module.layer_id
+        if layer_id is None or layer_id in routers:
+            raise UnsupportedServerError(
+                f"the router {name!r} is not the only one of a numbered layer, so the table has "
+                "no row for it: this architecture is not supported"
+            )
+        routers[layer_id] = module
+    return dict(sorted(routers.items()))
+
+
+def server_facts(model_runner: Any, routers: dict[int, Any]) -> ServerFacts:
+    """Read what is in force, which from 0.5.20 on is not what the command line says."""
+    from sglang.srt.layers.moe.utils import get_moe_a2a_backend
+
+    arguments = model_runner.server_args
+    resolved = arguments.resolved_dict() if hasattr(arguments, "resolved_dict") else vars(arguments)
+    modules = list(model_runner.model.modules())
+    return ServerFacts(
+        model_path=str(arguments.model_path),
+        device_type=str(model_runner.device),
+        is_rocm=torch.version.hip is not None,
+        a2a_backend=str(get_moe_a2a_backend().value),
+        options={name: resolved.get(name) for name in REFUSED_OPTIONS},
+        router_widths={router.topk_config.top_k for router in routers.values()},
+        module_types={type(module).__name__ for module in modules},
+        expert_kernels={_expert_kernel(layer) for layer in expert_layers(model_runner.model)},
+    )
+
+
+def expert_layers(model: torch.nn.Module) -> list[Any]:
+    names = ("moe_runner_config", "quant_method")
+    return [module for module in model.modules() if all(hasattr(module, n) for n in names)]
+
+
+def _expert_kernel(experts: Any) -> ExpertKernel:
+    """Tell which kernel computes one layer's experts; quantisation may choose it per layer."""
+    method = experts.quant_method
+    backend = getattr(getattr(method, "runner", None), "runner_backend", None)
+    return ExpertKernel(
+        quant_method=type(method).__name__,
+        runner_backend=str(getattr(backend, "value", backend)),
+        amx=bool(getattr(experts, "use_intel_amx_backend", False)),
+    )
+
+
+def served_model(
+    model_runner: Any, routers: dict[int, Any], identity: ModelIdentity
+) -> ServedModel:
+    from sglang.srt.distributed.parallel_state import get_tensor_model_parallel_rank
+
+    topk_config = next(iter(routers.values())).topk_config
+    arguments = model_runner.server_args
+    return ServedModel(
+        name=str(arguments.served_model_name or arguments.model_path),
+        fingerprint=identity.fingerprint(),
+        layer_ids=tuple(routers),
+        top_k=topk_config.top_k - num_shared_columns(topk_config),
+        num_experts=identity.num_experts,
+        rank=get_tensor_model_parallel_rank(),
+        device_type=str(model_runner.device),
+    )
+
+
+def num_shared_columns(topk_config: Any) -> int:
+    """Return the number of trailing shared-expert columns, under either of SGLang's names."""
+    if hasattr(topk_config, "num_shared_topk_slots"):
+        return int(topk_config.num_shared_topk_slots)
+    return int(getattr(topk_config, "num_fused_shared_experts", 0) or 0)

@@ -1,0 +1,72 @@
+"""Data story, before serving: proof on made-up tokens that the real layers obey the budget."""
+
+from __future__ import annotations
+
+import pkgutil
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sglang_alloc.compatibility_seams import CPU_EXPERTS, SELECT_EXPERTS
+from sglang_alloc.cpu_moe import forward_gated_experts, gated_experts
+from sglang_alloc.errors import UnsupportedServerError
+
+if TYPE_CHECKING:
+    from sglang_alloc.worker import Worker
+
+
+def prove_routing(worker: Worker, layer_index: int, router: Any) -> None:
+    """Route three made-up tokens through a real layer at the smallest budget.
+
+    Proves that the layer's own call reaches the hook, and that slots are dropped where the quota
+    asks for it: a stale binding or a backend that routes elsewhere shows here, before the server
+    is ready. The logits fall so steeply that, under softmax and sigmoid alike, all but the first
+    slots weigh next to nothing.
+    """
+    shape, model = worker.table.shape, worker.model
+    hidden_states = torch.zeros(3, 8, device=model.device_type)
+    logits = -4.0 * torch.arange(model.num_experts, device=model.device_type).float()
+    worker.enforcement.set_budgets(shape.budget_min, shape.budget_min)
+    worker.enforcement.begin_forward("decode")
+    try:
+        output = router(hidden_states, logits.repeat(3, 1))
+    finally:
+        worker.enforcement.set_budgets(shape.budget_max, shape.budget_max)
+        worker.enforcement.begin_forward("decode")
+    if type(output).__name__ != "StandardTopKOutput":
+        raise UnsupportedServerError(
+            f"the MoE backend routes inside its kernel ({type(output).__name__}), so no slot can "
+            "be dropped: start SGLang with --moe-runner-backend triton"
+        )
+    quota = worker.quotas("decode", shape.budget_min)[layer_index]
+    must_drop = worker.mode != "threshold" and quota < model.top_k
+    dropped = bool((output.topk_ids < 0).any())
+    if not worker.has_seen(layer_index) or (must_drop and not dropped):
+        raise UnsupportedServerError(
+            f"the routing of MoE layer {model.layer_ids[layer_index]} does not obey the budget: "
+            f"the hook on {SELECT_EXPERTS} is registered but not reached"
+        )
+
+
+def computes_as_the_engine(layer: Any, top_k: int) -> bool:
+    """Compare our computation of a layer's experts with the engine's, on four made-up tokens.
+
+    Where they differ, or the layer is of a kind that is not ours to compute, the engine's own
+    function goes on computing the experts, with more copying around it.
+    """
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    experts = gated_experts(layer, layer.moe_runner_config)
+    if experts is None:
+        return False
+    made_up = torch.Generator().manual_seed(0)
+    num_experts, hidden_size = len(experts.w13), experts.w13.shape[2]
+    hidden_states = torch.randn(4, hidden_size, generator=made_up).to(experts.w13.dtype)
+    weights, ids = torch.rand(4, num_experts, generator=made_up).topk(top_k)
+    engine = pkgutil.resolve_name(CPU_EXPERTS)
+    slots = StandardTopKOutput(weights, ids.int(), None)
+    with torch.inference_mode():
+        expected = engine(layer, hidden_states, slots, layer.moe_runner_config).float()
+        found = forward_gated_experts(experts, hidden_states, weights, ids.int()).float()
+    allowed = max(16 * torch.finfo(experts.w13.dtype).eps, 1e-4) * expected.abs().max()
+    return bool((found - expected).abs().max() <= allowed)

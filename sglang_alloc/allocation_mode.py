@@ -17,8 +17,7 @@ SALIENCY_NOTE = "+saliency"
 LEXI_NOTE = "+lexi"
 
 # The first section that is present counts. Mode `token` keeps the same number of slots as `layer`
-# and has no sensitivities of its own: the quotas' loss bounds it from above. `union` is a rule of
-# decode; its prefill obeys the quotas.
+# and has no sensitivities of its own: the quotas' loss bounds it from above.
 _LOSSES = {
     ("layer", "decode"): ("predicted_loss",),
     ("layer", "prefill"): ("prefill_predicted_loss", "predicted_loss"),
@@ -30,14 +29,28 @@ _LOSSES = {
         "predicted_loss",
     ),
     ("union", "decode"): ("union_predicted_loss", "predicted_loss"),
-    ("union", "prefill"): ("prefill_predicted_loss", "predicted_loss"),
 }
 _NEEDED = {"threshold": "thresholds", "union": "union_quotas"}
+_MADE_BY = {
+    "threshold": "`sglang-alloc calibrate`",
+    "union": "`sglang-alloc profile --mode union` and calibrate or solve",
+}
 
 
 def default_mode(has_section: Callable[[str], bool]) -> str:
     """Return the mode of a table that nobody chose one for: the best that it supports."""
     return "threshold" if has_section("thresholds") else "layer"
+
+
+def mode_of_phase(
+    mode: str, phase: Literal["prefill", "decode"], has_section: Callable[[str], bool]
+) -> str:
+    """Return the mode that a phase obeys: `union` is a rule of decode steps alone.
+
+    A prefill of thousands of tokens opens every expert whatever its rule, so prefill takes the best
+    mode that the table supports.
+    """
+    return default_mode(has_section) if (mode, phase) == ("union", "prefill") else mode
 
 
 def require_support(mode: str, has_section: Callable[[str], bool], model_id: str) -> None:
@@ -46,7 +59,7 @@ def require_support(mode: str, has_section: Callable[[str], bool], model_id: str
     if needed is not None and not has_section(needed):
         raise ConfigurationError(
             f"Mode {mode} was asked for, but the table of {model_id} holds no {needed}. Use mode "
-            "layer or token, or make tables that hold them with `sglang-alloc calibrate`."
+            f"layer or token, or make tables that hold them with {_MADE_BY[mode]}."
         )
 
 
@@ -67,11 +80,16 @@ def predicted_loss(
     return worst
 
 
-def _loss_of(table: SharedTable, mode: str, phase: str) -> npt.NDArray[np.float32]:
+def _loss_of(
+    table: SharedTable, mode: str, phase: Literal["prefill", "decode"]
+) -> npt.NDArray[np.float32]:
     return table.section(loss_section(mode, phase, table.has_section))
 
 
-def loss_section(mode: str, phase: str, has_section: Callable[[str], bool]) -> str:
+def loss_section(
+    mode: str, phase: Literal["prefill", "decode"], has_section: Callable[[str], bool]
+) -> str:
     """Return the name of the array with the predicted losses (N,) of `mode` in `phase`."""
-    names = _LOSSES["layer" if mode == "token" else mode, phase]
+    obeyed = mode_of_phase(mode, phase, has_section)
+    names = _LOSSES["layer" if obeyed == "token" else obeyed, phase]
     return next(name for name in names if has_section(name))

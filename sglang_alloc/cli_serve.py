@@ -27,10 +27,10 @@ def serve(
     ],
     shared_path: SharedPathOption = None,
     mode: Annotated[
-        Literal["layer", "token", "threshold"] | None,
+        Literal["layer", "token", "threshold", "union"] | None,
         typer.Option(
             metavar="MODE",
-            help="How a layer spends its quota: layer, token or threshold. Default: "
+            help="How a layer spends its quota: layer, token, threshold or union. Default: "
             "threshold if the table has thresholds, else layer.",
             envvar="SGLANG_ALLOC_MODE",
             show_envvar=False,

@@ -31,8 +31,9 @@ class RoutedSlots(NamedTuple):
 class PhaseRows(NamedTuple):
     """The table's rows of one phase, (N, L) each; absent ones are None.
 
-    quotas: int; thresholds and gains: float; references: int, how many best slots (and those kept)
-    the kept weights are normalised by: top-k and above change nothing (arXiv 2609.04575).
+    quotas: int, in mode `union` of decode how many of each token's best slots open the set;
+    thresholds and gains: float; references: int, how many best slots (and those kept) the kept
+    weights are normalised by: top-k and above change nothing (arXiv 2609.04575).
     """
 
     quotas: np.ndarray
@@ -42,7 +43,10 @@ class PhaseRows(NamedTuple):
 
 
 class EnforcementTables(NamedTuple):
-    """Everything an implementation reads; arrays are views into the shared table."""
+    """Everything an implementation reads; arrays are views into the shared table.
+
+    `mode` is decode's; prefill obeys `prefill_mode`, or `mode` where that is None.
+    """
 
     mode: Mode
     top_k: int
@@ -51,6 +55,12 @@ class EnforcementTables(NamedTuple):
     prefill: PhaseRows
     decode: PhaseRows
     saliency: np.ndarray | None  # (L, E), mean output norm of each expert
+    num_experts: int = 0  # E, which mode `union` alone asks for
+    prefill_mode: Mode | None = None
+
+    def mode_of(self, phase: Phase) -> Mode:
+        """Return the mode that a phase obeys."""
+        return self.mode if phase == "decode" else self.prefill_mode or self.mode
 
 
 class Enforcement(Protocol):

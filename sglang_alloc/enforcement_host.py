@@ -53,14 +53,18 @@ class HostEnforcement:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         rows = self._rows[self._phase]
         row = self._budgets[self._phase] - self._tables.budget_min
-        if self._tables.mode == "threshold":
+        mode = self._tables.mode_of(self._phase)
+        if mode == "threshold":
             assert rows.thresholds is not None  # checked when the table was bound
             scores = self._scores(layer_index, weights, ids)
             return _drop_below(scores, float(rows.thresholds[row, layer_index]), weights, ids)
         quota = int(rows.quotas[row, layer_index])
-        if self._tables.mode == "token":
+        if mode == "token":
             kept = token_selection_torch(weights, quota, valid=(ids >= 0).any(dim=1))
             return drop_slots_torch(weights, ids, kept)
+        if mode == "union":
+            scores = self._scores(layer_index, weights, ids)
+            return _drop_outside(scores, quota, self._tables.num_experts, weights, ids)
         return _drop_beyond(quota, weights, ids)
 
     def _scores(self, layer_index: int, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -98,6 +102,23 @@ def _drop_beyond(
     comparable = weights.nan_to_num(nan=-torch.inf)
     worst = comparable.argsort(dim=1, descending=True, stable=True)[:, quota:]
     return weights.scatter(1, worst, 0.0), ids.scatter(1, worst, DROPPED)
+
+
+def _drop_outside(
+    scores: torch.Tensor,
+    opening_slots: int,
+    num_experts: int,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what union_selection_torch does without a cap, in 8 operations instead of 17."""
+    comparable = scores.masked_fill(ids < 0, -torch.inf).nan_to_num(nan=-torch.inf)
+    best = comparable.argsort(dim=1, descending=True, stable=True)[:, :opening_slots]
+    outside = torch.ones(num_experts + 1, dtype=torch.bool)
+    outside[ids.gather(1, best)] = False
+    outside[DROPPED] = True  # where absent slots read and wrote
+    dropped = outside[ids]
+    return weights.masked_fill(dropped, 0.0), ids.masked_fill(dropped, DROPPED)
 
 
 def _with_shared_columns(

@@ -70,7 +70,7 @@ class ProbeEnforcement:
 
     def _kept(self, scores: torch.Tensor, ids: torch.Tensor, quota: float) -> torch.Tensor:
         rank = slot_rank_torch(scores)
-        mode: str = self._tables.mode  # also `union`, which can be profiled but not served yet
+        mode = self._tables.mode
         if mode == "threshold":
             return _best_on_average(scores, rank, quota)
         opened = rank < round(quota)

@@ -18,7 +18,7 @@ FALLBACK_VARIABLE = "SGLANG_ALLOC_FALLBACK"
 STEP_RECORD_VARIABLE = "SGLANG_ALLOC_STEP_RECORD"
 PROFILE_VARIABLE = "SGLANG_ALLOC_PROFILE"
 
-Mode = Literal["layer", "token", "threshold"]
+Mode = Literal["layer", "token", "threshold", "union"]
 MODES: tuple[str, ...] = get_args(Mode)
 
 # Ten controller ticks of one second: long enough for a restart, short against a shift.

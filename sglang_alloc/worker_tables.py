@@ -10,9 +10,10 @@ from sglang_alloc.allocation_mode import (
     MODES,
     PROBE_NOTE,
     default_mode,
+    mode_of_phase,
     require_support,
 )
-from sglang_alloc.enforcement import EnforcementTables, PhaseRows
+from sglang_alloc.enforcement import EnforcementTables, Phase, PhaseRows
 from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.shared_table import SharedTable
 from sglang_alloc.worker_settings import Mode
@@ -45,12 +46,15 @@ def choose_mode(asked: Mode | None, table: SharedTable, *, profiling: bool = Fal
 def enforcement_tables(table: SharedTable, mode: Mode) -> EnforcementTables:
     """Collect the rows of both phases; prefill uses its own rows where the table has them."""
     shape = table.shape
-    corrections = _corrections(table, mode)
-    decode = PhaseRows(table.section("quotas"), _optional(table, "thresholds"), *corrections)
+    decode = PhaseRows(
+        table.section("union_quotas" if mode == "union" else "quotas"),
+        _optional(table, "thresholds"),
+        *_corrections(table, _mode_in(table, mode, "decode")),
+    )
     prefill = PhaseRows(
         _first(table, "prefill_quotas", "quotas"),
         _optional_first(table, "prefill_thresholds", "thresholds"),
-        *corrections,
+        *_corrections(table, _mode_in(table, mode, "prefill")),
     )
     return EnforcementTables(
         mode=mode,
@@ -60,7 +64,13 @@ def enforcement_tables(table: SharedTable, mode: Mode) -> EnforcementTables:
         prefill=prefill,
         decode=decode,
         saliency=_optional(table, "saliency"),
+        num_experts=shape.num_experts,
+        prefill_mode=_mode_in(table, mode, "prefill"),
     )
+
+
+def _mode_in(table: SharedTable, mode: Mode, phase: Phase) -> Mode:
+    return cast(Mode, mode_of_phase(mode, phase, table.has_section))
 
 
 def _corrections(table: SharedTable, mode: Mode) -> tuple[np.ndarray | None, np.ndarray | None]:

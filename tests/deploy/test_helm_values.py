@@ -12,7 +12,7 @@ from chart_render import CHART, helm
 
 REFUSED = [
     ("replicas=2", "additional properties 'replicas' not allowed"),
-    ('worker.mode="union"', "/worker/mode"),
+    ('worker.mode="fastest"', "/worker/mode"),
     ('worker.fallback="none"', "/worker/fallback"),
     ("worker.staleAfterSeconds=0", "/worker/staleAfterSeconds"),
     ('sharedTable.mountPath="relative"', "/sharedTable/mountPath"),

@@ -45,7 +45,7 @@ CASES = [
     Case("qwen3_moe", "threshold"),
     Case("qwen3_moe", "token", ranks=2),
     Case("olmoe", "layer"),
-    Case("mixtral", "token"),
+    Case("mixtral", "union"),
     Case("glm4_moe", "layer"),
 ]
 

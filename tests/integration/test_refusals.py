@@ -59,8 +59,8 @@ def test_a_truncated_table_is_refused(model: Path, tiny_table: Callable[[Path], 
 
 
 def test_an_unknown_mode_is_refused(model: Path, tiny_table: Callable[[Path], Path]) -> None:
-    output = _refused(model, {TABLE_VARIABLE: str(tiny_table(model)), MODE_VARIABLE: "union"})
-    assert "SGLANG_ALLOC_MODE='union' is not a mode of allocation" in output
+    output = _refused(model, {TABLE_VARIABLE: str(tiny_table(model)), MODE_VARIABLE: "fastest"})
+    assert "SGLANG_ALLOC_MODE='fastest' is not a mode of allocation" in output
 
 
 def test_a_table_of_another_model_is_refused(model: Path, tmp_path: Path) -> None:

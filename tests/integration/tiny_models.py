@@ -101,7 +101,7 @@ def make_model(architecture: str, folder: Path) -> Path:
 
 
 def make_tables(model_folder: Path) -> BudgetTables:
-    """Return uniform quotas and arbitrary thresholds for every budget of the model."""
+    """Return uniform quotas, of `union` too, and arbitrary thresholds for every budget."""
     config = json.loads((model_folder / "config.json").read_text())
     identity = identity_from_config(config)
     first = int(config.get("first_k_dense_replace", 0))
@@ -109,6 +109,7 @@ def make_tables(model_folder: Path) -> BudgetTables:
     layers, top_k = len(layer_ids), identity.top_k
     budgets = np.arange(layers, layers * top_k + 1, dtype=np.int32)
     falling = np.linspace(0.6, 0.0, len(budgets), dtype=np.float32)
+    quotas = ((budgets[:, None] + np.arange(layers)) // layers).astype(np.int16)
     return BudgetTables(
         model_id=model_folder.name,
         fingerprint=identity.fingerprint(),
@@ -116,8 +117,10 @@ def make_tables(model_folder: Path) -> BudgetTables:
         top_k=top_k,
         layer_ids=layer_ids,
         budgets=budgets,
-        quotas=((budgets[:, None] + np.arange(layers)) // layers).astype(np.int16),
+        quotas=quotas,
         predicted_loss=np.linspace(1.0, 0.0, len(budgets), dtype=np.float32),
+        union_quotas=quotas,
+        union_predicted_loss=np.linspace(0.5, 0.0, len(budgets), dtype=np.float32),
         thresholds=np.repeat(falling[:, None], layers, axis=1),
         provenance={"made_for": "tests"},
     )

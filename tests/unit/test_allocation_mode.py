@@ -39,7 +39,7 @@ def published(tmp_path: Path) -> Publish:
         ("threshold", "decode", "threshold_predicted_loss"),
         ("threshold", "prefill", "prefill_threshold_loss"),
         ("union", "decode", "union_predicted_loss"),
-        ("union", "prefill", "prefill_predicted_loss"),
+        ("union", "prefill", "prefill_threshold_loss"),
     ],
 )
 def test_each_mode_has_its_own_predicted_loss(

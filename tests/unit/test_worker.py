@@ -234,3 +234,12 @@ def test_prefill_uses_its_own_rows_where_the_table_has_them(tmp_path: Path) -> N
 def test_the_device_decides_the_implementation(table: SharedTable) -> None:
     assert isinstance(make_enforcement(table, "token", "cpu"), HostEnforcement)
     assert isinstance(make_enforcement(table, "token", "meta"), DeviceEnforcement)
+
+
+def test_mode_union_is_refused_on_a_device(tmp_path: Path) -> None:
+    publish_shared_table(tmp_path / "full.tbl", make_full_tables())
+    with (
+        SharedTable.open(tmp_path / "full.tbl") as full,
+        pytest.raises(UnsupportedServerError, match="'union' is not available on 'cuda'"),
+    ):
+        make_enforcement(full, "union", "cuda")

@@ -41,7 +41,7 @@ def test_every_variable_is_read() -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("MODE", "union", "use one of layer, token, threshold"),
+        ("MODE", "fastest", "use one of layer, token, threshold, union"),
         ("STALE_AFTER_SECONDS", "soon", "not a positive number of seconds"),
         ("STALE_AFTER_SECONDS", "-1", "not a positive number of seconds"),
         ("STALE_AFTER_SECONDS", "inf", "not a positive number of seconds"),

@@ -1,7 +1,7 @@
 """Control story, second step: the last minute of readings, and what they say about each SLO."""
 
 import math
-from collections import deque
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -46,7 +46,9 @@ class ReadingHistory:
         """Start without readings."""
         self._law = law
         self._freshness = freshness
-        self._entries: deque[_Entry] = deque()
+        self._entries: list[_Entry] = []
+        self._times: list[float] = []  # when each of them was taken
+        self._found: dict[tuple[object, ...], Sample | None] = {}  # of the newest reading
         self._active_at_seconds = -math.inf
         self.restarted_at_seconds = -math.inf
 
@@ -54,6 +56,7 @@ class ReadingHistory:
         """Judge the same readings by other settings from now on."""
         self._law = law
         self._freshness = freshness
+        self._found.clear()
 
     @property
     def newest(self) -> Reading | None:
@@ -73,11 +76,14 @@ class ReadingHistory:
         anew = after_failure if last is None else _restarted(last.reading, reading)
         if anew:
             self._entries.clear()
+            self._times.clear()
             self.restarted_at_seconds = reading.taken_at_seconds
         busy = reading.running_requests > 0 or reading.queue_requests > 0
         if last is None or busy or entry.events != last.events:
             self._active_at_seconds = reading.taken_at_seconds
         self._entries.append(entry)
+        self._times.append(reading.taken_at_seconds)
+        self._found.clear()
         self._drop_old(reading.taken_at_seconds)
         return anew
 
@@ -106,11 +112,18 @@ class ReadingHistory:
         than `min_samples` events. None: no window, no events, or no such SLO.
         """
         threshold = settings.ttft_seconds if slo == "ttft" else settings.itl_seconds
-        older = self._window_start(slo, since_seconds, window_seconds)
-        newest = self.newest
-        if newest is None or older is None or threshold is None:
-            return None
-        return _sample(slo, older, newest, threshold, settings.objective_ratio)
+        objective = settings.objective_ratio
+        # Several ticks see the same reading; what it says does not change between them.
+        asked = (slo, threshold, objective, since_seconds, window_seconds)
+        if asked not in self._found:
+            older = self._window_start(slo, since_seconds, window_seconds)
+            newest = self.newest
+            self._found[asked] = (
+                None
+                if newest is None or older is None or threshold is None
+                else _sample(slo, older, newest, threshold, objective)
+            )
+        return self._found[asked]
 
     def event_rate(self, slo: Slo) -> float:
         """Return the events per second of the long window, whatever changed in it: the load."""
@@ -118,7 +131,7 @@ class ReadingHistory:
             return 0.0
         newest = self._entries[-1]
         start_seconds = newest.taken_at_seconds - self._law.long_window_seconds
-        older = next(one for one in self._entries if one.taken_at_seconds >= start_seconds)
+        older = self._entries[bisect_left(self._times, start_seconds)]
         span_seconds = newest.taken_at_seconds - older.taken_at_seconds
         events = newest.events[slo] - older.events[slo]
         return events / span_seconds if span_seconds > 0 else 0.0
@@ -126,23 +139,25 @@ class ReadingHistory:
     def _window_start(
         self, slo: Slo, since_seconds: float, window_seconds: float
     ) -> Reading | None:
-        start, backwards = None, reversed(self._entries)
-        newest = next(backwards, None)
-        for older in backwards:
-            if newest is None or older.taken_at_seconds < since_seconds:
-                break
-            start = older.reading
-            span_seconds = newest.taken_at_seconds - older.taken_at_seconds
-            events = newest.events[slo] - older.events[slo]
-            if span_seconds >= window_seconds and events >= self._law.min_samples:
-                break
-        return start
+        first = bisect_left(self._times, since_seconds)
+        last = len(self._entries) - 1
+        if first >= last:
+            return None
+        newest = self._entries[-1]
+        # Going back, the span and the events grow, so both are searched by halves.
+        long_enough = bisect_right(self._times, newest.taken_at_seconds - window_seconds) - 1
+        enough_events = newest.events[slo] - self._law.min_samples
+        rich_enough = (
+            bisect_right(self._entries, enough_events, key=lambda entry: entry.events[slo]) - 1
+        )
+        return self._entries[max(first, min(long_enough, rich_enough, last - 1))].reading
 
     def _drop_old(self, now_seconds: float) -> None:
         horizon_seconds = now_seconds - self._law.window_max_seconds
         # The last one before the horizon stays: it is where the longest window begins.
-        while len(self._entries) > 2 and self._entries[1].taken_at_seconds <= horizon_seconds:
-            self._entries.popleft()
+        old = min(bisect_right(self._times, horizon_seconds) - 1, len(self._times) - 2)
+        if old > 0:
+            del self._entries[:old], self._times[:old]
 
 
 def _restarted(older: Reading, newer: Reading) -> bool:

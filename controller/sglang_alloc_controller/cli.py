@@ -1,4 +1,4 @@
-"""Control story, the door: `sglang-alloc-controller run | check | replay | advise | schema`."""
+"""Control story, the door: `sglang-alloc-controller run | check | replay | advise | simulate | ...`."""
 
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -21,6 +21,7 @@ ConfigPath = Annotated[
 _EXIT_REFUSED = 2
 _EXIT_CHECK_FAILED = 1
 _EXIT_DIFFERS = 1
+_EXIT_INTERRUPTED = 130
 
 
 @app.command()
@@ -127,6 +128,82 @@ def advise(
         advise_on(Asked(benches, tables, output, mode, shapes, max_loss))
     except AllocError as error:
         _refuse(error)
+
+
+@app.command()
+def simulate(
+    *,
+    scenario: Annotated[
+        list[str] | None,
+        typer.Option(help="A load by name; may be repeated.", show_default=False),
+    ] = None,
+    law: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="ours, oracle, full or a rival; may be repeated. Default: ours, with --all every "
+            "law.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Seed of the arrivals; may be repeated. Default: 1, with --all 1 and 2.",
+            show_default=False,
+        ),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every scenario with every law and the default seeds.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for results.csv, summary.md and the plots. A run that was interrupted "
+            "goes on there. Default: print only.",
+            show_default=False,
+        ),
+    ] = None,
+    bench: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV of your server's step times, of `python -m sglang_alloc.bench`. Default: "
+            "the reference model on two CPU cores.",
+            show_default=False,
+        ),
+    ] = None,
+    tables: Annotated[
+        Path | None,
+        typer.Option(
+            help="Your budget tables, for their predicted losses. Default: those of the "
+            "reference model.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Median length of a prompt.")] = 512,
+    output_tokens: Annotated[int, typer.Option(min=1, help="Median length of an answer.")] = 32,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Worker processes; 0: one for each core.")
+    ] = 0,
+) -> None:
+    """Try the control law and its rivals on a simulated server, and print how they did."""
+    from sglang_alloc_controller.cli_simulate import checked
+    from sglang_alloc_controller.cli_simulate import simulate as run_simulation
+    from sglang_alloc_controller.simulator.deployment import DEFAULT_MIX, read_deployment
+
+    try:
+        request = checked(scenario or (), law or (), seed or (), everything)
+        mix = DEFAULT_MIX._replace(prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+        deployment = read_deployment(bench, tables, mix)
+        text = run_simulation(request._replace(out=out, workers=workers), deployment)
+    except AllocError as error:
+        _refuse(error)
+    except KeyboardInterrupt:
+        kept = (
+            f"what is finished is kept in {out}" if out else "give --out to keep what is finished"
+        )
+        typer.echo(f"sglang-alloc-controller: interrupted; {kept}.", err=True)
+        raise typer.Exit(_EXIT_INTERRUPTED) from None
+    typer.echo(text, nl=False)
 
 
 @app.command()

@@ -2,8 +2,8 @@
 
 The oracle looks ahead on a copy of the engine. Every `interval_seconds` it takes the pair of
 budgets with the smallest predicted loss that keeps the objective over the next `horizon_seconds`;
-if none does, the one that keeps most requests within the SLOs. It chooses among the useful budgets
-of each phase. Several horizons are tried; the oracle is the smallest loss among those whose
+if none does, the one that keeps most requests within the SLOs. It chooses among the same
+budgets as our law. Several horizons are tried; the oracle is the smallest loss among those whose
 attainment is within half a percentage point of the best of them. It keeps the objective in every
 stretch of a horizon's length, not only on the average of a run, where a long calm would pay for
 a burst without any answer to it. It is a bound for a law that must wait and see, and no proven
@@ -21,14 +21,12 @@ from sglang_alloc_controller.simulator.run_law import Run, run_law
 from sglang_alloc_controller.simulator.scenarios import Scenario
 from sglang_alloc_controller.simulator.scores import Score, score, within_slo
 from sglang_alloc_controller.simulator.workload import Workload
-from sglang_alloc_controller.simulator.world import World, useful_budgets
+from sglang_alloc_controller.simulator.world import World
 
 INTERVAL_SECONDS = 5.0
 # A run is divided into this many intervals at most: a slow day is planned by the minute.
 _INTERVALS_MAX = 1440
 HORIZONS_SECONDS = (10.0, 30.0)
-# Levels of each phase that are tried, evenly spread over the useful budgets.
-_LEVELS = 4
 _EQUAL_ATTAINMENT = 0.005
 
 
@@ -39,20 +37,10 @@ class Scored(NamedTuple):
     score: Score
 
 
-def candidates(world: World, levels: int = _LEVELS) -> list[Budgets]:
-    """Return pairs of useful budgets, those with the smallest predicted loss first."""
-    chosen = []
-    for phase in PHASES:
-        size = (
-            float(world.plant.chunk_tokens)
-            if phase == "prefill"
-            else world.plant.max_running_requests / 2
-        )
-        useful = useful_budgets(world.plant, world.ranges[phase], phase, size)
-        last = len(useful) - 1
-        picks = sorted({round(last * pick / (levels - 1)) for pick in range(levels)})
-        chosen.append([useful[pick] for pick in picks])
-    pairs = [(prefill, decode) for prefill, decode in product(*chosen)]
+def candidates(world: World) -> list[Budgets]:
+    """Return the pairs of budgets that our law has too, the smallest predicted loss first."""
+    levels = [world.ranges[phase].levels for phase in PHASES]
+    pairs = [(prefill, decode) for prefill, decode in product(*levels)]
     return sorted(pairs, key=world.plant.loss)
 
 

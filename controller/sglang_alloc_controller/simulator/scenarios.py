@@ -66,6 +66,8 @@ class Scenario:
     """Whether some budget can keep the SLOs; the bar is judged on those only."""
     disturbed_at_seconds: float | None = None
     """When the load jumps, for settling time and overshoot."""
+    constant: bool = False
+    """Whether the load stays as it is, so that the budgets should come to rest."""
 
     def workload(self, mix: RequestMix, capacities: Capacities, seed: int) -> Workload:
         """Draw the requests."""
@@ -145,9 +147,9 @@ SCENARIOS: tuple[Scenario, ...] = (
              faults=Faults(failing_ratio=0.2, wrong_queue_ratio=0.02)),
     Scenario("engine-restart", 40 * _MINUTE, _BURST, 1.6,
              restarts=((15 * _MINUTE, 15.5 * _MINUTE),)),
-    Scenario("constant-low", _HOUR, _steps((0.0, 0.5)), 0.5),
-    Scenario("constant-near", _HOUR, _steps((0.0, 0.95)), 0.95),
-    Scenario("constant-over", _HOUR, _steps((0.0, 1.4)), 1.4),
+    Scenario("constant-low", _HOUR, _steps((0.0, 0.5)), 0.5, constant=True),
+    Scenario("constant-near", _HOUR, _steps((0.0, 0.95)), 0.95, constant=True),
+    Scenario("constant-over", _HOUR, _steps((0.0, 1.4)), 1.4, constant=True),
     Scenario("infeasible", 30 * _MINUTE, _steps((0.0, 0.5), (5 * _MINUTE, 3.0)), 3.0,
              feasible=False),
 )  # fmt: skip

@@ -109,18 +109,6 @@ def slo_capacity(plant: Plant, mix: RequestMix, settings: Settings, budgets: Bud
     return low
 
 
-def useful_budgets(plant: Plant, budgets: BudgetRange, phase: Phase, size: float) -> list[int]:
-    """Return the budgets that are faster than every larger one at this size, the largest first."""
-    times = plant.times.prefill if phase == "prefill" else plant.times.decode
-    useful, fastest = [budgets.ceiling], times.at(size, budgets.ceiling)
-    for budget in range(budgets.ceiling - 1, budgets.floor - 1, -1):
-        seconds = times.at(size, budget)
-        if seconds < fastest:
-            useful.append(budget)
-            fastest = seconds
-    return useful
-
-
 def _trial(plant: Plant, mix: RequestMix, rate: float, budgets: Budgets) -> Engine:
     workload = poisson_workload(lambda _: rate, rate, _TRIAL_SECONDS, lambda _: mix, seed=0)
     engine = Engine(workload, plant, budgets)

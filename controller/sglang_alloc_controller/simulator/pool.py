@@ -1,0 +1,121 @@
+"""Simulator, the command: cells in worker processes, the longest first, finished ones kept."""
+
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
+
+from sglang_alloc.errors import ConfigurationError
+from sglang_alloc_controller.simulator.cells import Cell, CellStore, Finished
+from sglang_alloc_controller.simulator.law_names import LAWS, run_named
+from sglang_alloc_controller.simulator.scenarios import named
+from sglang_alloc_controller.simulator.timeline import timeline
+from sglang_alloc_controller.simulator.world import World
+
+# How often the progress is shown while nothing finishes.
+_SHOW_SECONDS = 0.5
+Progress = Callable[[float, str], None]
+"""Called with the finished share of the work and with what is known of the time left."""
+
+_world: World
+
+
+def relative_cost(cell: Cell) -> float:
+    """Return how long a cell takes compared to others."""
+    cost = {law.name: law.relative_cost for law in LAWS}
+    return cost[cell.law] * named(cell.scenario).seconds
+
+
+def simulate(world: World, cell: Cell) -> Finished:
+    """Simulate one cell."""
+    scenario = named(cell.scenario)
+    plant_world = world if cell.gain == 1.0 else world.with_gain(cell.gain)
+    run, score = run_named(cell.law, plant_world, scenario, cell.seed)
+    return Finished(cell, score, timeline(run, world.settings_for(scenario).slo))
+
+
+def run_cells(
+    world: World, cells: Iterable[Cell], store: CellStore | None, workers: int, progress: Progress
+) -> list[Finished]:
+    """Return all cells in their order, those from the store and those simulated now.
+
+    Interrupting it keeps what is finished.
+
+    Raises:
+        ConfigurationError: a result cannot be written, or a worker process died.
+    """
+    asked = list(cells)
+    done: dict[Cell, Finished] = {}
+    for cell in asked:
+        kept = store.load(cell) if store else None
+        if kept is not None:
+            done[cell] = kept
+    missing = sorted((cell for cell in asked if cell not in done), key=relative_cost, reverse=True)
+    if missing:
+        for finished in _simulated(world, missing, workers, progress):
+            if store:
+                store.save(finished)
+            done[finished.cell] = finished
+    return [done[cell] for cell in asked]
+
+
+def _simulated(
+    world: World, cells: list[Cell], workers: int, progress: Progress
+) -> Iterator[Finished]:
+    started, total = time.monotonic(), sum(relative_cost(cell) for cell in cells)
+    spent = 0.0
+    with _executor(world, min(workers, len(cells))) as executor:
+        pending: set[Future[Finished]] = {executor.submit(_in_worker, cell) for cell in cells}
+        while pending:
+            finished, pending = wait(pending, _SHOW_SECONDS, FIRST_COMPLETED)
+            for future in finished:
+                result = _result(future)
+                spent += relative_cost(result.cell)
+                yield result
+            progress(spent / total, _time_left(time.monotonic() - started, spent / total))
+
+
+@contextmanager
+def _executor(world: World, workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Yield worker processes that end with the block, however it ends."""
+    executor = ProcessPoolExecutor(workers, get_context("spawn"), _initialise, (world,))
+    try:
+        yield executor
+    except BaseException:
+        processes = list((executor._processes or {}).values())
+        executor.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+        raise
+    executor.shutdown()
+
+
+def _initialise(world: World) -> None:
+    global _world  # noqa: PLW0603 - each worker process has one world
+    _world = world
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+
+
+def _in_worker(cell: Cell) -> Finished:
+    return simulate(_world, cell)
+
+
+def _result(future: Future[Finished]) -> Finished:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise ConfigurationError(
+            "A worker process died, perhaps for want of memory. Use fewer with --workers, and run "
+            "the same command again: what is finished is kept."
+        ) from error
+
+
+def _time_left(spent_seconds: float, share: float) -> str:
+    if share <= 0:
+        return "time left not known yet"
+    left = spent_seconds * (1 - share) / share
+    minutes, seconds = divmod(5 * round(left / 5), 60)
+    return f"about {minutes} min {seconds:02d} s left" if minutes else f"about {seconds} s left"

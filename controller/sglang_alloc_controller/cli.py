@@ -1,4 +1,4 @@
-"""Control story, the door: `sglang-alloc-controller run | check | replay | advise | simulate | ...`."""
+"""Control story, the door: the commands of `sglang-alloc-controller`."""
 
 from pathlib import Path
 from typing import Annotated, NoReturn

@@ -65,7 +65,7 @@ def parse_time(text: str) -> float:
     result = _result(text)
     try:
         return float(result[1])
-    except (IndexError, TypeError, ValueError) as error:
+    except (IndexError, TypeError, ValueError, OverflowError) as error:
         raise SourceError(f"Prometheus answered to time() with {text[:80]!r}.") from error
 
 
@@ -102,11 +102,11 @@ def parse_answer(text: str, offset_seconds: float, settings: SourceSettings) -> 
 def _series(text: str) -> Iterable[_Series]:
     for one in _result(text):
         try:
-            metric = dict(one["metric"])
+            metric = {str(label): str(value) for label, value in one["metric"].items()}
             taken_at_seconds, value = one["values"][-1]
             name = str(metric.pop("__name__")).removeprefix("sglang").lstrip(":_")
             yield _Series(name, Labels.of(metric), float(taken_at_seconds), float(value))
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise SourceError(f"Prometheus answered with a series like {one!r:.120}.") from error
 
 
@@ -116,7 +116,7 @@ def _result(text: str) -> list[Any]:
         if answer["status"] == "success" and isinstance(answer["data"]["result"], list):
             return list(answer["data"]["result"])
         problem = str(answer.get("error", "no result"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(
             f"The Prometheus API answered with {text[:80]!r}, which is not its JSON. Check "
             "source.url."

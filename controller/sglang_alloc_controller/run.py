@@ -17,6 +17,7 @@ from sglang_alloc_controller.control_api import orders
 from sglang_alloc_controller.decision_log import DecisionLog
 from sglang_alloc_controller.http_permit import Permit
 from sglang_alloc_controller.kill_switch import KillSwitch
+from sglang_alloc_controller.log_output import LogOutput
 from sglang_alloc_controller.loop import ControlLoop, Surroundings
 from sglang_alloc_controller.metrics_server import (
     HTML_TYPE,
@@ -168,7 +169,7 @@ def _ready(loop: ControlLoop) -> Health:
 
 def _configure_logging() -> None:
     """Log to standard error: for people on a terminal, as JSON lines elsewhere."""
-    on_terminal = sys.stderr.isatty()
+    on_terminal, output = sys.stderr.isatty(), LogOutput(sys.stderr.fileno())
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
@@ -177,5 +178,5 @@ def _configure_logging() -> None:
             structlog.dev.ConsoleRenderer() if on_terminal else structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=lambda *names: output,
     )

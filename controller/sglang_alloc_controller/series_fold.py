@@ -30,12 +30,14 @@ class Labels(NamedTuple):
     @classmethod
     def of(cls, labels: Mapping[str, str]) -> "Labels":
         """Read a label set; a bucket edge that is no number raises ValueError."""
-        edge = labels.get("le")
+        edge = None if "le" not in labels else float(labels["le"])
+        if edge is not None and math.isnan(edge):
+            raise ValueError("a bucket edge is NaN")
         rest = sorted((k, v) for k, v in labels.items() if k not in {"le", "__name__"})
         return cls(
             series=",".join(f'{key}="{value}"' for key, value in rest),
             rank=",".join(f'{key}="{value}"' for key, value in rest if key != "priority"),
-            edge_seconds=None if edge is None else float(edge),
+            edge_seconds=edge,
             is_streaming=labels.get("is_streaming"),
             priority=labels.get("priority", ""),
             model_name=labels.get("model_name"),

@@ -50,7 +50,14 @@ def parse_loads(text: str) -> EngineLoad:
         answer = json.loads(text)
         answered_at = datetime.fromisoformat(answer["timestamp"].replace("Z", "+00:00"))
         ranks = [_rank(one, answered_at.timestamp()) for one in answer["loads"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise SourceError(
             f"/v1/loads answered with {text[:80]!r}, which is not the JSON of SGLang's loads "
             f"({error}). Check source.url, or set source.loads to false."

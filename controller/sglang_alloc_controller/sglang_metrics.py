@@ -133,7 +133,13 @@ def missing_series(metrics_text: str) -> list[str]:
 def _lines(text: str) -> Iterable[_Line]:
     for match in _LINE.finditer(text):
         name, labels, value = match.groups()
-        yield _Line(name, _parsed_labels(labels or ""), value)
+        try:
+            parsed = _parsed_labels(labels or "")
+        except ValueError as error:
+            raise SourceError(
+                f"The metrics have sglang:{name}{{{labels:.120}}}, whose bucket edge is no number."
+            ) from error
+        yield _Line(name, parsed, value)
 
 
 @lru_cache(maxsize=16_384)

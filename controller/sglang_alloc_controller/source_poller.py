@@ -23,7 +23,7 @@ class SourcePoller:
         self._source = source
         self._poll_seconds = poll_seconds
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="source-poller", daemon=True)
+        self._thread = self._new_thread()
         self._observation = Observation(None, 0, None)
 
     def start(self) -> None:
@@ -31,7 +31,16 @@ class SourcePoller:
         self._thread.start()
 
     def latest(self) -> Observation:
-        """Return the newest observation; one reference is swapped, so it is whole."""
+        """Return the newest observation; one reference is swapped, so it is whole.
+
+        A thread that a fault of ours has ended, after its traceback on standard error, is replaced:
+        without one the controller would be blind and not say why.
+        """
+        started = self._thread.ident is not None
+        if started and not self._thread.is_alive() and not self._stopped.is_set():
+            self._count_failure("Reading ended by a fault of the controller (see its log).")
+            self._thread = self._new_thread()
+            self._thread.start()
         return self._observation
 
     def stop(self, wait_seconds: float) -> None:
@@ -41,15 +50,21 @@ class SourcePoller:
 
     def poll_once(self) -> None:
         """Read once and keep the outcome."""
-        last = self._observation
         try:
             reading = self._source.read()
         except SourceError as error:
-            self._observation = last._replace(
-                failures_total=last.failures_total + 1, error=str(error)
-            )
+            self._count_failure(str(error))
             return
-        self._observation = Observation(reading, last.failures_total, None)
+        self._observation = Observation(reading, self._observation.failures_total, None)
+
+    def _count_failure(self, sentence: str) -> None:
+        failures_total = self._observation.failures_total + 1
+        self._observation = self._observation._replace(
+            failures_total=failures_total, error=sentence
+        )
+
+    def _new_thread(self) -> threading.Thread:
+        return threading.Thread(target=self._run, name="source-poller", daemon=True)
 
     def _run(self) -> None:
         while not self._stopped.is_set():

@@ -1,6 +1,9 @@
 """The reading thread: the newest reading stays at hand whatever the source does."""
 
 import threading
+import time
+
+import pytest
 
 from sglang_alloc_controller.samples import Reading, SourceError
 from sglang_alloc_controller.source_poller import SourcePoller
@@ -11,6 +14,7 @@ class Source:
 
     def __init__(self) -> None:
         self.error: str | None = None
+        self.fault: Exception | None = None
         self.count = 0
         self.read_once = threading.Event()
         self.blocked: threading.Event | None = None
@@ -20,6 +24,8 @@ class Source:
         self.read_once.set()
         if self.blocked is not None:
             self.blocked.wait(30)
+        if self.fault is not None:
+            raise self.fault
         if self.error is not None:
             raise SourceError(self.error)
         self.count += 1
@@ -73,5 +79,26 @@ def test_the_thread_reads_until_it_is_stopped_and_closes_the_source() -> None:
     poller.start()
     while source.count < 5:
         assert source.read_once.wait(10)
+    poller.stop(10.0)
+    assert source.closed.is_set()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_a_fault_of_ours_ended_is_told_and_replaced() -> None:
+    source = Source()
+    source.fault = ZeroDivisionError()
+    poller = SourcePoller(source, 0.001)
+    poller.start()
+    assert source.read_once.wait(10)
+    deadline = time.monotonic() + 30
+    while (observation := poller.latest()).error is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert "fault of the controller" in observation.error
+    source.fault = None
+    while poller.latest().error is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert poller.latest().reading is not None
     poller.stop(10.0)
     assert source.closed.is_set()

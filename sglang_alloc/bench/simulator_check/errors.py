@@ -1,0 +1,99 @@
+"""Simulator check, last step: how far the simulated run is from the served one. Pure arithmetic."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from sglang_alloc.bench.simulator_check.felt import Felt, Run, Served
+from sglang_alloc.demo.outcome import percentile
+
+WHOLE = "whole trace"
+_PERCENTS = (50, 95)
+
+
+class Error(NamedTuple):
+    """One figure of a run, as served and as simulated."""
+
+    run: str
+    phase: str
+    """A phase of the trace by its arrivals, or the whole trace."""
+    measure: str
+    """With its unit; a queue is in requests."""
+    requests: int
+    served: float
+    simulated: float
+
+    @property
+    def difference(self) -> float:
+        """Simulated less served, in the measure's unit."""
+        return self.simulated - self.served
+
+    @property
+    def error_ratio(self) -> float:
+        """Simulated over served, less one; NaN where nothing was served to compare with."""
+        return self.simulated / self.served - 1 if self.served else math.nan
+
+
+def compare(served: Served, run: Run, simulated: Run) -> list[Error]:
+    """Return the errors of p50 and p95 of TTFT and ITL by phase, of the queue and the budgets.
+
+    Raises ValueError when the two runs are not of the same requests.
+    """
+    phases = [WHOLE, *(name for name, _, _ in served.phases)]
+    errors = [one for phase in phases for one in _latencies(served, run, simulated, phase)]
+    end = served.phases[-1][2]
+    errors += _queue(run, simulated, len(served.requests), end)
+    errors += _budgets(run, simulated, len(served.requests), end)
+    return errors
+
+
+def _latencies(served: Served, run: Run, simulated: Run, phase: str) -> Iterator[Error]:
+    pairs = list(zip(served.requests, run.felt, simulated.felt, strict=True))
+    chosen = [(mine, theirs) for request, mine, theirs in pairs if phase in (WHOLE, request.phase)]
+    for name in Felt._fields:
+        real, model = (
+            [
+                value
+                for value in (getattr(one[side], name) for one in chosen)
+                if not math.isnan(value)
+            ]
+            for side in (0, 1)
+        )
+        for percent in _PERCENTS:
+            yield Error(
+                run.name, phase, f"{name.split('_')[0]}_p{percent}_seconds", len(chosen),
+                percentile(real, percent), percentile(model, percent),
+            )  # fmt: skip
+
+
+def _queue(run: Run, simulated: Run, requests: int, end: float) -> Iterator[Error]:
+    real, model = (
+        [waiting for second, waiting in one.queue if second <= end] for one in (run, simulated)
+    )
+    for percent in _PERCENTS:
+        yield Error(
+            run.name, WHOLE, f"queue_p{percent}_requests", requests,
+            percentile(real, percent), percentile(model, percent),
+        )  # fmt: skip
+    yield Error(run.name, WHOLE, "queue_mean_requests", requests, _mean(real), _mean(model))
+
+
+def _budgets(run: Run, simulated: Run, requests: int, end: float) -> Iterator[Error]:
+    for position, phase in ((1, "prefill"), (2, "decode")):
+        real, model = (_mean_over_time(one, position, end) for one in (run, simulated))
+        yield Error(run.name, WHOLE, f"{phase}_budget_mean_activations", requests, real, model)
+
+
+def _mean_over_time(run: Run, position: int, end: float) -> float:
+    starts = [max(0.0, min(end, one.second)) for one in run.budgets]
+    starts[:1] = [0.0]
+    lengths = [after - before for before, after in zip(starts, [*starts[1:], end], strict=True)]
+    weighted = zip(run.budgets, lengths, strict=True)
+    return sum(float(one[position]) * length for one, length in weighted) / end
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else math.nan

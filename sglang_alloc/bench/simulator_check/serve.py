@@ -1,0 +1,227 @@
+"""Simulator check, first two steps: a real server is benched, then serves the trace three times.
+
+At full budget, at a reduced fixed one, and under the real controller. The trace's rates are shares
+of what the server carries at full budget, measured just before, up to beyond it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from sglang_alloc.bench.simulator_check.felt import (
+    CONTROLLED,
+    BudgetsFrom,
+    Felt,
+    Request,
+    Run,
+    Served,
+)
+from sglang_alloc.bench.simulator_check.fit import StepBench, write_bench
+from sglang_alloc.budget_tables import load_budget_tables
+from sglang_alloc.demo.calibration import ClosedLoop, RequestShape, measure_closed_loop
+from sglang_alloc.demo.controller_process import controller, controller_settings
+from sglang_alloc.demo.heldout_loss import BudgetOverride, flush_cache
+from sglang_alloc.demo.load_plan import (
+    ITL_EDGES_SECONDS,
+    ITL_SLACK_RATIO,
+    TTFT_EDGES_SECONDS,
+    TTFT_SLACK_RATIO,
+    Slo,
+    bucket_arguments,
+    next_edge,
+)
+from sglang_alloc.demo.observation import RunRecord
+from sglang_alloc.demo.progress import Stage, StageProgress
+from sglang_alloc.demo.server_process import Server, free_port, serve
+from sglang_alloc.demo.stages import Session, run_trace
+from sglang_alloc.demo.trace import Phase, Trace, make_trace
+from sglang_alloc.shared_table import SharedTable, publish_shared_table
+
+CLIENTS, CHUNK_TOKENS = 8, 2048
+SERVER_ARGUMENTS = (
+    *("--dtype", "float32"),
+    *("--chunked-prefill-size", str(CHUNK_TOKENS)),
+    *("--max-running-requests", str(CLIENTS)),
+)
+FLOOR_RATIO = 1 / 3
+BENCH_ROUNDS = 3
+# (name, seconds, share of the capacity at full budget)
+PHASES = (("calm", 15.0, 0.5), ("busy", 20.0, 0.8), ("over", 12.0, 1.15), ("after", 13.0, 0.5))
+TRACE_SECONDS = sum(seconds for _, seconds, _ in PHASES)
+START, BENCH, CAPACITY = "starting SGLang", "timing steps", "measuring the capacity"
+FULL, REDUCED = "full", "reduced"
+STAGES = (
+    Stage(START, 40.0),
+    Stage(BENCH, 75.0),
+    Stage(CAPACITY, 13.0),
+    *(Stage(name, TRACE_SECONDS + 5.0) for name in (FULL, REDUCED, CONTROLLED)),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to serve, with which tables, requests of which size, and where to leave the results."""
+
+    model: Path
+    tables: Path
+    texts: tuple[str, ...]
+    mode: str
+    seed: int
+    out: Path
+    shape: RequestShape
+
+
+def measure(options: Options, facts: dict[str, object], progress: StageProgress) -> Served:
+    """Bench the server, serve the trace three times, write bench.csv, return what was felt.
+
+    Raises an AllocError with a sentence for the terminal when a step cannot be done.
+    """
+    with _session(options, progress) as session:
+        budgets = _budgets(session.table)
+        with progress.stage(BENCH):
+            _bench(session, options, budgets, facts)
+        with progress.stage(CAPACITY):
+            capacity = _capacity(session, options)
+        phases = [
+            Phase(name, seconds, share * capacity.requests_per_second)
+            for name, seconds, share in PHASES
+        ]
+        trace = make_trace(session.texts, phases, **options.shape._asdict(), seed=options.seed)
+        settings = _settings(session, capacity, budgets[-1], options.out)
+        records = {}
+        for name, budget in ((FULL, budgets[0]), (REDUCED, budgets[-1])):
+            with progress.stage(name):
+                records[name] = _at_fixed(session, trace, options.out / f"{name}.jsonl", budget)
+        with progress.stage(CONTROLLED):
+            records[CONTROLLED] = _controlled(session, trace, settings, options.out)
+    return Served(
+        facts={**facts, "capacity_requests_per_second": round(capacity.requests_per_second, 3)},
+        requests=_requests(trace, records[FULL]),
+        phases=tuple(trace.phase_bounds()),
+        settings={**settings, "table": ""},
+        max_running_requests=CLIENTS,
+        chunk_tokens=CHUNK_TOKENS,
+        runs=tuple(run_of(name, record) for name, record in records.items()),
+    )
+
+
+@contextlib.contextmanager
+def _session(options: Options, progress: StageProgress) -> Iterator[Session]:
+    table_path = options.out / "check.tbl"
+    publish_shared_table(table_path, load_budget_tables(options.tables))
+    with contextlib.ExitStack() as stack:
+        with progress.stage(START):
+            server: Server = stack.enter_context(
+                serve(
+                    options.model,
+                    table=table_path,
+                    mode=options.mode,
+                    extra_args=[*SERVER_ARGUMENTS, *bucket_arguments()],
+                    log_path=options.out / "server.log",
+                    on_wait=progress.note,
+                )
+            )
+        table = stack.enter_context(contextlib.closing(SharedTable.open(table_path)))
+        yield Session(server, table, options.texts, options.seed, progress.note)
+
+
+def _budgets(table: SharedTable) -> list[int]:
+    """Return the budgets to time, from full to the floor; they fall by about a third each."""
+    shape = table.shape
+    floor = max(shape.budget_min, round(FLOOR_RATIO * shape.budget_max))
+    middle = round((floor + shape.budget_max) / 2)
+    return [shape.budget_max, shape.budget_max - 1, middle, floor]
+
+
+def _bench(
+    session: Session, options: Options, budgets: list[int], facts: dict[str, object]
+) -> None:
+    override = BudgetOverride(session.table)
+    with httpx2.Client(base_url=session.server.url, timeout=60.0, trust_env=False) as client:
+        bench = StepBench(client, override, session.texts, options.shape.prompt_bytes)
+        for number in range(BENCH_ROUNDS):
+            session.note(f"round {number + 1} of {BENCH_ROUNDS}")
+            flush_cache(client)
+            bench.run_round(budgets, seed=1000 * options.seed + number)
+    override.clear()
+    write_bench(options.out / "bench.csv", bench.seconds, options.shape.prompt_bytes, facts)
+
+
+def _capacity(session: Session, options: Options) -> ClosedLoop:
+    """Return what eight clients get at full budget; prompts differ from the bench's."""
+    override = BudgetOverride(session.table)
+    override.set(session.full_budget, session.full_budget)
+    found = measure_closed_loop(
+        session.server.url,
+        session.texts,
+        options.shape,
+        clients=CLIENTS,
+        seconds=10.0,
+        seed=options.seed + 1,
+        on_tick=session.server.process.require_alive,
+    )
+    override.clear()
+    return found
+
+
+def _at_fixed(session: Session, trace: Trace, keep: Path, budget: int) -> RunRecord:
+    override = BudgetOverride(session.table)
+    override.set(budget, budget)
+    record = run_trace(session, trace, keep)
+    override.clear()
+    return record
+
+
+def _controlled(session: Session, trace: Trace, settings: dict[str, Any], out: Path) -> RunRecord:
+    config, log = out / "controller.yaml", out / "controller.log"
+    with controller(settings, config_path=config, log_path=log):
+        return run_trace(session, trace, out / f"{CONTROLLED}.jsonl")
+
+
+def _settings(
+    session: Session, capacity: ClosedLoop, floor_budget: int, out: Path
+) -> dict[str, Any]:
+    """Return the demo's settings, with SLOs of the same rule."""
+    slo = Slo(
+        next_edge(TTFT_SLACK_RATIO * capacity.median_ttft_seconds, TTFT_EDGES_SECONDS),
+        next_edge(ITL_SLACK_RATIO * capacity.mean_itl_seconds, ITL_EDGES_SECONDS),
+    )
+    return controller_settings(
+        table=session.table.path,
+        server_url=session.server.url,
+        slo=slo,
+        floor_budget=floor_budget,
+        decision_log=out / "decisions.jsonl",
+        port=free_port(),
+    )
+
+
+def run_of(name: str, record: RunRecord) -> Run:
+    """Return what was felt; an unanswered request's figures are NaN."""
+    felt = tuple(
+        Felt(
+            math.nan if one.ttft_seconds is None else one.ttft_seconds,
+            math.nan if one.mean_itl_seconds is None else one.mean_itl_seconds,
+        )
+        for one in record.requests
+    )
+    return Run(
+        name,
+        felt,
+        tuple((sample.second, sample.queue_requests) for sample in record.gauges),
+        tuple(BudgetsFrom(*entry) for entry in record.budgets),
+    )
+
+
+def _requests(trace: Trace, record: RunRecord) -> tuple[Request, ...]:
+    return tuple(
+        Request(traced.phase, round(traced.due_second, 5), one.prompt_tokens, traced.output_tokens)
+        for traced, one in zip(trace.requests, record.requests, strict=True)
+    )

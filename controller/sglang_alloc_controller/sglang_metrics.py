@@ -21,7 +21,8 @@ GAUGES = ("num_queue_reqs", "num_running_reqs")
 SERIES = (*GAUGES, *(f"{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum")))
 
 _LABELS = r"(?:[^\"}]|\"(?:[^\"\\]|\\.)*\")*"
-_LINE = re.compile(rf"^sglang[:_]({'|'.join(SERIES)})(?:\{{({_LABELS})\}})?[ \t]+(\S+)", re.M)
+# It begins with characters and not with an anchor: the search for those is four times as fast.
+_LINE = re.compile(rf"\nsglang[:_]({'|'.join(SERIES)})(?:\{{({_LABELS})\}})?[ \t]+(\S+)")
 _LABEL = re.compile(r"([A-Za-z_]\w*)\s*=\s*\"((?:[^\"\\]|\\.)*)\"")
 _METRICS_MAX_BYTES = 32 * 1024 * 1024
 # Not offered, or only with an API key: /metrics alone has to do.
@@ -131,7 +132,7 @@ def missing_series(metrics_text: str) -> list[str]:
 
 
 def _lines(text: str) -> Iterable[_Line]:
-    for match in _LINE.finditer(text):
+    for match in _LINE.finditer(f"\n{text}"):
         name, labels, value = match.groups()
         try:
             parsed = _parsed_labels(labels or "")

@@ -48,7 +48,7 @@ _SERIES = st.builds(
 
 
 @given(st.lists(_SERIES | _JSON, max_size=4))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_any_series_of_prometheus(series: list[Any]) -> None:
     text = json.dumps({"status": "success", "data": {"result": series}})
     _tried(parse_answer, text, 0.0, PROMETHEUS)
@@ -56,7 +56,7 @@ def test_any_series_of_prometheus(series: list[Any]) -> None:
 
 
 @given(_JSON)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_json(content: Any) -> None:
     text = json.dumps(content)
     for parse in (parse_loads, parse_time):
@@ -73,13 +73,13 @@ def _cut(source: str, place: float, length: int, inserted: str) -> str:
 
 
 @given(**_CUTS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_piece_of_a_metrics_page_replaced(place: float, length: int, inserted: str) -> None:
     _tried(parse_metrics, _cut(PAGE, place, length, inserted), 0.0, SourceSettings())
 
 
 @given(**_CUTS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_piece_of_the_loads_replaced(place: float, length: int, inserted: str) -> None:
     _tried(parse_loads, _cut(LOADS, place, length, inserted))
 

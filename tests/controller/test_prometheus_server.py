@@ -1,16 +1,14 @@
 """A real Prometheus scrapes recorded SGLang metrics: its API gives the same reading."""
 
-import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
 import pytest
-import yaml
 from controller_process import call, running, write_config
-from stand_in_server import StandInServer, free_port, serving
+from prometheus_process import scraping
+from stand_in_server import StandInServer, serving
 from virtual_loop import publish_table
 
 from sglang_alloc.shared_table import SharedTable
@@ -31,33 +29,8 @@ def server(recorded: Path) -> Iterator[StandInServer]:
 @pytest.fixture
 def prometheus(tmp_path: Path, server: StandInServer) -> Iterator[str]:
     """The address of a Prometheus that scrapes the server once a second."""
-    binary = shutil.which("prometheus")
-    assert binary, "This test needs a Prometheus server: apt-get install -y prometheus"
-    scrape = {
-        "job_name": "sglang",
-        "scrape_interval": "1s",
-        "scrape_timeout": "1s",
-        "static_configs": [{"targets": [f"127.0.0.1:{server.port}"]}],
-    }
-    config = tmp_path / "prometheus.yml"
-    config.write_text(yaml.safe_dump({"scrape_configs": [scrape]}))
-    port = free_port()
-    with (tmp_path / "prometheus.log").open("wb") as log:
-        process = subprocess.Popen(
-            [
-                binary,
-                f"--config.file={config}",
-                f"--storage.tsdb.path={tmp_path / 'tsdb'}",
-                f"--web.listen-address=127.0.0.1:{port}",
-            ],
-            stdout=log,
-            stderr=log,
-        )
-        try:
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.kill()
-            process.wait(PATIENCE_SECONDS)
+    with scraping(tmp_path, sglang=server.port) as process:
+        yield process.url
 
 
 def _settings(url: str, **fields: object) -> SourceSettings:

@@ -8,6 +8,7 @@ import sys
 import typer
 
 from sglang_alloc.cli_calibrate import calibrate
+from sglang_alloc.cli_evaluate import evaluate
 from sglang_alloc.cli_profile import profile
 from sglang_alloc.cli_publish import publish
 from sglang_alloc.cli_serve import serve
@@ -46,6 +47,7 @@ app.command(
     options_metavar="[OPTIONS] -- [SGLANG OPTIONS]",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": False},
 )(calibrate)
+app.command()(evaluate)
 app.command()(publish)
 app.command()(status)
 app.command("set")(set_budget)

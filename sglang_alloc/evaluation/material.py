@@ -29,6 +29,7 @@ class Sizes(NamedTuple):
     prompt_tokens: int = 128
     new_tokens: int = 32
     questions: int = 96  # of each task
+    neighbour_requests: int = 16  # each decoded among two sets of neighbours
     calibration_windows: int = 24
     calibration_tokens: int = 512
 

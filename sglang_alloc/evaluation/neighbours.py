@@ -7,6 +7,7 @@ is larger comes from the rule.
 
 import copy
 from collections.abc import Callable
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -22,16 +23,17 @@ from sglang_alloc.reference.model import Allocation, ReferenceModel
 from sglang_alloc.reference.union_quotas import union_allocation
 
 BATCH = 8
-REQUESTS, STEPS, NEW_TOKENS = 16, 192, 48
+STEPS, NEW_TOKENS = 192, 48
 
 
-def neighbour_jobs(subject: Subject, material: Material, budgets: tuple[int, ...]) -> list[Job]:
+def neighbour_jobs(
+    subject: Subject, material: Material, budgets: tuple[int, ...], requests: int
+) -> list[Job]:
     """A job per rule and budget, and one at full budget as the control."""
     precise = copy.deepcopy(subject.model).double()
-    jobs = [_job(subject, precise, material, "full", subject.tables.budget_max)]
-    for budget in budgets:
-        jobs += [_job(subject, precise, material, name, budget) for name in STEP_RULES]
-    return jobs
+    wanted = [("full", subject.tables.budget_max), *product(STEP_RULES, budgets)]
+    windows = material.windows[:, : STEPS + 1]
+    return [_job(subject, precise, windows, requests, *place) for place in wanted]
 
 
 def neighbour_name(rule: str) -> str:
@@ -40,15 +42,17 @@ def neighbour_name(rule: str) -> str:
 
 
 def _job(
-    subject: Subject, precise: ReferenceModel, material: Material, name: str, budget: int
+    subject: Subject,
+    precise: ReferenceModel,
+    windows: Tensor,
+    requests: int,
+    name: str,
+    budget: int,
 ) -> Job:
     def measure() -> Point:
         make = STEP_RULES.get(name)
-        samples = dependence(
-            precise,
-            material.windows[:, : STEPS + 1],
-            None if make is None else make(subject, budget),
-        )
+        rule = None if make is None else make(subject, budget)
+        samples = dependence(precise, windows, rule, requests)
         return Point(neighbour_name(name), budget, 0.0, {}, rounded(samples))
 
     return Job(neighbour_name(name), budget, measure)
@@ -56,16 +60,16 @@ def _job(
 
 @torch.no_grad()
 def dependence(
-    model: ReferenceModel, windows: Tensor, rule: Allocation | None
+    model: ReferenceModel, windows: Tensor, rule: Allocation | None, requests: int
 ) -> dict[str, Tensor]:
-    """Compare REQUESTS requests in two batches each, over windows (W, S + 1), under a step's rule.
+    """Compare requests in two batches each, over windows (W, S + 1), under a step's rule.
 
     Returns by request: `kl` between the two next-token distributions in nats, `changed`, the share
     of steps whose most likely token differs, `logit`, the largest difference of any logit, and
     `unlike`, the share of a greedy continuation that comes after the first different token.
     """
     columns: dict[str, list[float]] = {"kl": [], "changed": [], "logit": [], "unlike": []}
-    for request in range(REQUESTS):
+    for request in range(requests):
         batches = [_batch(windows, request, shift) for shift in (0, 1)]
         steps = windows.shape[1] - 1
         first, second = (

@@ -34,7 +34,7 @@ def plot_quality(path: Path, tables: BudgetTables, points: Points) -> None:
         for rule, colour in _lines():
             _curve(axes, points, rule, measure, colour)
         if measure in {"nll_above_full", "kl"}:
-            axes.set_yscale("log")
+            _log_scale(axes)
         axes.set(xlabel="measured activations per token and layer", ylabel=labels[measure])
     panels[0].legend(fontsize=8, ncols=2)
     figure.suptitle(f"{tables.model_id}: quality against measured mean k, 95% intervals")
@@ -63,7 +63,7 @@ def plot_pareto(path: Path, tables: BudgetTables, points: Points) -> None:
     for x, y, name in front:
         if name != DEFAULT_RULE:
             axes.annotate(name, (x, y), fontsize=7, xytext=(4, 4), textcoords="offset points")
-    axes.set_yscale("log")
+    _log_scale(axes)
     axes.set(
         xlabel="measured activations per token and layer",
         ylabel="loss above full (nats per byte)",
@@ -88,7 +88,7 @@ def plot_union(path: Path, points: Points) -> None:
                 if p.rule == rule
             )
             axes.plot(*zip(*rows, strict=True), marker=".", color=colour, label=label)
-        axes.set_yscale("log")
+        _log_scale(axes)
         axes.set(xlabel="distinct experts per layer and step", title=f"decode batch of {batch}")
     panels[0].set_ylabel("loss above full (nats per byte)")
     panels[0].legend(fontsize=8)
@@ -103,6 +103,12 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure,
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     return figure, panels
+
+
+def _log_scale(axes: Axes) -> None:
+    """Make losses logarithmic, unless noise has made gains of all of them."""
+    if axes.dataLim.y1 > 0:
+        axes.set_yscale("log")
 
 
 def _lines() -> list[tuple[str, str]]:

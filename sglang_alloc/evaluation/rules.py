@@ -61,10 +61,10 @@ class Subject:
     def layers(self) -> int:
         return self.model.config.num_layers
 
-    @property
+    @cached_property
     def saliency(self) -> Tensor:
         assert self.tables.saliency is not None
-        return torch.from_numpy(self.tables.saliency)
+        return torch.tensor(self.tables.saliency)  # loaded arrays are read-only: torch wants a copy
 
     @cached_property
     def published_quotas(self) -> NDArray[np.int16]:

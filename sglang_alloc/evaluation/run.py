@@ -38,7 +38,6 @@ class Evaluation(NamedTuple):
     tables: Path
     output: Path
     sizes: Sizes
-    rules: Sequence[str] = RULE_NAMES
     fractions: Sequence[float] = FRACTIONS
     workers: int = 2
 
@@ -112,14 +111,14 @@ def all_jobs(subject: Subject, material: Material, asked: Evaluation) -> list[Jo
     spread = sorted({int(b) for b in torch.linspace(tables.budget_min, full, PREDICTED_BUDGETS)})
     uniform = list(range(layers, full, layers))
     jobs = [_grid_job(subject, material, FULL_RULE, full)]
-    jobs += [_grid_job(subject, material, r, b) for b in budgets for r in asked.rules]
+    jobs += [_grid_job(subject, material, r, b) for b in budgets for r in RULE_NAMES]
     jobs += text_jobs(subject, material, PLAIN_RULE, uniform)
     jobs += union_jobs(subject, material, uniform)
     jobs += text_jobs(subject, material, DEFAULT_RULE, spread)
     jobs += text_jobs(subject, material, "layer", spread)
     few = tuple(budgets_of(tables, (1 / 4, 1 / 2, 1)))
     jobs += switching_jobs(subject, material, few)
-    jobs += neighbour_jobs(subject, material, few[:-1])
+    jobs += neighbour_jobs(subject, material, few[:-1], asked.sizes.neighbour_requests)
     return jobs
 
 

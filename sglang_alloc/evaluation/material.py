@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.evaluation.generation import greedy_continuations, right_answers
 from sglang_alloc.evaluation.questions import TEXT_TASKS, Question, questions_of
 from sglang_alloc.evaluation.text_measures import ROWS_PER_PASS, full_log_probabilities
@@ -46,12 +47,27 @@ class Material(NamedTuple):
 
 
 def domains_in_turn(split: str, count: int, window_tokens: int) -> Tensor:
-    """Return `count` windows (W, S + 1) of the committed samples; neighbours differ in domain."""
+    """Return `count` windows (W, S + 1) of the committed samples; neighbours differ in domain.
+
+    Raises:
+        ConfigurationError: a domain's text is shorter than a window, or all hold too few of them.
+    """
     by_domain = read_sample(split)
     each = -(-count // len(by_domain))
+    for domain, tokens in by_domain.items():
+        if len(tokens) <= window_tokens:
+            raise ConfigurationError(
+                f"Windows of {window_tokens} tokens were asked for, and the {split} text of domain "
+                f"{domain} has {len(tokens)}. Ask for shorter windows."
+            )
     rows = [windows_of(tokens, window_tokens, each) for tokens in by_domain.values()]
     turns = max(map(len, rows))
     picked = [part[turn] for turn in range(turns) for part in rows if turn < len(part)]
+    if len(picked) < count:
+        raise ConfigurationError(
+            f"{count} windows of {window_tokens} tokens were asked for, and the {split} text has "
+            f"{len(picked)}. Ask for fewer or for shorter ones."
+        )
     return torch.stack(picked[:count])
 
 
@@ -60,14 +76,29 @@ def gather_material(model: ReferenceModel, sizes: Sizes) -> Material:
     windows = domains_in_turn("heldout", sizes.windows, sizes.window_tokens)
     assert len(windows) % ROWS_PER_PASS == 0
     prompts = domains_in_turn("heldout", sizes.prompts, sizes.prompt_tokens)[:, :-1]
-    asked = {task: questions_of(task, sizes.questions) for task in (*TEXT_TASKS, *TASKS)}
-    right = {task: right_answers(model, questions, None) for task, questions in asked.items()}
-    able = [task for task, marks in right.items() if float(marks.mean()) >= RIGHT_SHARE_MIN]
+    asked, right = able_questions(model, sizes.questions)
     return Material(
         windows,
         full_log_probabilities(model, windows),
         prompts,
         greedy_continuations(model, prompts, sizes.new_tokens, None),
-        {task: asked[task] for task in able},
-        {task: right[task] for task in able},
+        asked,
+        right,
     )
+
+
+def able_questions(
+    model: ReferenceModel, count: int
+) -> tuple[dict[str, list[Question]], dict[str, Tensor]]:
+    """Questions of the tasks that the full model can do, and which of them it gets right.
+
+    The made-up tasks if it can do at least two of them, because no answer of those can be known by
+    heart; else those cut from text.
+    """
+    for tasks in (tuple(TASKS), TEXT_TASKS):
+        asked = {task: questions_of(task, count) for task in tasks}
+        right = {task: right_answers(model, questions, None) for task, questions in asked.items()}
+        able = [task for task, marks in right.items() if float(marks.mean()) >= RIGHT_SHARE_MIN]
+        if len(able) > 1:
+            break
+    return {task: asked[task] for task in able}, {task: right[task] for task in able}

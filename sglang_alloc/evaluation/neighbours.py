@@ -8,6 +8,7 @@ is larger comes from the rule.
 import copy
 from collections.abc import Callable
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,14 +27,21 @@ BATCH = 8
 STEPS, NEW_TOKENS = 192, 48
 
 
+class Crowd(NamedTuple):
+    """A model in double precision, windows (W, S + 1), and how many of them are looked at."""
+
+    model: ReferenceModel
+    windows: Tensor
+    requests: int
+
+
 def neighbour_jobs(
     subject: Subject, material: Material, budgets: tuple[int, ...], requests: int
 ) -> list[Job]:
     """A job per rule and budget, and one at full budget as the control."""
-    precise = copy.deepcopy(subject.model).double()
+    crowd = Crowd(copy.deepcopy(subject.model).double(), material.windows[:, : STEPS + 1], requests)
     wanted = [("full", subject.tables.budget_max), *product(STEP_RULES, budgets)]
-    windows = material.windows[:, : STEPS + 1]
-    return [_job(subject, precise, windows, requests, *place) for place in wanted]
+    return [_job(subject, crowd, name, budget) for name, budget in wanted]
 
 
 def neighbour_name(rule: str) -> str:
@@ -41,33 +49,25 @@ def neighbour_name(rule: str) -> str:
     return f"neighbours under {rule}"
 
 
-def _job(
-    subject: Subject,
-    precise: ReferenceModel,
-    windows: Tensor,
-    requests: int,
-    name: str,
-    budget: int,
-) -> Job:
+def _job(subject: Subject, crowd: Crowd, name: str, budget: int) -> Job:
     def measure() -> Point:
         make = STEP_RULES.get(name)
         rule = None if make is None else make(subject, budget)
-        samples = dependence(precise, windows, rule, requests)
+        samples = dependence(crowd, rule)
         return Point(neighbour_name(name), budget, 0.0, {}, rounded(samples))
 
     return Job(neighbour_name(name), budget, measure)
 
 
 @torch.no_grad()
-def dependence(
-    model: ReferenceModel, windows: Tensor, rule: Allocation | None, requests: int
-) -> dict[str, Tensor]:
-    """Compare requests in two batches each, over windows (W, S + 1), under a step's rule.
+def dependence(crowd: Crowd, rule: Allocation | None) -> dict[str, Tensor]:
+    """Compare requests in two batches each, under a step's rule.
 
     Returns by request: `kl` between the two next-token distributions in nats, `changed`, the share
     of steps whose most likely token differs, `logit`, the largest difference of any logit, and
     `unlike`, the share of a greedy continuation that comes after the first different token.
     """
+    model, windows, requests = crowd
     columns: dict[str, list[float]] = {"kl": [], "changed": [], "logit": [], "unlike": []}
     for request in range(requests):
         batches = [_batch(windows, request, shift) for shift in (0, 1)]

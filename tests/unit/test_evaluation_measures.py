@@ -5,11 +5,13 @@ import torch
 from evaluation_factory import make_subject, routed
 from reference_factory import make_model, make_windows
 
+from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.evaluation.generation import (
     agreed_share,
     greedy_continuations,
     right_answers,
 )
+from sglang_alloc.evaluation.material import domains_in_turn
 from sglang_alloc.evaluation.questions import (
     KNOWN_LETTERS,
     PROMPT_BYTES,
@@ -154,3 +156,11 @@ def test_positions_before_a_switch_do_not_see_it() -> None:
         full = subject.model(windows[:, :-1]).logits
     torch.testing.assert_close(found[:, :30], stayed[:, :30])
     assert not torch.allclose(found[:, 30:], full[:, 30:], atol=1e-4)  # keys of reduced tokens
+
+
+@pytest.mark.parametrize(
+    ("count", "window_tokens", "named"), [(3, 50_000, "domain docs"), (5_000, 512, "5000 windows")]
+)
+def test_text_that_is_too_short_is_refused(count: int, window_tokens: int, named: str) -> None:
+    with pytest.raises(ConfigurationError, match=named):
+        domains_in_turn("heldout", count, window_tokens)

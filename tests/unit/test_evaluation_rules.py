@@ -35,7 +35,6 @@ from sglang_alloc.evaluation.text_measures import full_log_probabilities, measur
 from sglang_alloc.reference.allocations import layer_allocation
 from sglang_alloc.reference.heldout import token_losses
 
-
 # What a solver with an upper bound may leave over where a slot less predicts a smaller loss.
 MAY_UNDERSPEND = ("Alloc-L", "Alloc-L + Alloc-T")
 

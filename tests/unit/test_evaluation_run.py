@@ -25,7 +25,7 @@ from sglang_alloc.evaluation.findings import (
 from sglang_alloc.evaluation.intervals import at_usage, mean_interval
 from sglang_alloc.evaluation.journal import EvaluationJournal
 from sglang_alloc.evaluation.material import Sizes
-from sglang_alloc.evaluation.neighbours import STEP_RULES, dependence
+from sglang_alloc.evaluation.neighbours import STEP_RULES, Crowd, dependence
 from sglang_alloc.evaluation.rules import BASELINES, CORRECTED
 from sglang_alloc.evaluation.run import JOURNAL_NAME, Evaluation, evaluate
 
@@ -195,4 +195,4 @@ def test_a_request_depends_on_its_neighbours_under_a_rule_by_step(name: str) -> 
 def _dependence(name: str) -> dict[str, torch.Tensor]:
     with make_subject() as subject:
         rule = STEP_RULES[name](subject, 4)
-        return dependence(subject.model.double(), make_windows(32, 20), rule, 3)
+        return dependence(Crowd(subject.model.double(), make_windows(32, 20), 3), rule)

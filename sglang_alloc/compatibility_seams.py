@@ -27,24 +27,33 @@ _MOE = "sglang.srt.layers.moe"
 _TOPK = f"{_MOE}.topk"
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
 _RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
+_GRAPHS = "sglang.srt.model_executor.runner"
 _HOOKS = "sglang.srt.plugins.hook_registry"
 
 # What the plugin puts hooks on.
-SELECT_EXPERTS = f"{_TOPK}.select_experts"
+ROUTED_SLOTS = f"{_TOPK}._post_process_topk_ids"
 LOAD_MODEL = f"{_RUNNER}.load_model"
 INITIALIZE = f"{_RUNNER}.initialize"
 FORWARD = f"{_RUNNER}.forward"
 PULL_REQUESTS = f"{_RECEIVER}._pull_raw_reqs"
 RECEIVE_REQUESTS = f"{_RECEIVER}.recv_requests"
 CPU_EXPERTS = f"{_MOE}.fused_moe_native.moe_forward_native"
+DECODE_GRAPHS = f"{_GRAPHS}.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture"
+PREFILL_GRAPHS = f"{_GRAPHS}.prefill_cuda_graph_runner.PrefillCudaGraphRunner.capture"
 TRITON_EXPERTS = f"{_MOE}.moe_runner.triton_utils.fused_moe._fused_moe_kernel_sequence"
 
 SEAMS: tuple[Seam, ...] = (
     Seam(
-        SELECT_EXPERTS,
+        f"{_TOPK}.select_experts",
         "function",
         ("hidden_states", "router_logits", "topk_config", "*", "layer_id", "num_token_non_padded"),
-        "drop the slots beyond the quota from the routing of a layer",
+        "have a layer's tokens routed with the layer's own configuration",
+    ),
+    Seam(
+        ROUTED_SLOTS,
+        "function",
+        ("*", "topk_ids", "topk_weights", "topk_config"),
+        "drop the slots beyond the budget before recorders see the routing of a layer",
     ),
     Seam(
         f"{_TOPK}.TopK",
@@ -118,6 +127,18 @@ SEAMS: tuple[Seam, ...] = (
         "function",
         ("input_",),
         "add the ranks' parts of an expert's output, when saliencies are recorded",
+    ),
+    Seam(
+        DECODE_GRAPHS,
+        "function",
+        ("self",),
+        "tell that graphs of decode steps are captured",
+    ),
+    Seam(
+        PREFILL_GRAPHS,
+        "function",
+        ("self",),
+        "tell that graphs of prefill are captured",
     ),
     Seam(
         f"{_MOE}.utils.get_moe_runner_backend",

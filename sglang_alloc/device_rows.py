@@ -12,6 +12,8 @@ import torch
 from sglang_alloc.enforcement import PHASES, EnforcementTables, Phase
 from sglang_alloc_kernels.layer_rows import LayerRows
 
+# The other modes rank a token's slots by the router's weights alone.
+RANKED_BY_SALIENCY = ("threshold", "union")
 HEADER = 4  # the phase's number, then filler, so that rows begin at a multiple of 16 bytes
 
 
@@ -27,11 +29,20 @@ class DeviceRows:
         num_layers = tables.decode.quotas.shape[1]
         parts = self._block[HEADER:].view(-1, num_layers)
         names = ["limits", *(name for name in ("gains", "references") if _of(tables, name))]
-        saliency = None
-        if tables.saliency is not None and tables.mode == "threshold":
-            saliency = torch.from_numpy(np.array(tables.saliency, dtype=np.float32)).to(device)
-        self.rows = LayerRows(**dict(zip(names, parts, strict=True)), saliency=saliency)
+        plain = LayerRows(**dict(zip(names, parts, strict=True)))
+        ranked = plain
+        if tables.saliency is not None:
+            saliency = torch.from_numpy(np.array(tables.saliency, dtype=np.float32))
+            ranked = plain._replace(saliency=saliency.to(device))
+        self._rows = {
+            phase: ranked if tables.mode_of(phase) in RANKED_BY_SALIENCY else plain
+            for phase in PHASES
+        }
         self.load("decode", tables.budget_max)
+
+    def of(self, phase: Phase) -> LayerRows:
+        """Return the tensors that the layers of a phase read; all but saliency are common."""
+        return self._rows[phase]
 
     @property
     def phase_number(self) -> torch.Tensor:
@@ -53,11 +64,12 @@ class DeviceRows:
 def _blocks(tables: EnforcementTables, phase: Phase) -> np.ndarray:
     """Return the blocks of all budgets, (N, HEADER + parts * L) float32."""
     rows = tables.prefill if phase == "prefill" else tables.decode
-    limits = rows.thresholds if tables.mode == "threshold" else rows.quotas
+    is_threshold = tables.mode_of(phase) == "threshold"
+    limits = rows.thresholds if is_threshold else rows.quotas
     assert limits is not None  # checked when the table was bound
     # The full budget keeps every slot and every weight as it is, whatever was calibrated.
     full = {
-        "limits": -np.inf if tables.mode == "threshold" else tables.top_k,
+        "limits": -np.inf if is_threshold else tables.top_k,
         "gains": 1.0,
         "references": tables.top_k,
     }

@@ -55,7 +55,7 @@ class EnforcementTables(NamedTuple):
     prefill: PhaseRows
     decode: PhaseRows
     saliency: np.ndarray | None  # (L, E), mean output norm of each expert
-    num_experts: int = 0  # E, which mode `union` alone asks for
+    num_experts: int = 0  # E
     prefill_mode: Mode | None = None
 
     def mode_of(self, phase: Phase) -> Mode:

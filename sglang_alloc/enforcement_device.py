@@ -27,17 +27,13 @@ class DeviceEnforcement:
     """
 
     def __init__(
-        self,
-        tables: EnforcementTables,
-        num_experts: int,
-        device: torch.device,
-        rules: SlotRules = KERNELS,
+        self, tables: EnforcementTables, device: torch.device, rules: SlotRules = KERNELS
     ) -> None:
         self._tables = tables
         self._rules = rules
         self._num_layers = tables.decode.quotas.shape[1]
         self._rows = DeviceRows(tables, device)
-        self._totals = DeviceTotals(self._num_layers, num_experts, device)
+        self._totals = DeviceTotals(self._num_layers, tables.num_experts, device)
         self._num_valid = torch.full((1,), NO_PADDING, dtype=torch.int32, device=device)
         self._num_tokens = NO_PADDING
         self._step = StepTensors(self._num_valid, None, None, self._totals.sums)
@@ -72,14 +68,16 @@ class DeviceEnforcement:
         )
 
     def drop(self, layer_index: int, slots: RoutedSlots) -> RoutedSlots:
-        given = (slots.weights, slots.ids, self._rows.rows, layer_index)
+        mode = self._tables.mode_of(self._phase)
+        given = (slots.weights, slots.ids, self._rows.of(self._phase), layer_index)
         named = {"num_shared": slots.num_shared, "step": self._step}
-        if self._tables.mode == "threshold":
-            weights, ids = self._rules.budgeted(*given, "threshold", **named)
-        elif self._tables.mode == "token":
+        if mode == "union":
+            weights, ids = self._rules.union(*given, self._tables.num_experts, **named)
+        elif mode == "token":
             weights, ids = self._rules.token(*given, **named)
         else:
-            weights, ids = self._rules.budgeted(*given, "quota", **named)
+            rule = "threshold" if mode == "threshold" else "quota"
+            weights, ids = self._rules.budgeted(*given, rule, **named)
         if layer_index == self._num_layers - 1:
             self._totals.add_step(self._rules, self._rows.phase_number)
         return RoutedSlots(weights, ids, slots.num_shared)

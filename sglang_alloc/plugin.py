@@ -23,12 +23,14 @@ from sglang_alloc.budget_follower import BudgetChange
 from sglang_alloc.compatibility import unsupported_version, verify_seams
 from sglang_alloc.compatibility_seams import (
     CPU_EXPERTS,
+    DECODE_GRAPHS,
     FORWARD,
     INITIALIZE,
     LOAD_MODEL,
+    PREFILL_GRAPHS,
     PULL_REQUESTS,
     RECEIVE_REQUESTS,
-    SELECT_EXPERTS,
+    ROUTED_SLOTS,
     TRITON_EXPERTS,
 )
 from sglang_alloc.cpu_moe import forward_gated_experts, forward_kept_slots, gated_experts
@@ -37,6 +39,7 @@ from sglang_alloc.errors import AllocError, UnsupportedServerError
 from sglang_alloc.model_identity import identity_from_config
 from sglang_alloc.plugin_facts import (
     expert_layers,
+    largest_forward,
     moe_routers,
     num_shared_columns,
     served_model,
@@ -109,7 +112,9 @@ def _hooks() -> list[tuple[str, Callable[..., Any], Any]]:
         (PULL_REQUESTS, _after_pull_requests, HookType.AFTER),
         (RECEIVE_REQUESTS, _after_receive_requests, HookType.AFTER),
         (FORWARD, _before_forward, HookType.BEFORE),
-        (SELECT_EXPERTS, _after_select_experts, HookType.AFTER),
+        (ROUTED_SLOTS, _before_routed_slots, HookType.BEFORE),
+        (DECODE_GRAPHS, _before_decode_graphs, HookType.BEFORE),
+        (PREFILL_GRAPHS, _before_prefill_graphs, HookType.BEFORE),
         (CPU_EXPERTS, _around_cpu_experts, HookType.AROUND),
         (TRITON_EXPERTS, _before_triton_experts, HookType.BEFORE),
     ]
@@ -172,7 +177,8 @@ def _prove(model_runner: Any) -> None:
     assert _process.settings is not None
     model = _process.worker.model
     for layer_index, router in enumerate(moe_routers(model_runner.model).values()):
-        prove_routing(_process.worker, layer_index, router)
+        slots = prove_routing(_process.worker, layer_index, router)
+    _process.worker.prepare(slots, largest_forward(model_runner.server_args))
     if model.device_type == "cpu":
         _process.gated_layers = {
             id(layer)
@@ -253,19 +259,36 @@ def _phase(forward_mode: Any) -> Phase | None:
     return "prefill" if forward_mode.is_extend() else None
 
 
-def _after_select_experts(output: Any, *args: Any, **kwargs: Any) -> Any:
-    """Drop the slots beyond the budget from the routing of one layer."""
-    if _process.worker is None:
-        return None
-    topk_config = kwargs["topk_config"] if "topk_config" in kwargs else args[2]
+def _before_routed_slots(*args: Any, **kwargs: Any) -> tuple[Any, Any] | None:
+    """Drop the slots beyond the budget from the routing of one layer.
+
+    Here, between SGLang's choice of experts and its recorders of what was chosen, these see what is
+    really activated.
+    """
+    topk_config: Any = kwargs.get("topk_config")
     layer_index = _process.layer_index_of.get(id(topk_config))
-    if layer_index is None:
-        return None  # a draft model's layer
-    slots = RoutedSlots(output.topk_weights, output.topk_ids, num_shared_columns(topk_config))
+    if _process.worker is None or layer_index is None:
+        return None  # inert, or a draft model's layer
+    weights, ids = kwargs["topk_weights"], kwargs["topk_ids"]
+    # Where SGLang appends the shared experts' columns later, they are not there yet.
+    complete = ids.shape[1] == topk_config.top_k
+    slots = RoutedSlots(weights, ids, num_shared_columns(topk_config) if complete else 0)
     kept = _process.worker.route(layer_index, slots)
     if kept is slots:
         return None
-    return output._replace(topk_weights=kept.weights, topk_ids=kept.ids)
+    return args, {**kwargs, "topk_weights": kept.weights, "topk_ids": kept.ids}
+
+
+def _before_decode_graphs(*args: Any, **kwargs: Any) -> None:
+    """Tell the worker that the graphs to come are captured for decode steps."""
+    if _process.worker is not None:
+        _process.worker.begin_capture("decode")
+
+
+def _before_prefill_graphs(*args: Any, **kwargs: Any) -> None:
+    """Tell the worker that the graphs to come are captured for prefill."""
+    if _process.worker is not None:
+        _process.worker.begin_capture("prefill")
 
 
 def _around_cpu_experts(

@@ -52,10 +52,31 @@ def server_facts(model_runner: Any, routers: dict[int, Any]) -> ServerFacts:
         is_rocm=torch.version.hip is not None,
         a2a_backend=str(get_moe_a2a_backend().value),
         options={name: resolved.get(name) for name in REFUSED_OPTIONS},
+        graph_backends=graph_backends(resolved.get("cuda_graph_config")),
         router_widths={router.topk_config.top_k for router in routers.values()},
         module_types={type(module).__name__ for module in modules},
         expert_kernels={_expert_kernel(layer) for layer in expert_layers(model_runner.model)},
     )
+
+
+def graph_backends(config: Any) -> dict[str, str]:
+    """Return how the graphs of each phase are captured.
+
+    config: SGLang's `cuda_graph_config`, a record of records, or plain data once it is resolved.
+    """
+
+    def plain(record: Any) -> Any:
+        return record if isinstance(record, dict) else vars(record)
+
+    if config is None:
+        return {}
+    return {phase: str(plain(settings)["backend"]) for phase, settings in plain(config).items()}
+
+
+def largest_forward(server_args: Any) -> int:
+    """Return how many tokens one forward may have, as far as the arguments say."""
+    chunk = int(getattr(server_args, "chunked_prefill_size", None) or -1)
+    return chunk if chunk > 0 else int(getattr(server_args, "max_prefill_tokens", 16384))
 
 
 def expert_layers(model: torch.nn.Module) -> list[Any]:

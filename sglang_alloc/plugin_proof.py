@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_alloc.compatibility_seams import CPU_EXPERTS, SELECT_EXPERTS
+from sglang_alloc.compatibility_seams import CPU_EXPERTS, ROUTED_SLOTS
 from sglang_alloc.cpu_moe import forward_gated_experts, gated_experts
+from sglang_alloc.enforcement import RoutedSlots
 from sglang_alloc.errors import UnsupportedServerError
+from sglang_alloc.plugin_facts import num_shared_columns
 
 if TYPE_CHECKING:
     from sglang_alloc.worker import Worker
 
 
-def prove_routing(worker: Worker, layer_index: int, router: Any) -> None:
-    """Route three made-up tokens through a real layer at the smallest budget.
+def prove_routing(worker: Worker, layer_index: int, router: Any) -> RoutedSlots:
+    """Route three made-up tokens through a real layer at the smallest budget; return their slots.
 
     Proves that the layer's own call reaches the hook, and that slots are dropped where the quota
     asks for it: a stale binding or a backend that routes elsewhere shows here, before the server
@@ -44,8 +46,10 @@ def prove_routing(worker: Worker, layer_index: int, router: Any) -> None:
     if not worker.has_seen(layer_index) or (must_drop and not dropped):
         raise UnsupportedServerError(
             f"the routing of MoE layer {model.layer_ids[layer_index]} does not obey the budget: "
-            f"the hook on {SELECT_EXPERTS} is registered but not reached"
+            f"the hook on {ROUTED_SLOTS} is registered but not reached"
         )
+    num_shared = num_shared_columns(router.topk_config)
+    return RoutedSlots(output.topk_weights, output.topk_ids, num_shared)
 
 
 def computes_as_the_engine(layer: Any, top_k: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from sglang_alloc.errors import NotMoEError, UnsupportedServerError
@@ -39,6 +39,8 @@ REFUSED_OPTIONS: dict[str, tuple[object, str]] = {
     "kt_weight_path": (None, "experts computed by KTransformers have not been shown to skip slots"),
 }
 
+COMPILED_GRAPHS = "tc_piecewise"
+
 # Routers of single architectures that choose experts without the common routing function.
 OWN_ROUTERS = ("HashTopK", "TransformersFusedMoE")
 
@@ -55,7 +57,8 @@ class ExpertKernel(NamedTuple):
 class ServerFacts:
     """What is in force on this rank, after SGLang has resolved its arguments.
 
-    `options` holds the values of REFUSED_OPTIONS; `router_widths` the distinct top-k widths of the
+    `options` holds the values of REFUSED_OPTIONS; `graph_backends` how the graphs of each phase are
+    captured, as far as SGLang says; `router_widths` the distinct top-k widths of the
     routers found; `expert_kernels` what computes the experts, over all MoE layers.
     """
 
@@ -67,6 +70,7 @@ class ServerFacts:
     router_widths: set[int]
     module_types: set[str]
     expert_kernels: set[ExpertKernel]
+    graph_backends: Mapping[str, str] = field(default_factory=dict)
 
 
 def check_server(facts: ServerFacts) -> None:
@@ -96,7 +100,19 @@ def _options(facts: ServerFacts) -> list[str]:
             f"--moe-a2a-backend {facts.a2a_backend} has not been shown to skip a dropped slot: "
             "use --moe-a2a-backend none"
         )
-    return problems
+    return problems + _graphs(facts)
+
+
+def _graphs(facts: ServerFacts) -> list[str]:
+    """Graphs that are captured from torch.compile's output, up to SGLang 0.5.21."""
+    if facts.device_type == "cpu":
+        return []
+    return [
+        f"--cuda-graph-backend-{phase} {COMPILED_GRAPHS} is not supported: torch.compile would "
+        "trace the budget into the model, which is untested: use breakable, full or disabled"
+        for phase, backend in facts.graph_backends.items()
+        if backend == COMPILED_GRAPHS
+    ]
 
 
 def _kernels(facts: ServerFacts) -> list[str]:

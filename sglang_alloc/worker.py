@@ -238,9 +238,4 @@ def make_enforcement(
         return ProbeEnforcement(tables, table.section(mean), device_type, profile_record)
     if device_type == "cpu":
         return HostEnforcement(tables)
-    if mode == "union":
-        raise UnsupportedServerError(
-            f"mode 'union' is not available on {device_type!r} yet. Use "
-            "SGLANG_ALLOC_MODE=threshold, token or layer."
-        )
-    return DeviceEnforcement(tables, table.shape.num_experts, torch.device(device_type))
+    return DeviceEnforcement(tables, torch.device(device_type))

@@ -53,6 +53,20 @@ def test_topk_passes_its_own_config_to_select_experts_by_keyword(release: Releas
     )
 
 
+def test_select_experts_hands_its_slots_on_by_keyword_before_they_are_recorded(
+    release: ReleaseSource,
+) -> None:
+    (call,) = calls(release, "sglang.srt.layers.moe.topk", "_post_process_topk_ids")
+    passed = {name: ast.unparse(value) for name, value in _keywords(call).items()}
+    wanted = ("topk_ids", "topk_weights", "topk_config")
+    assert [passed[name] for name in wanted] == list(wanted)
+    text = release.module_text("sglang.srt.layers.moe.topk")
+    assert text is not None
+    select_experts = text[text.index("def select_experts(") :]
+    recorder = "get_global_expert_distribution_recorder()"
+    assert select_experts.index("_post_process_topk_ids(") < select_experts.index(recorder)
+
+
 def test_plugins_are_loaded_in_the_scheduler_and_in_the_main_process(
     release: ReleaseSource,
 ) -> None:

@@ -14,7 +14,7 @@ from sglang_alloc_kernels.slot_rules import KERNELS
 LAYERS, TOP_K, EXPERTS, TOKENS = 2, 6, 60, 11
 BUDGET_MIN, FULL = LAYERS, LAYERS * TOP_K
 BUDGETS = (BUDGET_MIN, 5, 8, FULL)
-MODES = ("layer", "threshold", "token")
+MODES = ("layer", "threshold", "token", "union")
 
 
 def _make_tables(mode: str) -> EnforcementTables:
@@ -41,6 +41,8 @@ def _make_tables(mode: str) -> EnforcementTables:
         prefill=prefill,
         decode=decode,
         saliency=saliency,
+        num_experts=EXPERTS,
+        prefill_mode="layer" if mode == "union" else None,
     )
 
 
@@ -60,7 +62,7 @@ def _on(device: str, slots: RoutedSlots) -> RoutedSlots:
 
 
 def _make_device(mode: str, device: str) -> DeviceEnforcement:
-    return DeviceEnforcement(_make_tables(mode), EXPERTS, torch.device(device), KERNELS)
+    return DeviceEnforcement(_make_tables(mode), torch.device(device), KERNELS)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -18,7 +18,7 @@ BUDGET_MIN, BUDGET_MAX = LAYERS, LAYERS * TOP_K
 
 def _on_device(tables: EnforcementTables) -> DeviceEnforcement:
     """What serves on a device, on the CPU: nothing can launch kernels here, so with their twins."""
-    return DeviceEnforcement(tables, EXPERTS, torch.device("cpu"), TWINS)
+    return DeviceEnforcement(tables, torch.device("cpu"), TWINS)
 
 
 def _make_tables(mode: str, *, gains: bool = False, saliency: bool = False) -> EnforcementTables:
@@ -39,6 +39,7 @@ def _make_tables(mode: str, *, gains: bool = False, saliency: bool = False) -> E
         prefill=rows,
         decode=rows,
         saliency=np.stack([per_expert] * LAYERS) if saliency else None,
+        num_experts=EXPERTS,
     )
 
 

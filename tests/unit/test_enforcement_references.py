@@ -23,13 +23,13 @@ def _tables(mode: Mode) -> EnforcementTables:
     thresholds = np.array([[0.35], [0.25], [0.15], [0.0]], np.float32)
     references = np.array([[3], [3], [1], [1]], np.int16)
     rows = PhaseRows(BUDGETS[:, None].astype(np.int16), thresholds, None, references)
-    return EnforcementTables(mode, 4, 1, 4, rows, rows, None)
+    return EnforcementTables(mode, 4, 1, 4, rows, rows, None, 6)
 
 
 def _enforcement(kind: str, mode: Mode) -> Enforcement:
     if kind == "host":
         return HostEnforcement(_tables(mode))
-    return DeviceEnforcement(_tables(mode), 6, torch.device("cpu"), TWINS)
+    return DeviceEnforcement(_tables(mode), torch.device("cpu"), TWINS)
 
 
 @pytest.mark.parametrize("kind", ["host", "device"])

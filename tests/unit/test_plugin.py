@@ -43,6 +43,15 @@ def forward_mode() -> Any:
     return ForwardMode
 
 
+@pytest.fixture(scope="module")
+def engine_topk() -> Any:
+    """SGLang's real routing, which a CPU runs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from sglang.srt.layers.moe import topk
+    return topk
+
+
 @pytest.fixture
 def settings(tmp_path: Path) -> WorkerSettings:
     publish_shared_table(tmp_path / "tiny.tbl", make_tables(LAYERS, TOP_K, EXPERTS))
@@ -67,6 +76,16 @@ def worker(process: Any, settings: WorkerSettings) -> Iterator[Worker]:
     worker.close()
 
 
+def _through_hook(
+    weights: torch.Tensor, ids: torch.Tensor, topk_config: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what SGLang goes on with after the hook on a layer's routed slots."""
+    given = {"topk_ids": ids, "topk_weights": weights, "topk_config": topk_config}
+    changed = plugin._before_routed_slots(**given)
+    now = given if changed is None else changed[1]
+    return now["topk_weights"], now["topk_ids"]
+
+
 class _Router:
     """Stands in for SGLang's TopK: its call reaches the hook, unless told to go around it."""
 
@@ -78,11 +97,9 @@ class _Router:
 
     def __call__(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> StandardTopKOutput:
         weights, ids = logits.softmax(dim=1).topk(TOP_K)
-        output = StandardTopKOutput(weights, ids, logits)
-        if not self._reaches_hook:
-            return output
-        changed = plugin._after_select_experts(output, topk_config=self.topk_config)
-        return output if changed is None else changed
+        if self._reaches_hook:
+            weights, ids = _through_hook(weights, ids, self.topk_config)
+        return StandardTopKOutput(weights, ids, logits)
 
 
 def _reduce(worker: Worker, budget: int) -> None:
@@ -90,8 +107,8 @@ def _reduce(worker: Worker, budget: int) -> None:
 
 
 def test_an_inert_plugin_touches_nothing(process: Any) -> None:
-    output = StandardTopKOutput(torch.ones(1, 4), torch.zeros(1, 4, dtype=torch.int32), None)
-    assert plugin._after_select_experts(output, topk_config=object()) is None
+    assert plugin._before_routed_slots(topk_config=object()) is None
+    plugin._before_decode_graphs(object())
     assert plugin._after_receive_requests(["a request"]) is None
     requests: list[Any] = []
     plugin._after_pull_requests(requests)
@@ -146,13 +163,58 @@ def test_every_forward_mode_has_its_phase(forward_mode: Any, mode: str, phase: s
     assert plugin._phase(forward_mode[mode]) == phase
 
 
+class _Recorder:
+    """Stands in for SGLang's recorders of routing, both at once."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def on_select_experts(self, topk_ids: torch.Tensor) -> None:
+        self.seen.append(topk_ids)
+
+    def capture(self, layer_id: int, topk_indices: torch.Tensor) -> None:
+        self.seen.append(topk_indices)
+
+
+def test_sglangs_recorders_see_what_was_really_activated(
+    worker: Worker, process: Any, engine_topk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, recorder = engine_topk._post_process_topk_ids, _Recorder()
+
+    def hooked(**given: Any) -> Any:
+        changed = plugin._before_routed_slots(**given)
+        return original(**(given if changed is None else changed[1]))
+
+    monkeypatch.setattr(engine_topk, "_post_process_topk_ids", hooked)
+    for name in ("get_global_expert_distribution_recorder", "get_global_experts_capturer"):
+        monkeypatch.setattr(engine_topk, name, lambda: recorder)
+    config = engine_topk.TopKConfig(top_k=TOP_K, torch_native=True)
+    process.layer_index_of[id(config)] = 0
+    _reduce(worker, LAYERS)
+    worker.begin_forward("decode", 5)
+    logits = torch.randn(5, EXPERTS)
+    routed = engine_topk.select_experts(torch.zeros(5, 8), logits, config, layer_id=1)
+    assert ((routed.topk_ids >= 0).sum(dim=1) == 1).all()
+    assert len(recorder.seen) == 2
+    assert all(torch.equal(seen, routed.topk_ids) for seen in recorder.seen)
+
+
+def test_graphs_are_captured_for_the_phase_that_replays_them(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phases: list[str] = []
+    monkeypatch.setattr(worker, "begin_capture", phases.append)
+    plugin._before_decode_graphs(object())
+    plugin._before_prefill_graphs(object())
+    assert phases == ["decode", "prefill"]
+
+
 def test_a_draft_models_forwards_and_layers_are_left_alone(worker: Worker, process: Any) -> None:
     _reduce(worker, LAYERS)
     draft = SimpleNamespace(is_draft_worker=True)
     plugin._before_forward(draft, SimpleNamespace(forward_mode=None))
     assert worker.steps == 0
-    output = StandardTopKOutput(torch.ones(1, 4), torch.zeros(1, 4, dtype=torch.int32), None)
-    assert plugin._after_select_experts(output, topk_config=object()) is None
+    assert plugin._before_routed_slots(topk_config=object()) is None
 
 
 def test_the_cpu_experts_run_the_kept_slots_only(worker: Worker, process: Any) -> None:

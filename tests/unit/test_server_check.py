@@ -55,6 +55,7 @@ def test_the_native_experts_are_served_on_a_cpu() -> None:
         ({"options": {"ep_size": 4}}, "--ep-size 4 is not supported"),
         ({"options": {"enable_dp_attention": True}}, "--enable-dp-attention True"),
         ({"options": {"init_expert_location": "plan.json"}}, "renumbers experts"),
+        ({"graph_backends": {"prefill": "tc_piecewise"}}, "--cuda-graph-backend-prefill"),
     ],
 )
 def test_what_would_break_the_budget_is_named(change: dict[str, object], message: str) -> None:

@@ -6,10 +6,14 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv tools demo bench lint test test-fast clean distclean
+.PHONY: help venv tools demo bench bench-gpu test-gpu lint test test-fast clean distclean
 
 PYTHON ?= python3.11
 PYTEST_ARGS ?=
+# The Python of an environment with SGLang for a GPU; .venv has the CPU build of torch.
+GPU_PYTHON ?= python3
+BENCH_ARGS ?=
+ON_GPU := PYTHONPATH=.:kernels:controller:kernels/bench $(GPU_PYTHON)
 VENV_PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 STAND_INS := $(wildcard tests/cpu_engine/*.* tests/cpu_engine/sgl_kernel/*.py)
@@ -39,6 +43,13 @@ lint: $(INSTALLED) ## Format, lint, types and import rules; changes nothing
 
 bench: $(INSTALLED) ## Latency against budget on this machine, beside stock SGLang
 	@$(VENV_PYTHON) -m sglang_alloc.bench
+	@PYTHONPATH=kernels/bench $(VENV_PYTHON) -m moe_bench --device cpu
+
+bench-gpu: ## Routing, MoE layers and whole steps on a GPU, in the environment of GPU_PYTHON
+	@$(ON_GPU) -m moe_bench $(BENCH_ARGS)
+
+test-gpu: ## The kernels' tests on a GPU, in the environment of GPU_PYTHON
+	@KERNEL_TEST_DEVICE=cuda $(ON_GPU) -m pytest -c kernels/bench/pytest.ini --rootdir=. tests/kernels $(PYTEST_ARGS)
 
 venv: $(INSTALLED) ## Create or update .venv
 

@@ -1,0 +1,115 @@
+"""Bench of budgeted routing: `python -m moe_bench` in kernels/bench, or `make bench-gpu`.
+
+Writes a CSV row per case with the GPU, driver, versions and commit. What an interrupted run, or one
+that came to its time limit, has measured stays; the next run goes on where it ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from moe_bench.engine import prepare_engine
+from moe_bench.facts import machine_columns, require_gpu
+from moe_bench.measure import Bench, Row, measure_layer, measure_routing
+from moe_bench.plan import KINDS, SERVER_ROWS, Unit, cpu_units, gpu_units
+from moe_bench.results import Results
+from moe_bench.roofline import Ceilings, measure_ceilings
+from moe_bench.server_bench import CONCURRENCIES, ON_GPU, measure_server
+from moe_bench.shapes import SHAPES
+from moe_bench.timing import Timer
+from sglang_alloc.demo.interruption import sigterm_interrupts
+from sglang_alloc.demo.progress import Stage, StageProgress
+from sglang_alloc.errors import AllocError
+
+DONE, FAILED, INTERRUPTED = 0, 1, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is not measured yet; return 0 when everything is, or the time is over."""
+    given = _parse(arguments)
+    console = Console(stderr=True)
+    try:
+        if given.device == "cuda":
+            require_gpu()
+        with sigterm_interrupts():
+            _run(given, console)
+    except AllocError as error:
+        console.print(f"The bench stopped: {error}", markup=False, highlight=False, soft_wrap=True)
+        return FAILED
+    except KeyboardInterrupt:
+        console.print("Interrupted: finished units are kept, the next run goes on behind them.")
+        return INTERRUPTED
+    return DONE
+
+
+def _run(given: argparse.Namespace, console: Console) -> None:
+    device = torch.device(given.device)
+    results = Results(given.out / f"moe-{device.type}.csv", machine_columns(device))
+    units = cpu_units() if device.type == "cpu" else gpu_units(given.kinds, given.shapes)
+    units = [unit for unit in units if not _is_done(results, unit)]
+    deadline = time.monotonic() + 60.0 * given.minutes
+    progress = StageProgress([Stage(unit.name, unit.expected_seconds) for unit in units], console)
+    prepare_engine(device)
+    timer = Timer(device, window_seconds=0.01 if device.type == "cuda" else 0.002)
+    bench = Bench(device, timer, _ceilings(timer, device))
+    columns = {
+        "copy_gb_per_second": f"{bench.ceilings.bytes_per_second / 1e9:.4g}",
+        "matmul_tflops": f"{bench.ceilings.flops_per_second / 1e12:.4g}",
+    }
+    with progress.shown():
+        for position, unit in enumerate(units):
+            if time.monotonic() > deadline:
+                left = len(units) - position
+                console.print(
+                    f"The time limit of {given.minutes:g} minutes: {left} units are left."
+                )
+                break
+            with progress.stage(unit.name):
+                results.add(list(_rows(bench, unit, given.out)), columns)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    console.print(f"Results: {(given.out / f'moe-{device.type}.csv').resolve()}", soft_wrap=True)
+
+
+def _rows(bench: Bench, unit: Unit, out: Path) -> Iterable[Row]:
+    if unit.kind == "routing":
+        return measure_routing(bench, unit.shape, unit.num_tokens)
+    if unit.kind == "server":
+        return measure_server(unit.shape.name, ON_GPU, out)
+    return measure_layer(bench, unit.shape, unit.num_tokens, unit.kind)
+
+
+def _is_done(results: Results, unit: Unit) -> bool:
+    if unit.kind == "server":
+        return results.has(SERVER_ROWS, unit.shape.name, CONCURRENCIES[0])
+    return results.has(unit.kind, unit.shape.name, unit.num_tokens)
+
+
+def _ceilings(timer: Timer, device: torch.device) -> Ceilings:
+    if device.type == "cuda":
+        return measure_ceilings(timer, device)
+    return measure_ceilings(timer, device, copy_bytes=2**24, matmul_size=256)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="moe_bench", description=__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the CSV")
+    parser.add_argument("--minutes", type=float, default=600.0, help="begin no unit after these")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    names = tuple(shape.name for shape in SHAPES)
+    parser.add_argument("--shapes", nargs="+", choices=names, default=names)
+    given = parser.parse_args(arguments)
+    given.kinds, given.shapes = tuple(given.kinds), tuple(given.shapes)
+    return given
+
+
+if __name__ == "__main__":
+    sys.exit(main())

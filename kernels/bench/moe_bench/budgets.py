@@ -1,0 +1,62 @@
+"""Bench, what is put in force: rows of a mode at a fraction of the full budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from moe_bench.shapes import MoEShape
+from sglang_alloc_kernels.layer_rows import LayerRows, StepTensors
+from sglang_alloc_kernels.slot_rules import SlotRules
+
+MODES = ("layer", "threshold", "token", "union")
+FRACTIONS = {"full": 1.0, "5/6": 5 / 6, "2/3": 2 / 3, "1/2": 1 / 2, "1/3": 1 / 3}
+
+Slots = tuple[torch.Tensor, torch.Tensor]  # weights (T, K), ids (T, K)
+
+
+class Rule(NamedTuple):
+    """A mode at a budget: `drop` maps routed slots to kept ones, by the kernels or their twins."""
+
+    mode: str
+    rows: LayerRows
+    drop: Callable[[torch.Tensor, torch.Tensor, StepTensors], Slots]
+
+
+def make_rule(shape: MoEShape, mode: str, fraction: float, slots: Slots, rules: SlotRules) -> Rule:
+    """Return the rule of a mode that keeps about `fraction` of the slots (T, K) given.
+
+    `layer` keeps a whole number per token; `token` that share exactly; `threshold` takes the
+    threshold that keeps that share of these very slots. `union` opens its set with a whole number
+    of each token's best slots, so what it keeps is more: its riders are measured like the rest.
+    """
+    quota = max(1.0, fraction * shape.top_k)
+    if mode in {"layer", "union"}:
+        limit = float(max(1, round(quota)))
+    elif mode == "threshold":
+        limit = _threshold(slots[0], quota)
+    else:
+        limit = quota
+    rows = LayerRows(torch.tensor([limit], dtype=torch.float32, device=slots[0].device))
+
+    def drop(weights: torch.Tensor, ids: torch.Tensor, step: StepTensors) -> Slots:
+        if mode == "union":
+            return rules.union(weights, ids, rows, 0, shape.num_experts, step=step)
+        if mode == "token":
+            return rules.token(weights, ids, rows, 0, step=step)
+        kind = "threshold" if mode == "threshold" else "quota"
+        return rules.budgeted(weights, ids, rows, 0, kind, step=step)
+
+    return Rule(mode, rows, drop)
+
+
+def _threshold(weights: torch.Tensor, quota: float) -> float:
+    """Return the weight above which `quota` slots per token lie; a token's best always stays."""
+    best = weights.float().sort(dim=1, descending=True).values
+    others = best[:, 1:].flatten().sort(descending=True).values
+    wanted = round((quota - 1) * len(weights))
+    if wanted >= len(others):
+        return float("-inf")
+    return float(others[wanted]) * (1 + 1e-6)

@@ -1,0 +1,59 @@
+"""Bench, what is left of a run: a CSV that grows unit by unit, so that a run can go on later."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from moe_bench.measure import Row
+
+# A unit that has rows with these values is done; another commit or machine measures anew.
+SAME_RUN = ("device", "driver", "torch", "sglang", "commit")
+
+
+class Results:
+    """Rows of this and earlier runs in one file."""
+
+    def __init__(self, path: Path, machine: Mapping[str, str]) -> None:
+        self._path = path
+        self._machine = dict(machine)
+        self._done = {_unit_of(row) for row in _read(path) if self._is_same_run(row)}
+
+    def has(self, kind: str, shape: str, num_tokens: int) -> bool:
+        """Return whether this unit was measured on this machine at this commit."""
+        return (kind, shape, str(num_tokens)) in self._done
+
+    def add(self, rows: Sequence[Row], ceilings: Mapping[str, str]) -> None:
+        """Append the rows of a unit."""
+        columns = [*Row._fields, *ceilings, *self._machine]
+        is_new = not self._path.exists()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            if is_new:
+                writer.writerow(columns)
+            for row in rows:
+                cells = [_cell(value) for value in row]
+                writer.writerow([*cells, *ceilings.values(), *self._machine.values()])
+        self._done |= {(row.kind, row.shape, str(row.num_tokens)) for row in rows}
+
+    def _is_same_run(self, row: Mapping[str, str]) -> bool:
+        return all(row.get(name) == self._machine[name] for name in SAME_RUN)
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _unit_of(row: Mapping[str, str]) -> tuple[str, str, str]:
+    return row["kind"], row["shape"], row["num_tokens"]
+
+
+def _cell(value: object) -> object:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else value

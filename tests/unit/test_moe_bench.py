@@ -1,0 +1,186 @@
+"""The bench of budgeted routing, on shapes small enough for a CPU: rows, resuming, arithmetic."""
+
+from __future__ import annotations
+
+import csv
+import json
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_bench import __main__ as bench_main
+from moe_bench import facts, plan
+from moe_bench.budgets import FRACTIONS, MODES, make_rule
+from moe_bench.dummy_models import CONFIGS, even_tables, moe_layer_ids, write_model
+from moe_bench.measure import Bench, measure_layer, measure_routing
+from moe_bench.plan import Unit, gpu_units
+from moe_bench.roofline import Ceilings, Work, bytes_moved, least_seconds, operations
+from moe_bench.shapes import SHAPES, SMALL, make_inputs
+from moe_bench.timing import Timer
+from sglang_alloc_kernels.layer_rows import StepTensors
+from sglang_alloc_kernels.slot_rules import TWINS
+
+CPU = torch.device("cpu")
+CEILINGS = Ceilings(bytes_per_second=1e9, flops_per_second=1e10)
+BY_NAME = {shape.name: shape for shape in SHAPES}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[None]:
+    """SGLang, whose import warns of what a CPU lacks; one thread, which waits for no other."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import sglang.srt.layers.moe.topk
+        import sglang.srt.server_args  # noqa: F401
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench(CPU, Timer(CPU, repeats=1, window_seconds=1e-6), CEILINGS)
+
+
+def _slots(tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs = make_inputs(SMALL, tokens, CPU, torch.float32, seed)
+    return inputs.router_logits.softmax(dim=1).topk(SMALL.top_k)
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.filterwarnings("ignore")
+def test_a_layer_s_rows_hold_every_mode_at_every_budget_and_what_was_counted(bench: Bench) -> None:
+    stock, *rows = list(measure_layer(bench, SMALL, 8))
+    assert Counter(row.mode for row in rows) == dict.fromkeys(MODES, len(FRACTIONS))
+    assert stock.variant == "stock"
+    assert stock.activations_per_token == SMALL.top_k
+    for row in rows:
+        assert row.median_us > 0
+        assert row.speedup == pytest.approx(stock.median_us / row.median_us)
+        assert row.share_of_roofline == pytest.approx(row.speedup / row.roofline_speedup)
+    half = {row.mode: row for row in rows if row.budget == "1/2"}
+    for mode in ("layer", "threshold", "token"):
+        assert half[mode].activations_per_token == 2.0
+    assert half["union"].distinct_experts == half["layer"].distinct_experts
+    assert half["union"].activations_per_token > 2.0
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.filterwarnings("ignore")
+def test_routing_is_timed_stock_dropped_counted_and_fused(bench: Bench) -> None:
+    rows = list(measure_routing(bench, SMALL, 3))
+    found = Counter(row.variant for row in rows)
+    statistics = "statistics of a step, once for all layers"
+    assert found == {
+        "stock": 1,
+        "stock, drop": 4,
+        "stock, drop, sums": 4,
+        "fused": 3,
+        statistics: 1,
+    }
+
+
+@pytest.mark.parametrize("mode", ["layer", "threshold", "token"])
+@pytest.mark.parametrize(("budget", "expected"), [("full", 4.0), ("1/2", 2.0)])
+def test_a_rule_keeps_the_share_that_it_is_made_for(
+    mode: str, budget: str, expected: float
+) -> None:
+    slots = _slots(64)
+    rule = make_rule(SMALL, mode, FRACTIONS[budget], slots, TWINS)
+    kept = rule.drop(*slots, StepTensors())[1] >= 0
+    assert float(kept.sum()) / len(kept) == pytest.approx(expected, rel=0.02)
+
+
+def test_bytes_and_operations_by_hand() -> None:
+    work = Work(num_tokens=2, activations=5, distinct_experts=3)
+    expert = 3 * 64 * 32 * 2
+    assert bytes_moved(SMALL, work) == 3 * expert + 2 * 2 * 64 * 2
+    assert operations(SMALL, work) == 5 * 6 * 64 * 32
+    assert least_seconds(SMALL, work, CEILINGS) == bytes_moved(SMALL, work) / 1e9
+    slow = Ceilings(bytes_per_second=1e12, flops_per_second=1e6)
+    assert least_seconds(SMALL, work, slow) == operations(SMALL, work) / 1e6
+
+
+def test_half_of_all_experts_of_deepseek_v2_lite_halve_the_bytes_of_decode() -> None:
+    """At batch 8 experts dominate: 17.3 MB each against 64 kB of hidden states."""
+    shape = BY_NAME["DeepSeek-V2-Lite"]
+    assert shape.expert_bytes == 3 * 2048 * 1408 * 2
+    full, half = (bytes_moved(shape, Work(8, 48 * n // 36, n)) for n in (36, 18))
+    assert full / half == pytest.approx(2.0, rel=1e-3)
+
+
+def _run(folder: Path, *arguments: str) -> int:
+    return bench_main.main(["--device", "cpu", "--out", str(folder), *arguments])
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_goes_on_where_the_last_one_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    units = [Unit("routing", SMALL, 1), Unit("layer", SMALL, 2)]
+    monkeypatch.setattr(bench_main, "cpu_units", lambda: units)
+    quick = {"repeats": 1, "window_seconds": 1e-6}
+    monkeypatch.setattr(bench_main, "Timer", lambda device, **_: Timer(device, **quick))
+    monkeypatch.setattr(facts, "source_commit", lambda: "abc")
+    assert _run(tmp_path, "--minutes", "-1") == bench_main.DONE
+    assert not (tmp_path / "moe-cpu.csv").exists()
+    monkeypatch.setattr(bench_main, "cpu_units", lambda: units[:1])
+    assert _run(tmp_path) == bench_main.DONE
+    first = (tmp_path / "moe-cpu.csv").read_text()
+    monkeypatch.setattr(bench_main, "cpu_units", lambda: units)
+    assert _run(tmp_path) == bench_main.DONE
+    second = (tmp_path / "moe-cpu.csv").read_text()
+    assert second.startswith(first)
+    assert _run(tmp_path) == bench_main.DONE
+    assert (tmp_path / "moe-cpu.csv").read_text() == second
+    rows = list(csv.DictReader(second.splitlines()))
+    assert {row["kind"] for row in rows} == {"routing", "layer"}
+    assert {row["commit"] for row in rows} == {"abc"}
+    assert all(row["device"] and row["torch"] and row["copy_gb_per_second"] for row in rows)
+    monkeypatch.setattr(facts, "source_commit", lambda: "def")
+    assert _run(tmp_path) == bench_main.DONE  # another commit is measured anew
+    assert (tmp_path / "moe-cpu.csv").read_text().count("\n") == 2 * second.count("\n") - 1
+
+
+def test_without_a_gpu_the_bench_names_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(facts, "driver_version", lambda: "-")
+    assert bench_main.main(["--device", "cuda"]) == bench_main.FAILED
+    said = " ".join(capsys.readouterr().err.split())
+    assert "an NVIDIA GPU with its driver" in said
+    assert "a CUDA build of torch" in said
+    assert "offline_bundle.py" in said
+
+
+def test_the_plan_covers_the_issue_s_batches_and_prefills() -> None:
+    units = gpu_units(plan.KINDS, tuple(BY_NAME))
+    sizes = {(unit.kind, unit.num_tokens) for unit in units}
+    assert {("layer", 1), ("layer", 8), ("layer", 64), ("layer", 512)} <= sizes
+    assert {("prefill", 1024), ("prefill", 16384), ("server", 0)} <= sizes
+    assert len({unit.name for unit in units}) == len(units)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_dummy_model_has_the_bench_s_shape_and_a_table_that_fits(
+    name: str, tmp_path: Path
+) -> None:
+    folder = write_model(tmp_path / name, name)
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    shape = BY_NAME[name]
+    assert config["hidden_size"] == shape.hidden_size
+    assert config["moe_intermediate_size"] == shape.intermediate_size
+    assert config["num_experts_per_tok"] == shape.top_k
+    tables = even_tables(folder)
+    tables.validate()
+    assert tables.num_experts == shape.num_experts
+    assert len(tables.layer_ids) == len(moe_layer_ids(config))
+    spread = tables.quotas.max(axis=1) - tables.quotas.min(axis=1)
+    assert spread.max() <= 1

@@ -40,6 +40,8 @@ class OwnMetrics(Collector):
         self._reloads: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
         self._changes: Counter[tuple[Phase, str]] = Counter()
+        self._reversals: Counter[Phase] = Counter()
+        self._last_direction: dict[Phase, str] = {}
         self._tick: TickReport | None = None
         self._tick_seconds = 0.0
         self._registry = CollectorRegistry()
@@ -51,8 +53,14 @@ class OwnMetrics(Collector):
         for phase in PHASES:
             if tick.written[phase] != tick.written_before[phase]:
                 up = tick.written[phase] > tick.written_before[phase]
-                self._changes[phase, "up" if up else "down"] += 1
+                self._count_change(phase, "up" if up else "down")
         self._tick = tick
+
+    def _count_change(self, phase: Phase, direction: str) -> None:
+        self._changes[phase, direction] += 1
+        if self._last_direction.get(phase, direction) != direction:
+            self._reversals[phase] += 1
+        self._last_direction[phase] = direction
 
     def report_tick_seconds(self, cpu_seconds: float) -> None:
         """Take the CPU time that a tick took."""
@@ -117,6 +125,12 @@ class OwnMetrics(Collector):
             for direction in ("up", "down"):
                 changes.add_metric([phase, direction], self._changes[phase, direction])
         yield changes
+        reversals = CounterMetricFamily(
+            _PREFIX + "budget_reversals", "Changes against the one before", labels=["phase"]
+        )
+        for phase in PHASES:
+            reversals.add_metric([phase], self._reversals[phase])
+        yield reversals
         yield from self._reload_series()
         yield _gauge("tick_seconds", "CPU time of the last tick", self._tick_seconds)
 

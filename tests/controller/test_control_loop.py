@@ -109,6 +109,15 @@ def test_a_reading_that_does_not_get_newer_becomes_stale(table: Path) -> None:
     assert controller.metric("sample_age_seconds") > 5
 
 
+def test_a_change_against_the_one_before_is_a_reversal(table: Path) -> None:
+    controller, engine = _controller(table)
+    _degrade(controller, engine)
+    assert controller.metric("budget_reversals_total", phase="decode") == 0
+    engine.running_requests = 0.0
+    assert _run(controller, 20) == FULL
+    assert controller.metric("budget_reversals_total", phase="decode") == 1
+
+
 def test_a_machine_that_slept_for_an_hour_goes_on_without_a_jump(table: Path) -> None:
     controller, engine = _controller(table)
     budgets = _degrade(controller, engine)

@@ -1,6 +1,6 @@
-"""Offline story, judging: quality against use, drawn (needs the `report` extra)."""
+"""Offline story, judging: quality against use, drawn as PNG (needs the `report` extra)."""
 
-from pathlib import Path
+import io
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -20,7 +20,7 @@ COLOURS = ("#d1812f", "#5b6abf", "#b3261e", "#7a5195", "#4a90d9", "#8a6d3b", "#c
            "#222222")  # fmt: skip
 
 
-def plot_quality(path: Path, tables: BudgetTables, points: Points) -> None:
+def plot_quality(tables: BudgetTables, points: Points) -> bytes:
     """Loss above full, KL and two kinds of agreement against measured mean k, rule by rule."""
     figure, panels = _figure(2, 2, (11.5, 8))
     panels_of = zip(panels, ("nll_above_full", "kl", "agreement", "continuation"), strict=True)
@@ -38,10 +38,10 @@ def plot_quality(path: Path, tables: BudgetTables, points: Points) -> None:
         axes.set(xlabel="measured activations per token and layer", ylabel=labels[measure])
     panels[0].legend(fontsize=8, ncols=2)
     figure.suptitle(f"{tables.model_id}: quality against measured mean k, 95% intervals")
-    figure.savefig(path, dpi=DOTS_PER_INCH)
+    return _png(figure)
 
 
-def plot_pareto(path: Path, tables: BudgetTables, points: Points) -> None:
+def plot_pareto(tables: BudgetTables, points: Points) -> bytes:
     """Every measured rule at every budget as one cloud, and the front that none of them passes."""
     figure, (axes,) = _figure(1, 1, (8, 5.2))
     grid = [p for p in points.values() if "continuation" in p.samples and p.rule != FULL_RULE]
@@ -70,10 +70,10 @@ def plot_pareto(path: Path, tables: BudgetTables, points: Points) -> None:
         title=f"{tables.model_id}: Pareto front",
     )
     axes.legend()  # fmt: skip
-    figure.savefig(path, dpi=DOTS_PER_INCH)
+    return _png(figure)
 
 
-def plot_union(path: Path, points: Points) -> None:
+def plot_union(points: Points) -> bytes:
     """Loss against distinct experts per decode step, for each decode batch."""
     figure, panels = _figure(1, len(BATCH_SIZES), (11.5, 3.8))
     for axes, batch in zip(panels, BATCH_SIZES, strict=True):
@@ -92,7 +92,7 @@ def plot_union(path: Path, points: Points) -> None:
         axes.set(xlabel="distinct experts per layer and step", title=f"decode batch of {batch}")
     panels[0].set_ylabel("loss above full (nats per byte)")
     panels[0].legend(fontsize=8)
-    figure.savefig(path, dpi=DOTS_PER_INCH)
+    return _png(figure)
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
@@ -103,6 +103,12 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure,
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     return figure, panels
+
+
+def _png(figure: Figure) -> bytes:
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=DOTS_PER_INCH)
+    return image.getvalue()
 
 
 def _log_scale(axes: Axes) -> None:

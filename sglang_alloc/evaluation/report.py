@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+from sglang_alloc.atomic_file import replace_file
 from sglang_alloc.budget_tables import BudgetTables
+from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.evaluation.decode_union import union_name
 from sglang_alloc.evaluation.findings import (
     FULL_RULE,
@@ -18,7 +20,7 @@ from sglang_alloc.evaluation.neighbours import STEP_RULES, neighbour_name
 from sglang_alloc.evaluation.plots import plot_pareto, plot_quality, plot_union
 from sglang_alloc.evaluation.points import Point
 from sglang_alloc.evaluation.rules import DEFAULT_RULE, RULE_NAMES
-from sglang_alloc.evaluation.summary_csv import measure_interval, write_summary
+from sglang_alloc.evaluation.summary_csv import measure_interval, summary_text
 from sglang_alloc.evaluation.switching import SWITCH_POSITIONS, switch_name
 from sglang_alloc.evaluation.text_measures import BATCH_SIZES
 
@@ -26,11 +28,31 @@ TEXT_MEASURES = ("nll", "kl", "agreement", "continuation")
 
 
 def write_report(folder: Path, tables: BudgetTables, points: Points) -> Path:
-    """Write summary.csv, the plots and QUALITY.md into `folder`; return the last one's path."""
-    write_summary(folder / "summary.csv", tables.model_id, points)
-    plot_quality(folder / "quality.png", tables, points)
-    plot_pareto(folder / "pareto.png", tables, points)
-    plot_union(folder / "union.png", points)
+    """Write summary.csv, the plots and QUALITY.md into `folder`; return the last one's path.
+
+    Raises:
+        ConfigurationError: one of them cannot be written; it then is what it was before.
+    """
+    files = {
+        "summary.csv": summary_text(tables.model_id, points).encode(),
+        "quality.png": plot_quality(tables, points),
+        "pareto.png": plot_pareto(tables, points),
+        "union.png": plot_union(points),
+        "QUALITY.md": report_text(tables, points).encode(),
+    }
+    for name, content in files.items():
+        try:
+            replace_file(folder / name, content, mode=0o644)
+        except OSError as error:
+            raise ConfigurationError(
+                f"{folder / name} could not be written: {error.strerror}. The measured points are "
+                "kept: run the same command again when that is mended."
+            ) from error
+    return folder / "QUALITY.md"
+
+
+def report_text(tables: BudgetTables, points: Points) -> str:
+    """The page of tables."""
     sections = (
         f"# Quality of {tables.model_id} by rule and budget",
         loss_table(points, tables),
@@ -41,9 +63,7 @@ def write_report(folder: Path, tables: BudgetTables, points: Points) -> Path:
         switching_table(points, tables),
         neighbour_table(points),
     )
-    path = folder / "QUALITY.md"
-    path.write_text("\n\n".join(sections) + "\n")
-    return path
+    return "\n\n".join(sections) + "\n"
 
 
 def grid_budgets(points: Points) -> list[int]:

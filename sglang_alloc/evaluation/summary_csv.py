@@ -1,7 +1,7 @@
 """Offline story, judging: all points of the grid as one CSV, with confidence intervals."""
 
 import csv
-from pathlib import Path
+import io
 
 import numpy as np
 
@@ -11,22 +11,23 @@ from sglang_alloc.evaluation.points import Point
 from sglang_alloc.evaluation.text_measures import BATCH_SIZES
 
 
-def write_summary(path: Path, model: str, points: Points) -> None:
+def summary_text(model: str, points: Points) -> str:
     """One row per point: use, then mean, low and high of each measure.
 
     `nll_above_full` is in nats per token; the others are `kl` in nats per token, and shares.
     """
     full = next(p for p in points.values() if p.rule == FULL_RULE)
     measures = ["nll_above_full", *(name for name in full.samples if name != "nll")]
-    with path.open("w", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow([
-            "model", "rule", "budget", "mean_k",
-            *(f"distinct_experts_at_{size}" for size in BATCH_SIZES),
-            *(f"{measure}{end}" for measure in measures for end in ("", "_low", "_high")),
-        ])  # fmt: skip
-        for point in points.values():
-            rows.writerow([model, point.rule, point.budget, *_cells(points, point, measures)])
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow([
+        "model", "rule", "budget", "mean_k",
+        *(f"distinct_experts_at_{size}" for size in BATCH_SIZES),
+        *(f"{measure}{end}" for measure in measures for end in ("", "_low", "_high")),
+    ])  # fmt: skip
+    for point in points.values():
+        rows.writerow([model, point.rule, point.budget, *_cells(points, point, measures)])
+    return text.getvalue()
 
 
 def _cells(points: Points, point: Point, measures: list[str]) -> list[str]:

@@ -1,9 +1,14 @@
 """A whole evaluation of a tiny model: resumable, and each statement computed from its points."""
 
 import csv
+import errno
 import io
 import json
+import multiprocessing
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +21,7 @@ from typer.testing import CliRunner
 from sglang_alloc.budget_tables import save_budget_tables
 from sglang_alloc.cli import app
 from sglang_alloc.errors import ConfigurationError
+from sglang_alloc.evaluation import run
 from sglang_alloc.evaluation.findings import (
     best_rival,
     compare,
@@ -26,6 +32,7 @@ from sglang_alloc.evaluation.intervals import at_usage, mean_interval
 from sglang_alloc.evaluation.journal import EvaluationJournal
 from sglang_alloc.evaluation.material import Sizes
 from sglang_alloc.evaluation.neighbours import STEP_RULES, Crowd, dependence
+from sglang_alloc.evaluation.points import Point
 from sglang_alloc.evaluation.rules import BASELINES, CORRECTED
 from sglang_alloc.evaluation.run import JOURNAL_NAME, Evaluation, evaluate
 
@@ -40,13 +47,50 @@ def _console() -> Console:
 
 
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Evaluation, bytes]:
+    """An evaluation that was killed while it wrote its sixth point, and the journal it left."""
     folder = write_model(tmp_path_factory.mktemp("model"))
     asked = Evaluation(
         folder, folder / "budget_tables.npz", folder / "out", TINY, fractions=(0.5, 0.75)
     )
-    assert evaluate(asked, _console()) == folder / "out" / "QUALITY.md"
+    child = multiprocessing.get_context("spawn").Process(target=_evaluate_until_killed, args=asked)
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    return asked, (asked.output / JOURNAL_NAME).read_bytes()
+
+
+def _evaluate_until_killed(*asked: Any) -> None:
+    torch.set_num_threads(1)
+
+    class Journal(EvaluationJournal):
+        def add(self, point: Point) -> None:
+            if len(self.points) == 5:
+                with (Evaluation(*asked).output / JOURNAL_NAME).open("ab") as file:
+                    file.write(json.dumps(point.to_json()).encode()[:40])
+                os.kill(os.getpid(), signal.SIGKILL)
+            super().add(point)
+
+    run.EvaluationJournal = Journal  # type: ignore[misc]
+    evaluate(Evaluation(*asked), _console())
+
+
+@pytest.fixture(scope="module")
+def evaluated(killed: tuple[Evaluation, bytes]) -> Evaluation:
+    asked, _ = killed
+    assert evaluate(asked, _console()) == asked.output / "QUALITY.md"
     return asked
+
+
+def test_a_killed_evaluation_goes_on_from_its_last_whole_point(
+    killed: tuple[Evaluation, bytes], evaluated: Evaluation
+) -> None:
+    left = killed[1].splitlines(keepends=True)
+    found = (evaluated.output / JOURNAL_NAME).read_bytes().splitlines(keepends=True)
+    assert len(left) == 1 + 5 + 1
+    assert found[:6] == left[:6]
+    names = [(point["rule"], point["budget"]) for point in map(json.loads, found[1:])]
+    assert len(names) == len(set(names)) > 100
 
 
 def test_an_evaluation_writes_a_report_plots_and_all_points(evaluated: Evaluation) -> None:
@@ -69,17 +113,6 @@ def test_a_finished_evaluation_measures_nothing_again(evaluated: Evaluation) -> 
     before = journal.read_bytes()
     evaluate(evaluated, _console())
     assert journal.read_bytes() == before
-
-
-def test_an_interrupted_evaluation_measures_only_what_is_missing(evaluated: Evaluation) -> None:
-    journal = evaluated.output / JOURNAL_NAME
-    lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(b"".join(lines[:-2]) + lines[-1][:40])
-    evaluate(evaluated, _console())
-    again = journal.read_bytes().splitlines(keepends=True)
-    assert again[: len(lines) - 2] == lines[:-2]
-    names = [{(p["rule"], p["budget"]) for p in map(json.loads, x[1:])} for x in (lines, again)]
-    assert names[0] == names[1]
 
 
 def test_points_of_another_size_are_refused(evaluated: Evaluation) -> None:
@@ -112,13 +145,28 @@ def test_a_journal_of_something_else_is_refused(tmp_path: Path) -> None:
         EvaluationJournal(path, {})
 
 
-def test_a_point_that_cannot_be_written_is_an_error_that_says_so(tmp_path: Path) -> None:
-    journal = EvaluationJournal(tmp_path / "points.jsonl", {})
-    (tmp_path / "points.jsonl").unlink()
-    (tmp_path / "points.jsonl").mkdir()
-    with pytest.raises(ConfigurationError, match="run the same command again"):
+def test_a_full_disk_is_an_error_that_says_how_to_go_on(tmp_path: Path) -> None:
+    path = tmp_path / "points.jsonl"
+    journal = EvaluationJournal(path, {})
+    path.unlink()
+    path.symlink_to("/dev/full")
+    with pytest.raises(ConfigurationError, match=r"No space left.*run the same command again"):
         journal.add(make_point("layer", 4, 2.0, [1.0]))
     assert not journal.points
+
+
+def test_a_report_that_finds_the_disk_full_leaves_the_one_before(
+    evaluated: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in evaluated.output.iterdir()}
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigurationError, match="No space left"):
+        evaluate(evaluated, _console())
+    assert {path.name: path.read_bytes() for path in evaluated.output.iterdir()} == before
 
 
 def test_interval_of_the_mean_covers_it_and_shrinks_with_the_sample() -> None:

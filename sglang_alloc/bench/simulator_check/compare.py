@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sglang_alloc.bench.simulator_check.errors import WHOLE, Error, compare
 from sglang_alloc.bench.simulator_check.felt import Run, Served
+from sglang_alloc.bench.simulator_check.figure import write_figure
 from sglang_alloc.bench.simulator_check.files import read_served
 from sglang_alloc.bench.simulator_check.twin import plant_of, simulate
 from sglang_alloc.budget_tables import load_budget_tables
@@ -15,7 +16,7 @@ from sglang_alloc.shared_table import SharedTable, publish_shared_table
 
 
 def compare_folder(folder: Path, tables: Path, bench_csv: Path | None = None) -> str:
-    """Compare `folder`/served.json with the simulator; write errors.csv; return a table.
+    """Compare `folder`/served.json with the simulator; write what differs; return a table.
 
     `tables` are those that were served; `bench_csv` fits the plant, by default the folder's.
     """
@@ -27,6 +28,7 @@ def compare_folder(folder: Path, tables: Path, bench_csv: Path | None = None) ->
         for error in compare(served, run, model)
     ]
     write_errors(folder / "errors.csv", errors)
+    write_figure(folder / "runs.png", served, simulated)
     return markdown(errors)
 
 

@@ -30,7 +30,7 @@ def write_figure(path: Path, served: Served, simulated: Sequence[Run]) -> None:
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(11.0, 7.2), layout="constrained")
         FigureCanvasAgg(figure)
-        grid = figure.subplots(3, len(served.runs), sharex=True, squeeze=False)
+        grid = figure.subplots(3, len(served.runs), sharex=True, squeeze=False).tolist()
         for column, (run, model) in enumerate(zip(served.runs, simulated, strict=True)):
             ttft, queue, budgets = (row[column] for row in grid)
             ttft.set_title(run.name)

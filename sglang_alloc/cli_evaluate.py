@@ -24,7 +24,7 @@ def evaluate(
     windows: Annotated[
         int, typer.Option(min=32, help="Pieces of held-out text, a multiple of 32.")
     ] = 64,
-    questions: Annotated[int, typer.Option(min=4, help="Of each exact-answer task.")] = 96,
+    questions: Annotated[int, typer.Option(min=4, help="Of each exact-answer task.")] = 64,
     workers: Annotated[int, typer.Option(min=1, help="Points measured at once.")] = 2,
 ) -> None:
     """Compare the modes with published rules, and write CSV, plots and QUALITY.md.

@@ -26,11 +26,11 @@ class Sizes(NamedTuple):
 
     windows: int = 64  # a multiple of 32, the largest decode batch
     window_tokens: int = 512
-    prompts: int = 64
+    prompts: int = 32
     prompt_tokens: int = 128
     new_tokens: int = 32
-    questions: int = 96  # of each task
-    neighbour_requests: int = 16  # each decoded among two sets of neighbours
+    questions: int = 64  # of each task
+    neighbour_requests: int = 6  # each decoded among two sets of neighbours
     calibration_windows: int = 24
     calibration_tokens: int = 512
 

@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 
 from sglang_alloc.budget_tables import BudgetTables
 from sglang_alloc.evaluation.decode_union import PLAIN_RULE, text_name, union_name
-from sglang_alloc.evaluation.findings import FULL_RULE, Points, losses_above_full
+from sglang_alloc.evaluation.findings import Points, losses_above_full
 from sglang_alloc.evaluation.points import Point
-from sglang_alloc.evaluation.rules import BASELINES, DEFAULT_RULE
+from sglang_alloc.evaluation.rules import BASELINES, DEFAULT_RULE, RULE_NAMES
 from sglang_alloc.evaluation.summary_csv import measure_interval
 from sglang_alloc.evaluation.text_measures import BATCH_SIZES
 
@@ -44,7 +44,7 @@ def plot_quality(tables: BudgetTables, points: Points) -> bytes:
 def plot_pareto(tables: BudgetTables, points: Points) -> bytes:
     """Every measured rule at every budget as one cloud, and the front that none of them passes."""
     figure, (axes,) = _figure(1, 1, (8, 5.2))
-    grid = [p for p in points.values() if "continuation" in p.samples and p.rule != FULL_RULE]
+    grid = [p for p in points.values() if p.rule in RULE_NAMES]
     places = sorted((p.mean_k, float(losses_above_full(points, p).mean()), p.rule) for p in grid)
     kinds = ((DEFAULT_RULE, OURS, 55), (None, GREY, 22))
     for rule, colour, size in kinds:

@@ -19,7 +19,7 @@ from sglang_alloc.evaluation.intervals import Interval
 from sglang_alloc.evaluation.neighbours import STEP_RULES, neighbour_name
 from sglang_alloc.evaluation.plots import plot_pareto, plot_quality, plot_union
 from sglang_alloc.evaluation.points import Point
-from sglang_alloc.evaluation.rules import DEFAULT_RULE, RULE_NAMES
+from sglang_alloc.evaluation.rules import DEFAULT_RULE, RULE_NAMES, RULES
 from sglang_alloc.evaluation.summary_csv import measure_interval, summary_text
 from sglang_alloc.evaluation.switching import SWITCH_POSITIONS, switch_name
 from sglang_alloc.evaluation.text_measures import BATCH_SIZES
@@ -116,7 +116,7 @@ def generation_table(points: Points, tables: BudgetTables) -> str:
     measures = [name for name in full.samples if name not in {"nll", "kl"}]
     rows = [["full", str(tables.budget_max), *(_share(points, full, m) for m in measures)]]
     for budget in grid_budgets(points):
-        for rule in (DEFAULT_RULE, "uniform k", "uniform k + gain", "Alloc-L", "fewer experts"):
+        for rule in RULES:
             point = points[rule, budget]
             rows.append([rule, str(budget), *(_share(points, point, m) for m in measures)])
     return (

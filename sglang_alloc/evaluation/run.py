@@ -20,7 +20,7 @@ from sglang_alloc.evaluation.material import Material, Sizes, domains_in_turn, g
 from sglang_alloc.evaluation.neighbours import neighbour_jobs
 from sglang_alloc.evaluation.points import Point, measure_point
 from sglang_alloc.evaluation.report import write_report
-from sglang_alloc.evaluation.rules import DEFAULT_RULE, RULE_NAMES, Subject, build_rule
+from sglang_alloc.evaluation.rules import CORRECTED, DEFAULT_RULE, RULES, Subject, build_rule
 from sglang_alloc.evaluation.switching import switching_jobs
 from sglang_alloc.model_identity import identity_from_config
 from sglang_alloc.reference.architecture import FAMILIES
@@ -111,7 +111,9 @@ def all_jobs(subject: Subject, material: Material, asked: Evaluation) -> list[Jo
     spread = sorted({int(b) for b in torch.linspace(tables.budget_min, full, PREDICTED_BUDGETS)})
     uniform = list(range(layers, full, layers))
     jobs = [_grid_job(subject, material, FULL_RULE, full)]
-    jobs += [_grid_job(subject, material, r, b) for b in budgets for r in RULE_NAMES]
+    jobs += [_grid_job(subject, material, r, b) for b in budgets for r in RULES]
+    for rule in CORRECTED:
+        jobs += text_jobs(subject, material, rule, budgets, named=rule)
     jobs += text_jobs(subject, material, PLAIN_RULE, uniform)
     jobs += union_jobs(subject, material, uniform)
     jobs += text_jobs(subject, material, DEFAULT_RULE, spread)

@@ -17,7 +17,7 @@ from sglang_alloc.evaluation.step_rules import switched
 from sglang_alloc.evaluation.text_measures import ROWS_PER_PASS
 from sglang_alloc.reference.model import Allocation
 
-SWITCH_POSITIONS = (64, 128, 256, 384)
+SWITCH_POSITIONS = (64, 192, 384)
 SOON_TOKENS = 32  # right behind the change
 
 
@@ -57,6 +57,6 @@ def tail_losses(subject: Subject, material: Material, rule: Allocation, at: int)
     """Losses (W, S - at) of what the positions from `at` on say of their successors."""
     losses = []
     for part in torch.split(material.windows, ROWS_PER_PASS):
-        logits = subject.model(part[:, :-1], rule).logits.transpose(1, 2)
-        losses.append(functional.cross_entropy(logits, part[:, 1:], reduction="none")[:, at:])
+        logits = subject.model(part[:, :-1], rule).logits[:, at:].transpose(1, 2)
+        losses.append(functional.cross_entropy(logits, part[:, 1 + at :], reduction="none"))
     return torch.cat(losses).double()

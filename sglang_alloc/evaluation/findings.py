@@ -65,9 +65,9 @@ def compare(points: Points, budget: int, rival: str) -> Comparison:
     )  # fmt: skip
 
 
-def best_rival(points: Points, budget: int) -> Comparison:
-    """The comparison with the baseline of least loss."""
-    found = [compare(points, budget, rival) for rival in baselines()]
+def best_rival(points: Points, budget: int, rivals: Iterable[str] | None = None) -> Comparison:
+    """The comparison with the rival of least loss, by default of the baselines."""
+    found = [compare(points, budget, rival) for rival in rivals or baselines()]
     return min(found, key=lambda comparison: comparison.rival_loss)
 
 

@@ -30,7 +30,7 @@ class Sizes(NamedTuple):
     prompt_tokens: int = 128
     new_tokens: int = 32
     questions: int = 64  # of each task
-    neighbour_requests: int = 6  # each decoded among two sets of neighbours
+    neighbour_requests: int = 4  # each decoded among two sets of neighbours
     calibration_windows: int = 24
     calibration_tokens: int = 512
 

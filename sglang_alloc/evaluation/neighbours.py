@@ -24,7 +24,7 @@ from sglang_alloc.reference.model import Allocation, ReferenceModel
 from sglang_alloc.reference.union_quotas import union_allocation
 
 BATCH = 8
-STEPS, NEW_TOKENS = 192, 48
+STEPS, NEW_TOKENS = 192, 32
 
 
 class Crowd(NamedTuple):

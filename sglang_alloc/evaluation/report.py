@@ -90,13 +90,25 @@ def loss_table(points: Points, tables: BudgetTables) -> str:
 def bar_table(points: Points) -> str:
     """The default rule against every baseline, at its own measured mean k."""
     rows = []
+    others = tuple(name for name in RULE_NAMES if name != DEFAULT_RULE)
     for budget in grid_budgets(points):
-        best = best_rival(points, budget)
+        best, any_best = best_rival(points, budget), best_rival(points, budget, others)
         rows.append([
             str(budget), f"{best.mean_k:.3f}", _text(best.default_loss), best.rival,
             f"{best.rival_loss:.4f}", _text(best.difference), _verdict(best.difference),
+            any_best.rival, _text(any_best.difference),
         ])  # fmt: skip
-    head = ["budget", "mean k", "default", "best baseline", "its loss", "difference", "default is"]
+    head = [
+        "budget",
+        "mean k",
+        "default",
+        "best baseline",
+        "its loss",
+        "difference",
+        "default is",
+        "best of all other rules and corrections",
+        "difference from it",
+    ]
     names = ["Alloc-L + Alloc-T", "Alloc-T", "NAEE skipping", "top-p", "uniform k + gain"]
     every = [
         [str(budget), *(_text(compare(points, budget, name).difference) for name in names)]

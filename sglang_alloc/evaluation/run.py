@@ -28,7 +28,7 @@ from sglang_alloc.reference.export import load_checkpoint
 
 JOURNAL_NAME = "points.jsonl"
 FRACTIONS = (1 / 3, 1 / 2, 2 / 3, 5 / 6)
-PREDICTED_BUDGETS = 16  # spread over all of them, to compare predicted with measured losses
+PREDICTED_BUDGETS = 12  # spread over all of them, to compare predicted with measured losses
 
 
 class Evaluation(NamedTuple):

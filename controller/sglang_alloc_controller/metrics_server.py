@@ -1,6 +1,8 @@
 """Control story, beside every step: the controller over HTTP, to look at and to order about."""
 
 import json
+import socket
+import socketserver
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -62,6 +64,20 @@ class Routes(NamedTuple):
     """Tells from the headers why an order is refused; None: it is not."""
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int, requests: type[BaseHTTPRequestHandler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), requests)
+
+    def server_bind(self) -> None:
+        # HTTPServer asks for the name of its own address here, and waits for a name server that a
+        # cluster without one does not have.
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
+
 class MetricsServer:
     """A small HTTP server in daemon threads, for scrapers, probes and people."""
 
@@ -72,15 +88,12 @@ class MetricsServer:
             ConfigurationError: the address cannot be bound, for example because it is in use.
         """
         try:
-            self._server = ThreadingHTTPServer(
-                (settings.host, settings.port), _request_class(routes)
-            )
+            self._server = _Server(settings.host, settings.port, _request_class(routes))
         except OSError as error:
             raise ConfigurationError(
                 f"The controller cannot serve its metrics on http.host {settings.host}, http.port "
                 f"{settings.port}: {error.strerror}. Choose another port, or 0 for a free one."
             ) from error
-        self._server.daemon_threads = True
         self.port: int = self._server.server_address[1]
 
     def start(self) -> None:

@@ -1,5 +1,6 @@
 """The controller's own HTTP server: pages for anybody, orders for whoever is permitted."""
 
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,28 @@ def test_other_paths_and_methods_are_refused(served: Served) -> None:
 
 def test_it_listens_on_loopback_unless_told_otherwise() -> None:
     assert HttpSettings().host == "127.0.0.1"
+
+
+def test_it_starts_without_a_name_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(name: str = "") -> str:
+        raise AssertionError(f"asked for the name of {name!r}")
+
+    monkeypatch.setattr(socket, "getfqdn", ask)
+    server = MetricsServer(HttpSettings(port=0), Routes({}, {}, lambda header: None))
+    server.start()
+    assert server.port > 0
+    server.stop()
+
+
+def test_an_ipv6_address_is_taken_for_one() -> None:
+    if not Path("/proc/net/if_inet6").exists():
+        with pytest.raises(ConfigurationError, match="family not supported by protocol"):
+            MetricsServer(HttpSettings(host="::1", port=0), Routes({}, {}, lambda header: None))
+        return
+    server = MetricsServer(HttpSettings(host="::1", port=0), Routes({}, {}, lambda header: None))
+    server.start()
+    assert httpx2.get(f"http://[::1]:{server.port}/", timeout=10).status_code == 404
+    server.stop()
 
 
 def test_a_port_in_use_is_refused_with_its_number(served: Served) -> None:

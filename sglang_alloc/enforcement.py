@@ -69,10 +69,16 @@ class Enforcement(Protocol):
     def set_budgets(self, prefill_budget: int, decode_budget: int) -> None:
         """Take the budgets, in activations per token, that the following forwards obey."""
 
-    def begin_forward(self, phase: Phase, num_tokens: int | None = None) -> None:
+    def begin_forward(
+        self,
+        phase: Phase,
+        num_tokens: int | None = None,
+        token_budgets: np.ndarray | None = None,
+    ) -> None:
         """Start a forward of the served model in this phase.
 
         Rows from `num_tokens` on are padding of a captured batch; None where there is none.
+        token_budgets: (T,) int, the budget of each token where requests have their own.
         """
 
     def drops_slots(self) -> bool:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from sglang_alloc.enforcement import EnforcementTables, Phase, RoutedSlots
+from sglang_alloc.enforcement_tokens import TokenRows
 from sglang_alloc_kernels.drop_slots import DROPPED, drop_slots_torch
 from sglang_alloc_kernels.reference_mass import reference_factor_torch
 from sglang_alloc_kernels.token_selection import token_selection_torch
@@ -22,14 +23,25 @@ class HostEnforcement:
             None if tables.saliency is None else torch.from_numpy(np.array(tables.saliency))
         )
         self._phase: Phase = "decode"
+        self._token_rows: TokenRows | None = None
 
     def set_budgets(self, prefill_budget: int, decode_budget: int) -> None:
         self._budgets = {"prefill": prefill_budget, "decode": decode_budget}
 
-    def begin_forward(self, phase: Phase, num_tokens: int | None = None) -> None:
+    def begin_forward(
+        self,
+        phase: Phase,
+        num_tokens: int | None = None,
+        token_budgets: np.ndarray | None = None,
+    ) -> None:
         self._phase = phase
+        self._token_rows = (
+            None if token_budgets is None else TokenRows(self._tables, phase, token_budgets)
+        )
 
     def drops_slots(self) -> bool:
+        if self._token_rows is not None:
+            return self._token_rows.drops_slots
         return self._budgets[self._phase] < self._tables.budget_max
 
     def drop(self, layer_index: int, slots: RoutedSlots) -> RoutedSlots:
@@ -37,6 +49,10 @@ class HostEnforcement:
             return slots
         routed_width = slots.ids.shape[1] - slots.num_shared
         weights, ids = slots.weights[:, :routed_width], slots.ids[:, :routed_width]
+        if self._token_rows is not None:
+            scores = self._scores(layer_index, weights, ids)
+            weights, ids = self._token_rows.drop(layer_index, weights, ids, scores)
+            return _with_shared_columns(weights, ids, slots, routed_width)
         full, full_ids = weights, ids
         weights, ids = self._dropped(layer_index, full, full_ids)
         reference = self._reference(layer_index)

@@ -46,8 +46,13 @@ class ProbeEnforcement:
         self._write_record()
         self._probe = prefill_budget
 
-    def begin_forward(self, phase: Phase, num_tokens: int | None = None) -> None:
-        """Do nothing: probes are the same in both phases."""
+    def begin_forward(
+        self,
+        phase: Phase,
+        num_tokens: int | None = None,
+        token_budgets: np.ndarray | None = None,
+    ) -> None:
+        """Do nothing: probes are the same in both phases, and for every request."""
 
     def drops_slots(self) -> bool:
         return self._probe != self._full

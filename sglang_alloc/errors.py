@@ -31,3 +31,7 @@ class UnsupportedServerError(AllocError):
 
 class ConfigurationError(AllocError):
     """A setting is unknown, malformed or impossible."""
+
+
+class RequestBudgetError(AllocError, ValueError):
+    """A request asks for a budget of its own that it cannot have; SGLang answers with HTTP 400."""

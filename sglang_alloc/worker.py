@@ -18,6 +18,7 @@ from sglang_alloc.enforcement_device import DeviceEnforcement
 from sglang_alloc.enforcement_host import HostEnforcement
 from sglang_alloc.enforcement_probe import ProbeEnforcement
 from sglang_alloc.errors import ModelMismatchError, UnsupportedServerError
+from sglang_alloc.request_budget import OwnBudgets, budgets_of_tokens
 from sglang_alloc.shared_table import Selection, SharedTable, WorkerCounters
 from sglang_alloc.step_record import StepRecord
 from sglang_alloc.worker_statistics import WorkerStatistics
@@ -25,6 +26,9 @@ from sglang_alloc.worker_tables import choose_mode, enforcement_tables
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import numpy as np
+    import numpy.typing as npt
 
     from sglang_alloc.enforcement import Enforcement, Phase, RoutedSlots
     from sglang_alloc.worker_metrics import WorkerMetrics
@@ -54,7 +58,13 @@ class Worker:
         self.table = SharedTable.open(settings.table_path)
         profiling = settings.profile_folder is not None
         self.mode: Mode = choose_mode(settings.mode, self.table, profiling=profiling)
-        self.rule = f"{self.mode}:{self.table.payload_digest}"
+        # What ranks must agree on, or their partial sums are those of different mixtures.
+        self.rule = ":".join(
+            (
+                *(self.mode, self.table.payload_digest),
+                *(settings.request_budgets, str(settings.protected_priority)),
+            )
+        )
         self._follower = BudgetFollower(
             self.table, self.rule, settings.stale_after_seconds, settings.fallback
         )
@@ -62,6 +72,10 @@ class Worker:
         self.in_force = Selection("fallback", 0, full, full)
         self.steps = 0
         self.fallbacks = 0
+        # Tokens that were served above and below the budget in force, because their request has
+        # one of its own; and requests whose wish could not be granted.
+        self.own_budget_tokens = {"full": 0, "lower": 0}
+        self.own_budgets_ignored = 0
         self._controlled = False  # whether a controller was in charge last, overrides aside
         self._reported_ns = 0
 
@@ -95,8 +109,9 @@ class Worker:
         if change.rule != self.rule:
             raise UnsupportedServerError(
                 f"rank {self.model.rank} follows {self.rule} and the leading rank {change.rule} "
-                f"(mode:contents of {self.settings.table_path}): give all ranks the same table and "
-                "mode, and publish no other table while the server starts"
+                f"(mode:contents of {self.settings.table_path}:request budgets:protected "
+                "priority): give all ranks the same table and settings, and publish no other table "
+                "while the server starts"
             )
         selection = change.selection
         if selection.source == "fallback" and self._controlled:
@@ -107,15 +122,19 @@ class Worker:
         self.enforcement.set_budgets(selection.prefill_budget, selection.decode_budget)
         self.report(time.monotonic_ns())
 
-    def begin_forward(self, phase: Phase, num_tokens: int) -> None:
-        """Every rank, at the start of each forward of the served model."""
+    def begin_forward(self, phase: Phase, num_tokens: int, own: OwnBudgets | None = None) -> None:
+        """Every rank, at the start of each forward of the served model.
+
+        `own` tells the requests that have a budget of their own, if there are any.
+        """
         now_ns = time.monotonic_ns()
         is_due = now_ns - self._reported_ns > REPORT_EVERY_NS
         if is_due:
             self.report(now_ns)  # before this forward is sampled: its layers are still to come
         if self._unseen_layers and self.steps:
             self._refuse_unseen_layers()
-        self.enforcement.begin_forward(phase, num_tokens)
+        token_budgets = None if own is None else self._token_budgets(phase, num_tokens, own)
+        self.enforcement.begin_forward(phase, num_tokens, token_budgets)
         if is_due and self._on_device is not None:
             self._on_device.ask_for_measurements()  # for the next report
         if self.model.device_type == "cpu":  # measuring reads tensors: never on an accelerator
@@ -123,6 +142,17 @@ class Worker:
         self.steps += 1
         if self._record is not None:
             self._record.add(self.steps, self.in_force, phase, num_tokens)
+
+    def _token_budgets(
+        self, phase: Phase, num_tokens: int, own: OwnBudgets
+    ) -> npt.NDArray[np.int32] | None:
+        selection = self.in_force
+        in_force = selection.prefill_budget if phase == "prefill" else selection.decode_budget
+        budgets = budgets_of_tokens(own, in_force, num_tokens)
+        if budgets is not None:
+            self.own_budget_tokens["full"] += int((budgets > in_force).sum())
+            self.own_budget_tokens["lower"] += int((budgets < in_force).sum())
+        return budgets
 
     def begin_capture(self, phase: Phase) -> None:
         """Every rank: CUDA graphs that are captured from now on belong to this phase."""

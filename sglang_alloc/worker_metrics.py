@@ -60,6 +60,19 @@ class WorkerMetrics:
             ("tp_rank",),
         )
         self._fallbacks.labels(self._rank)
+        self._own_tokens = Counter(
+            "sglang_alloc_own_budget_tokens",
+            "Tokens of requests that were served at full quality, or lower, by their own budget.",
+            ("tp_rank", "budget"),
+        )
+        self._own_ignored = Counter(
+            "sglang_alloc_own_budgets_ignored",
+            "Requests that were served without the budget of their own that they asked for.",
+            ("tp_rank",),
+        )
+        self._own_ignored.labels(self._rank)
+        self._counted_own = {"full": 0, "lower": 0}
+        self._counted_ignored = 0
         self._counted_fallbacks = 0
         self._budgets_shown: tuple[int, int] | None = None
 
@@ -71,10 +84,19 @@ class WorkerMetrics:
             self._source.labels(self._rank, source).set(float(in_use))
         self._fallbacks.labels(self._rank).inc(worker.fallbacks - self._counted_fallbacks)
         self._counted_fallbacks = worker.fallbacks
+        self._export_own_budgets(worker)
         budgets = (worker.in_force.prefill_budget, worker.in_force.decode_budget)
         if budgets != self._budgets_shown:
             self._export_budgets(worker, budgets)
         self._export_measurements(worker)
+
+    def _export_own_budgets(self, worker: Worker) -> None:
+        for budget, tokens in worker.own_budget_tokens.items():
+            added = tokens - self._counted_own[budget]
+            self._own_tokens.labels(self._rank, budget).inc(added)
+            self._counted_own[budget] = tokens
+        self._own_ignored.labels(self._rank).inc(worker.own_budgets_ignored - self._counted_ignored)
+        self._counted_ignored = worker.own_budgets_ignored
 
     def _export_budgets(self, worker: Worker, budgets: tuple[int, int]) -> None:
         for phase, budget in zip(PHASES, budgets, strict=True):

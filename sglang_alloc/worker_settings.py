@@ -10,12 +10,15 @@ from typing import Literal, cast, get_args
 
 from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.plugin_entry import TABLE_VARIABLE
+from sglang_alloc.request_budget import REQUEST_POLICIES, RequestPolicy
 from sglang_alloc.shared_table import Fallback
 
 MODE_VARIABLE = "SGLANG_ALLOC_MODE"
 STALE_AFTER_VARIABLE = "SGLANG_ALLOC_STALE_AFTER_SECONDS"
 FALLBACK_VARIABLE = "SGLANG_ALLOC_FALLBACK"
 STEP_RECORD_VARIABLE = "SGLANG_ALLOC_STEP_RECORD"
+REQUEST_BUDGETS_VARIABLE = "SGLANG_ALLOC_REQUEST_BUDGETS"
+PROTECTED_PRIORITY_VARIABLE = "SGLANG_ALLOC_PROTECTED_PRIORITY"
 PROFILE_VARIABLE = "SGLANG_ALLOC_PROFILE"
 
 Mode = Literal["layer", "token", "threshold", "union"]
@@ -33,6 +36,8 @@ class WorkerSettings:
     `mode` None means the best the table supports: `threshold` where it holds thresholds, else
     `layer`. `stale_after_seconds` is the heartbeat age after which `fallback` replaces the
     controller.
+    `request_budgets` says whether requests may ask for a budget of their own; those of
+    `protected_priority`, or more urgent, are served at full quality.
     `step_record` is a folder that receives one (step, generation) log per rank, or None.
     `profile_folder` is set by `sglang-alloc profile` alone: a table of probes may then be used, and
     what they record goes there.
@@ -42,6 +47,8 @@ class WorkerSettings:
     mode: Mode | None = None
     stale_after_seconds: float = DEFAULT_STALE_AFTER_SECONDS
     fallback: Fallback = FULL_QUALITY
+    request_budgets: RequestPolicy = "lower"
+    protected_priority: int | None = None
     step_record: Path | None = None
     profile_folder: Path | None = None
 
@@ -61,6 +68,8 @@ def settings_from_environment(environment: Mapping[str, str] = os.environ) -> Wo
         mode=_mode(environment.get(MODE_VARIABLE, "").strip()),
         stale_after_seconds=_seconds(environment.get(STALE_AFTER_VARIABLE)),
         fallback=parse_fallback(environment.get(FALLBACK_VARIABLE, "full")),
+        request_budgets=_policy(environment.get(REQUEST_BUDGETS_VARIABLE, "").strip()),
+        protected_priority=_priority(environment.get(PROTECTED_PRIORITY_VARIABLE, "").strip()),
         step_record=Path(record) if record else None,
         profile_folder=Path(profile) if profile else None,
     )
@@ -89,6 +98,29 @@ def _mode(text: str) -> Mode | None:
             f"{MODE_VARIABLE}={text!r} is not a mode of allocation: use one of {', '.join(MODES)}"
         )
     return cast(Mode, text)
+
+
+def _policy(text: str) -> RequestPolicy:
+    if not text:
+        return "lower"
+    if text not in REQUEST_POLICIES:
+        raise ConfigurationError(
+            f"{REQUEST_BUDGETS_VARIABLE}={text!r} does not say what requests may ask for: use one "
+            f"of {', '.join(REQUEST_POLICIES)}"
+        )
+    return cast(RequestPolicy, text)
+
+
+def _priority(text: str) -> int | None:
+    if not text:
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"{PROTECTED_PRIORITY_VARIABLE}={text!r} is not a priority: give a whole number, as "
+            "requests do"
+        ) from error
 
 
 def _seconds(text: str | None) -> float:

@@ -136,7 +136,7 @@ def _apply(worker: Worker, *selection: Any) -> None:
 def test_a_rank_that_means_other_quotas_by_a_budget_stops(worker: Worker, rule: str) -> None:
     digest = worker.table.payload_digest
     foreign = rule.format(digest=digest, other="00" * 32)
-    with pytest.raises(UnsupportedServerError, match="give all ranks the same table and mode"):
+    with pytest.raises(UnsupportedServerError, match="give all ranks the same table and settings"):
         worker.apply(BudgetChange(Selection("controller", 2, 5, 5), foreign))
     assert worker.in_force.generation == 0
 

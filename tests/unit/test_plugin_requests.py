@@ -1,0 +1,107 @@
+"""How a scheduler's requests come to their own budgets, with small objects in SGLang's place."""
+
+from __future__ import annotations
+
+import gc
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_alloc.plugin_requests import RequestBudgets
+from sglang_alloc.request_budget import PARAMETER, OwnBudget, OwnBudgets, RequestRules
+
+RULES = RequestRules("any", 3, 12, protected_priority=5)
+FULL = OwnBudget(12, protected=True)
+
+
+class _Request:
+    def __init__(self, wish: object = None, priority: int | None = None) -> None:
+        params = None if wish is None else {PARAMETER: wish}
+        self.sampling_params = SimpleNamespace(custom_params=params)
+        self.priority = priority
+
+
+class _Mode:
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def is_extend(self) -> bool:
+        return self._name in ("extend", "verify")
+
+    def is_target_verify(self) -> bool:
+        return self._name == "verify"
+
+
+@pytest.fixture
+def ignored() -> list[int]:
+    return []
+
+
+@pytest.fixture
+def budgets(ignored: list[int]) -> RequestBudgets:
+    return RequestBudgets(RULES, on_ignored=lambda: ignored.append(1))
+
+
+def _batch(mode: str, num_tokens: int, lengths: list[int] | None = None) -> Any:
+    return SimpleNamespace(
+        forward_mode=_Mode(mode), input_ids=[0] * num_tokens, extend_seq_lens_cpu=lengths
+    )
+
+
+def _of_forward(budgets: RequestBudgets, batch: Any, requests: list[_Request]) -> OwnBudgets | None:
+    for request in requests:
+        budgets.admit(request)
+    budgets.attach(batch, requests)
+    return budgets.of_forward(batch)
+
+
+def test_a_prefill_has_the_tokens_of_each_request(budgets: RequestBudgets) -> None:
+    requests = [_Request(), _Request("full"), _Request(4)]
+    found = _of_forward(budgets, _batch("extend", 9, [2, 3, 4]), requests)
+    assert found == OwnBudgets([None, FULL, OwnBudget(4, False)], [2, 3, 4])
+
+
+@pytest.mark.parametrize(("mode", "each"), [("decode", 1), ("verify", 4)])
+def test_a_decode_step_has_as_many_tokens_for_each(
+    budgets: RequestBudgets, mode: str, each: int
+) -> None:
+    requests = [_Request(4), _Request()]
+    found = _of_forward(budgets, _batch(mode, 2 * each), requests)
+    assert found == OwnBudgets([OwnBudget(4, False), None], [each, each])
+
+
+def test_urgent_requests_are_protected_unasked_and_whatever_they_ask(
+    budgets: RequestBudgets,
+) -> None:
+    requests = [_Request(priority=5), _Request(4, priority=7), _Request(priority=4)]
+    found = _of_forward(budgets, _batch("decode", 3), requests)
+    assert found is not None
+    assert found.of_requests == [FULL, FULL, None]
+
+
+def test_a_wish_that_cannot_be_granted_is_counted_and_left_out(
+    budgets: RequestBudgets, ignored: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    requests = [_Request("half"), _Request(99)]
+    assert _of_forward(budgets, _batch("decode", 2), requests) is None
+    assert len(ignored) == 2
+    assert "without its own budget" in caplog.text
+
+
+def test_a_batch_without_wishes_carries_nothing(budgets: RequestBudgets) -> None:
+    batch = _batch("decode", 1)
+    kept = _Request(4)
+    assert _of_forward(budgets, batch, [_Request()]) is None
+    budgets.admit(kept)
+    budgets.attach(batch, [_Request()])
+    assert vars(batch).keys() == {"forward_mode", "input_ids", "extend_seq_lens_cpu"}
+
+
+def test_a_finished_request_is_forgotten(budgets: RequestBudgets) -> None:
+    request = _Request("full")
+    budgets.admit(request)
+    assert len(budgets._of) == 1
+    del request
+    gc.collect()
+    assert len(budgets._of) == 0

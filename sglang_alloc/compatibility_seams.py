@@ -40,6 +40,9 @@ RECEIVE_REQUESTS = f"{_RECEIVER}.recv_requests"
 CPU_EXPERTS = f"{_MOE}.fused_moe_native.moe_forward_native"
 DECODE_GRAPHS = f"{_GRAPHS}.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture"
 PREFILL_GRAPHS = f"{_GRAPHS}.prefill_cuda_graph_runner.PrefillCudaGraphRunner.capture"
+NEW_REQUEST = "sglang.srt.managers.schedule_batch.Req.__init__"
+NEW_BATCH = "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new"
+VERIFY_PARAMETERS = "sglang.srt.sampling.sampling_params.SamplingParams.verify"
 TRITON_EXPERTS = f"{_MOE}.moe_runner.triton_utils.fused_moe._fused_moe_kernel_sequence"
 
 SEAMS: tuple[Seam, ...] = (
@@ -103,6 +106,37 @@ SEAMS: tuple[Seam, ...] = (
         "class",
         ("is_decode", "is_extend", "is_mixed", "is_target_verify", "is_idle"),
         "tell prefill from decode",
+    ),
+    Seam(
+        VERIFY_PARAMETERS,
+        "function",
+        ("self", "vocab_size"),
+        "answer a request for a budget that it cannot have",
+    ),
+    Seam(
+        "sglang.srt.sampling.sampling_params.SamplingParams",
+        "class",
+        ("custom_params",),
+        "read a request's own budget",
+    ),
+    Seam(
+        NEW_REQUEST,
+        "function",
+        ("self", "*", "sampling_params", "priority"),
+        "note a request's own budget when it reaches the scheduler",
+    ),
+    Seam(
+        NEW_BATCH,
+        "function",
+        # A class method: seen from outside its first parameter is the batch.
+        ("batch", "model_runner"),
+        "tell which tokens of a forward belong to which request",
+    ),
+    Seam(
+        "sglang.srt.model_executor.forward_batch_info.ForwardBatch",
+        "class",
+        ("forward_mode", "input_ids", "extend_seq_lens_cpu"),
+        "tell which tokens of a forward belong to which request",
     ),
     Seam(
         PULL_REQUESTS,

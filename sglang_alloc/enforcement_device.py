@@ -6,8 +6,10 @@ phase is one copy on the device before the forward, and no graph is captured aga
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
+from sglang_alloc.device_bounds import DeviceBounds
 from sglang_alloc.device_rows import DeviceRows
 from sglang_alloc.device_totals import DeviceTotals
 from sglang_alloc.enforcement import PHASES, EnforcementTables, Phase, RoutedSlots
@@ -36,7 +38,7 @@ class DeviceEnforcement:
         self._totals = DeviceTotals(self._num_layers, tables.num_experts, device)
         self._num_valid = torch.full((1,), NO_PADDING, dtype=torch.int32, device=device)
         self._num_tokens = NO_PADDING
-        self._step = StepTensors(self._num_valid, None, None, self._totals.sums)
+        self._bounds = DeviceBounds(tables, device)
         self._budgets = {"prefill": tables.budget_max, "decode": tables.budget_max}
         self._phase: Phase = "decode"
         self._serving = False
@@ -49,8 +51,14 @@ class DeviceEnforcement:
         self._phase = phase
         self._rows.load(phase, self._budgets[phase])
 
-    def begin_forward(self, phase: Phase, num_tokens: int | None = None) -> None:
+    def begin_forward(
+        self,
+        phase: Phase,
+        num_tokens: int | None = None,
+        token_budgets: np.ndarray | None = None,
+    ) -> None:
         self.begin_capture(phase)
+        self._bounds.load(token_budgets, self._budgets[phase])
         self._set_valid(NO_PADDING if num_tokens is None else num_tokens)
         if num_tokens is not None and not self._serving:
             self._serving = True
@@ -60,17 +68,20 @@ class DeviceEnforcement:
         return True  # the host cannot know what a replayed graph reads
 
     def addresses(self) -> tuple[int, ...]:
-        """Return the addresses that captured graphs read rows, valid rows and sums from."""
+        """Return the addresses that captured graphs read rows, valid rows, bounds and sums from."""
         return (
             self._rows.address(),
             self._num_valid.data_ptr(),
+            *(tensor.data_ptr() for tensor in self._bounds.of(1)),
             *(tensor.data_ptr() for tensor in self._totals.sums),
         )
 
     def drop(self, layer_index: int, slots: RoutedSlots) -> RoutedSlots:
         mode = self._tables.mode_of(self._phase)
         given = (slots.weights, slots.ids, self._rows.of(self._phase), layer_index)
-        named = {"num_shared": slots.num_shared, "step": self._step}
+        bounds = self._bounds.of(len(slots.ids))
+        step = StepTensors(self._num_valid, *bounds, self._totals.sums)
+        named = {"num_shared": slots.num_shared, "step": step}
         if mode == "union":
             weights, ids = self._rules.union(*given, self._tables.num_experts, **named)
         elif mode == "token":

@@ -27,11 +27,14 @@ from sglang_alloc.compatibility_seams import (
     FORWARD,
     INITIALIZE,
     LOAD_MODEL,
+    NEW_BATCH,
+    NEW_REQUEST,
     PREFILL_GRAPHS,
     PULL_REQUESTS,
     RECEIVE_REQUESTS,
     ROUTED_SLOTS,
     TRITON_EXPERTS,
+    VERIFY_PARAMETERS,
 )
 from sglang_alloc.cpu_moe import forward_gated_experts, forward_kept_slots, gated_experts
 from sglang_alloc.enforcement import RoutedSlots
@@ -42,11 +45,14 @@ from sglang_alloc.plugin_facts import (
     largest_forward,
     moe_routers,
     num_shared_columns,
+    resolved_options,
     served_model,
     server_facts,
 )
 from sglang_alloc.plugin_proof import computes_as_the_engine, prove_routing
 from sglang_alloc.plugin_records import record_lexi, record_saliency
+from sglang_alloc.plugin_requests import RequestBudgets
+from sglang_alloc.request_budget import RequestRules, asked_budget
 from sglang_alloc.server_check import check_server
 from sglang_alloc.shared_table import SharedTable
 from sglang_alloc.worker import Worker, check_fits, make_enforcement
@@ -67,7 +73,10 @@ class _Process:
     """What this SGLang process knows: nothing while inert, a worker once a model is bound."""
 
     settings: WorkerSettings | None = None
+    # What requests may ask for, known in the process that answers them too.
+    request_rules: RequestRules | None = None
     worker: Worker | None = None
+    request_budgets: RequestBudgets | None = None
     # By id of a layer's TopKConfig: one object, made with the model and living as long.
     layer_index_of: dict[int, int] = field(default_factory=dict)
     # By id: the expert layers that `forward_gated_experts` was seen to compute as the engine does.
@@ -84,15 +93,18 @@ def register_hooks() -> None:
     """
     _process.settings = settings_from_environment()
     assert _process.settings is not None
-    _check_before_hooks(_process.settings)
+    _process.request_rules = _check_before_hooks(_process.settings)
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     for target, hook, kind in _hooks():
         HookRegistry.register(target, hook, kind)
 
 
-def _check_before_hooks(settings: WorkerSettings) -> None:
-    """Refuse another SGLang, a missing seam or a broken table before anything is patched."""
+def _check_before_hooks(settings: WorkerSettings) -> RequestRules:
+    """Refuse another SGLang, a missing seam or a broken table before anything is patched.
+
+    Returns what requests may ask for under this table.
+    """
     problems = unsupported_version(importlib.metadata.version("sglang"))
     problems = problems or verify_seams(pkgutil.resolve_name)
     if problems:
@@ -101,6 +113,12 @@ def _check_before_hooks(settings: WorkerSettings) -> None:
         choose_mode(settings.mode, table, profiling=settings.profile_folder is not None)
         if settings.fallback.kind == "budget":
             table.check_budget("fallback", settings.fallback.decode_budget)
+        return RequestRules(
+            settings.request_budgets,
+            table.shape.budget_min,
+            table.shape.budget_max,
+            settings.protected_priority,
+        )
 
 
 def _hooks() -> list[tuple[str, Callable[..., Any], Any]]:
@@ -111,6 +129,9 @@ def _hooks() -> list[tuple[str, Callable[..., Any], Any]]:
         (INITIALIZE, _after_initialize, HookType.AFTER),
         (PULL_REQUESTS, _after_pull_requests, HookType.AFTER),
         (RECEIVE_REQUESTS, _after_receive_requests, HookType.AFTER),
+        (VERIFY_PARAMETERS, _after_verify_parameters, HookType.AFTER),
+        (NEW_REQUEST, _after_new_request, HookType.AFTER),
+        (NEW_BATCH, _after_new_batch, HookType.AFTER),
         (FORWARD, _before_forward, HookType.BEFORE),
         (ROUTED_SLOTS, _before_routed_slots, HookType.BEFORE),
         (DECODE_GRAPHS, _before_decode_graphs, HookType.BEFORE),
@@ -169,7 +190,18 @@ def _bind(model_runner: Any, config: dict[str, Any]) -> None:
     _process.layer_index_of = {
         id(router.topk_config): index for index, router in enumerate(routers.values())
     }
+    _process.request_budgets = RequestBudgets(
+        _request_rules(model_runner.server_args), worker.count_ignored_budget
+    )
     _process.worker = worker
+
+
+def _request_rules(server_args: Any) -> RequestRules:
+    """Return what requests may ask for, with the engine's order of priorities."""
+    assert _process.request_rules is not None
+    options = resolved_options(server_args)
+    smaller_is_urgent = bool(options.get("schedule_low_priority_values_first"))
+    return _process.request_rules._replace(smaller_is_urgent=smaller_is_urgent)
 
 
 def _prove(model_runner: Any) -> None:
@@ -242,6 +274,26 @@ def _after_receive_requests(requests: list[Any], *args: Any, **kwargs: Any) -> l
     return [request for request in requests if not isinstance(request, BudgetChange)]
 
 
+def _after_verify_parameters(result: object, parameters: Any, *args: Any, **kwargs: Any) -> None:
+    """Refuse a request for a budget that it cannot have, where SGLang answers with HTTP 400."""
+    if _process.request_rules is not None:
+        asked_budget(parameters.custom_params, _process.request_rules)
+
+
+def _after_new_request(result: object, request: Any, *args: Any, **kwargs: Any) -> None:
+    """On every rank, note a request's own budget."""
+    if _process.request_budgets is not None:
+        _process.request_budgets.admit(request)
+
+
+def _after_new_batch(
+    forward_batch: Any, batch_class: type, batch: Any, *args: Any, **kwargs: Any
+) -> None:
+    """On every rank, let a forward's batch carry the own budgets of its requests."""
+    if _process.request_budgets is not None:
+        _process.request_budgets.attach(forward_batch, batch.reqs)
+
+
 def _before_forward(model_runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
     """On every rank, tell the worker which phase begins; a draft model's forwards are its own."""
     if model_runner.is_draft_worker:
@@ -249,7 +301,9 @@ def _before_forward(model_runner: Any, forward_batch: Any, *args: Any, **kwargs:
     worker = _worker_in_force()
     phase = _phase(forward_batch.forward_mode)
     if worker is not None and phase is not None:
-        worker.begin_forward(phase, len(forward_batch.input_ids))
+        requests = _process.request_budgets
+        own = None if requests is None else requests.of_forward(forward_batch)
+        worker.begin_forward(phase, len(forward_batch.input_ids), own)
 
 
 def _phase(forward_mode: Any) -> Phase | None:

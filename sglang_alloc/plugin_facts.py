@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,11 +41,11 @@ def moe_routers(model: torch.nn.Module) -> dict[int, Any]:
 
 
 def server_facts(model_runner: Any, routers: dict[int, Any]) -> ServerFacts:
-    """Read what is in force, which from 0.5.20 on is not what the command line says."""
+    """Read what is in force."""
     from sglang.srt.layers.moe.utils import get_moe_a2a_backend
 
     arguments = model_runner.server_args
-    resolved = arguments.resolved_dict() if hasattr(arguments, "resolved_dict") else vars(arguments)
+    resolved = resolved_options(arguments)
     modules = list(model_runner.model.modules())
     return ServerFacts(
         model_path=str(arguments.model_path),
@@ -57,6 +58,14 @@ def server_facts(model_runner: Any, routers: dict[int, Any]) -> ServerFacts:
         module_types={type(module).__name__ for module in modules},
         expert_kernels={_expert_kernel(layer) for layer in expert_layers(model_runner.model)},
     )
+
+
+def resolved_options(server_args: Any) -> Mapping[str, Any]:
+    """Return the options in force, which from 0.5.20 on are not what the command line says."""
+    options: Mapping[str, Any] = (
+        server_args.resolved_dict() if hasattr(server_args, "resolved_dict") else vars(server_args)
+    )
+    return options
 
 
 def graph_backends(config: Any) -> dict[str, str]:

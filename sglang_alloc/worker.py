@@ -154,6 +154,10 @@ class Worker:
             self.own_budget_tokens["lower"] += int((budgets < in_force).sum())
         return budgets
 
+    def count_ignored_budget(self) -> None:
+        """Count a request that is served without the budget of its own that it asked for."""
+        self.own_budgets_ignored += 1
+
     def begin_capture(self, phase: Phase) -> None:
         """Every rank: CUDA graphs that are captured from now on belong to this phase."""
         if self._on_device is not None:

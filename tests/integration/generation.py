@@ -23,11 +23,23 @@ class Generated(NamedTuple):
     prompt_logprobs: tuple[float | None, ...]
 
 
-def generate(url: str, prompt: list[int], new_tokens: int = 16) -> Generated:
+def generate(
+    url: str,
+    prompt: list[int],
+    new_tokens: int = 16,
+    *,
+    custom_params: dict[str, Any] | None = None,
+    priority: int | None = None,
+) -> Generated:
     """Return one request's greedy continuation with all logprobs."""
     body: dict[str, Any] = {
         "input_ids": prompt,
-        "sampling_params": {**GREEDY, "max_new_tokens": new_tokens},
+        "sampling_params": {
+            **GREEDY,
+            "max_new_tokens": new_tokens,
+            "custom_params": custom_params,
+        },
+        "priority": priority,
         "return_logprob": True,
         "logprob_start_len": 0,
     }

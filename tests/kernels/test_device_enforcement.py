@@ -140,3 +140,40 @@ def test_what_was_kept_is_measured_by_phase_and_read_without_waiting(device: str
     ratio = measured["decode"].kept_mass_ratio()
     expected = slots.weights[:3].sort(descending=True).values[:, :4].sum() / 3
     assert ratio == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_protected_request_keeps_every_bit_and_the_others_their_budget(
+    mode: str, device: str
+) -> None:
+    ours, slots = _make_device(mode, device), _on(device, _make_slots(num_shared=1))
+    ours.set_budgets(5, 5)
+    budgets = np.full(TOKENS, 5, np.int32)
+    budgets[3:5] = FULL
+    ours.begin_forward("decode", TOKENS, budgets)
+    kept = ours.drop(1, slots)
+    assert torch.equal(kept.ids[3:5], slots.ids[3:5])
+    assert torch.equal(kept.weights[3:5], slots.weights[3:5])
+    host = HostEnforcement(_make_tables(mode))
+    host.set_budgets(5, 5)
+    host.begin_forward("decode", TOKENS, budgets)
+    expected = host.drop(1, RoutedSlots(slots.weights.cpu(), slots.ids.cpu(), 1))
+    assert torch.equal(kept.ids.cpu(), expected.ids)
+    torch.testing.assert_close(kept.weights.cpu(), expected.weights)
+    ours.begin_forward("decode", TOKENS)
+    assert int((ours.drop(1, slots).ids < 0).sum()) > int((kept.ids < 0).sum())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_ceiling_holds_in_every_layer_and_for_its_request_alone(mode: str, device: str) -> None:
+    ours, slots = _make_device(mode, device), _on(device, _make_slots())
+    budgets = np.full(TOKENS, FULL, np.int32)
+    budgets[2] = 2 * LAYERS
+    before = ours.addresses()
+    ours.begin_forward("decode", TOKENS, budgets)
+    kept = ours.drop(0, slots)
+    counts = (kept.ids >= 0).sum(dim=1).tolist()
+    assert counts == [TOP_K, TOP_K, 2, *[TOP_K] * (TOKENS - 3)]
+    ours.begin_forward("decode", TOKENS)
+    assert torch.equal(ours.drop(0, slots).ids, slots.ids)
+    assert ours.addresses() == before

@@ -1,0 +1,65 @@
+"""Data story, step 7 on a device: what requests with a budget of their own keep, token by token."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from sglang_alloc.enforcement import EnforcementTables
+
+# No captured batch has more rows, so graphs never see the tensors of a larger forward.
+GRAPH_ROWS = 32_768
+
+
+class DeviceBounds:
+    """Slots that each row keeps at least and at most in every layer, at fixed addresses.
+
+    A row of full quality keeps all K. A ceiling below the budget in force becomes the whole number
+    of slots per layer that it affords.
+    """
+
+    def __init__(self, tables: EnforcementTables, device: torch.device) -> None:
+        self._num_layers = tables.decode.quotas.shape[1]
+        self._top_k, self._full = tables.top_k, tables.budget_max
+        self._device = device
+        self._of_graphs = self._neutral(GRAPH_ROWS)
+        self._of_large: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._is_neutral = True
+
+    def load(self, token_budgets: np.ndarray | None, in_force: int) -> None:
+        """Put the budgets (T,) of a forward's tokens in force; None leaves them all alike."""
+        self._of_large = None
+        if token_budgets is not None:
+            self._store(token_budgets, in_force)
+        elif not self._is_neutral:
+            floors, ceilings = self._of_graphs
+            floors.zero_()
+            ceilings.fill_(self._top_k)
+            self._is_neutral = True
+
+    def of(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return floors and ceilings, int32, of a batch of so many rows."""
+        if num_rows <= GRAPH_ROWS:
+            return self._of_graphs
+        if self._of_large is None or len(self._of_large[0]) < num_rows:
+            self._of_large = self._neutral(num_rows)
+        return self._of_large
+
+    def _store(self, token_budgets: np.ndarray, in_force: int) -> None:
+        num_rows = max(len(token_budgets), GRAPH_ROWS)
+        floors = np.zeros(num_rows, np.int32)
+        ceilings = np.full(num_rows, self._top_k, np.int32)
+        tokens = slice(len(token_budgets))
+        floors[tokens][token_budgets == self._full] = self._top_k
+        lower = token_budgets < in_force
+        ceilings[tokens][lower] = np.maximum(token_budgets[lower] // self._num_layers, 1)
+        for target, values in zip(self.of(num_rows), (floors, ceilings), strict=True):
+            source = torch.from_numpy(values)
+            if self._device.type == "cuda":
+                source = source.pin_memory()
+            target.copy_(source, non_blocking=True)
+        self._is_neutral = num_rows > GRAPH_ROWS and self._is_neutral
+
+    def _neutral(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        floors = torch.zeros(num_rows, dtype=torch.int32, device=self._device)
+        return floors, torch.full_like(floors, self._top_k)

@@ -1,0 +1,50 @@
+"""Floors and ceilings of a device: at fixed addresses for graphs, anywhere for larger forwards."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_alloc import device_bounds
+from sglang_alloc.device_bounds import DeviceBounds
+from sglang_alloc.enforcement import EnforcementTables, PhaseRows
+
+ROWS = 8
+
+
+@pytest.fixture
+def bounds(monkeypatch: pytest.MonkeyPatch) -> DeviceBounds:
+    monkeypatch.setattr(device_bounds, "GRAPH_ROWS", ROWS)
+    rows = PhaseRows(np.ones((7, 2), np.int16), None, None)
+    return DeviceBounds(EnforcementTables("layer", 4, 2, 8, rows, rows, None), torch.device("cpu"))
+
+
+def _values(bounds: DeviceBounds, num_rows: int) -> tuple[list[int], list[int]]:
+    floors, ceilings = bounds.of(num_rows)
+    return floors.tolist(), ceilings.tolist()
+
+
+def test_full_is_a_floor_and_less_is_a_ceiling_in_slots_per_layer(bounds: DeviceBounds) -> None:
+    bounds.load(np.array([6, 8, 5, 2], np.int32), in_force=6)
+    floors, ceilings = _values(bounds, 4)
+    assert floors == [0, 4, 0, 0, *[0] * 4]
+    assert ceilings == [4, 4, 2, 1, *[4] * 4]
+
+
+def test_bounds_are_forgotten_with_their_forward(bounds: DeviceBounds) -> None:
+    before = [part.data_ptr() for part in bounds.of(1)]
+    bounds.load(np.array([8, 2], np.int32), in_force=6)
+    bounds.load(None, in_force=6)
+    assert _values(bounds, 2) == ([0] * ROWS, [4] * ROWS)
+    assert [part.data_ptr() for part in bounds.of(1)] == before
+
+
+def test_a_forward_larger_than_any_graph_has_tensors_of_its_own(bounds: DeviceBounds) -> None:
+    budgets = np.full(ROWS + 3, 6, np.int32)
+    budgets[-1] = 8
+    bounds.load(budgets, in_force=6)
+    assert _values(bounds, ROWS + 3)[0] == [*[0] * (ROWS + 2), 4]
+    assert _values(bounds, 2) == ([0] * ROWS, [4] * ROWS)
+    bounds.load(None, in_force=6)
+    assert _values(bounds, ROWS + 3) == ([0] * (ROWS + 3), [4] * (ROWS + 3))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from sglang_alloc.errors import NotMoEError, UnsupportedServerError
+from sglang_alloc.moe_backends import DISPATCHERS, GRAPHS, RUNNERS, Verdict
 
 DEVICES = ("cpu", "cuda")
 
@@ -38,8 +39,6 @@ REFUSED_OPTIONS: dict[str, tuple[object, str]] = {
     ),
     "kt_weight_path": (None, "experts computed by KTransformers have not been shown to skip slots"),
 }
-
-COMPILED_GRAPHS = "tc_piecewise"
 
 # Routers of single architectures that choose experts without the common routing function.
 OWN_ROUTERS = ("HashTopK", "TransformersFusedMoE")
@@ -95,23 +94,23 @@ def _options(facts: ServerFacts) -> list[str]:
         for name, (fine, reason) in REFUSED_OPTIONS.items()
         if (found := facts.options.get(name)) not in (None, fine)
     ]
-    if facts.a2a_backend != "none":
+    dispatcher = DISPATCHERS.get(facts.a2a_backend, _UNKNOWN)
+    if not dispatcher.works:
         problems.append(
-            f"--moe-a2a-backend {facts.a2a_backend} has not been shown to skip a dropped slot: "
-            "use --moe-a2a-backend none"
+            f"--moe-a2a-backend {facts.a2a_backend} is not supported: it {dispatcher.reason}: use "
+            "--moe-a2a-backend none"
         )
     return problems + _graphs(facts)
 
 
 def _graphs(facts: ServerFacts) -> list[str]:
-    """Graphs that are captured from torch.compile's output, up to SGLang 0.5.21."""
+    """Ways of capturing graphs; one of them, up to SGLang 0.5.21, goes through torch.compile."""
     if facts.device_type == "cpu":
         return []
     return [
-        f"--cuda-graph-backend-{phase} {COMPILED_GRAPHS} is not supported: torch.compile would "
-        "trace the budget into the model, which is untested: use breakable, full or disabled"
+        f"--cuda-graph-backend-{phase} {backend} is not supported: {verdict.reason}"
         for phase, backend in facts.graph_backends.items()
-        if backend == COMPILED_GRAPHS
+        if not (verdict := GRAPHS.get(backend, _UNKNOWN)).works
     ]
 
 
@@ -121,25 +120,29 @@ def _kernels(facts: ServerFacts) -> list[str]:
         return [f"device {device} is not supported: use a CPU or an NVIDIA GPU"]
     if not facts.expert_kernels:
         return ["no layer tells which kernel computes its experts, so none can be trusted"]
-    skips = _skips_on_cpu if facts.device_type == "cpu" else _skips_on_cuda
+    judge = _on_cpu if facts.device_type == "cpu" else _on_cuda
     return [
         f"experts computed by {kernel.quant_method} (runner {kernel.runner_backend}"
         f"{', AMX' if kernel.amx else ''}) have not been shown to skip a dropped slot: "
-        + ("serve unquantised weights" if facts.device_type == "cpu" else _USE_TRITON)
+        f"{verdict.reason}"
         for kernel in sorted(facts.expert_kernels)
-        if not skips(kernel)
+        if not (verdict := judge(kernel)).works
     ]
 
 
-_USE_TRITON = "start SGLang with --moe-runner-backend triton"
+_UNKNOWN = Verdict(False, "is not known to this release of sglang-alloc")
 
 
-def _skips_on_cpu(kernel: ExpertKernel) -> bool:
-    return kernel.quant_method == "UnquantizedFusedMoEMethod" and not kernel.amx
+def _on_cpu(kernel: ExpertKernel) -> Verdict:
+    is_native = kernel.quant_method == "UnquantizedFusedMoEMethod" and not kernel.amx
+    return Verdict(is_native, "serve unquantised weights")
 
 
-def _skips_on_cuda(kernel: ExpertKernel) -> bool:
-    return kernel.runner_backend == "triton"
+def _on_cuda(kernel: ExpertKernel) -> Verdict:
+    verdict = RUNNERS.get(kernel.runner_backend, _UNKNOWN)
+    return verdict._replace(
+        reason=f"{verdict.reason}; start SGLang with --moe-runner-backend triton"
+    )
 
 
 def _routers(facts: ServerFacts) -> list[str]:

@@ -34,6 +34,24 @@ def calls(release: ReleaseSource, module: str, function: str) -> list[ast.Call]:
     ]
 
 
+def enum_values(release: ReleaseSource, module: str, name: str) -> set[str]:
+    """Return the string values that the members of a class stand for."""
+    text = release.module_text(module)
+    assert text is not None, f"there is no module {module}"
+    (owner,) = (
+        node
+        for node in ast.parse(text).body
+        if isinstance(node, ast.ClassDef) and node.name == name
+    )
+    return {
+        statement.value.value
+        for statement in owner.body
+        if isinstance(statement, ast.Assign)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    }
+
+
 def annotated_fields(release: ReleaseSource, *modules: str) -> set[str]:
     """Return the names that classes in these modules, or below them, declare with a type."""
     trees = [ast.parse(text) for module in modules for text in release.texts_under(module)]

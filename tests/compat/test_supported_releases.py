@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from sglang_releases import RELEASES, ReleaseSource, offered_releases, open_release
-from source_definitions import annotated_fields, calls, find_definition
+from source_definitions import annotated_fields, calls, enum_values, find_definition
 
 from sglang_alloc.compatibility import (
     SUPPORTED_SGLANG,
@@ -16,6 +16,7 @@ from sglang_alloc.compatibility import (
     unsupported_version,
 )
 from sglang_alloc.compatibility_seams import SEAMS
+from sglang_alloc.moe_backends import DISPATCHERS, GRAPHS, RUNNERS
 from sglang_alloc.server_check import REFUSED_OPTIONS
 
 _TRITON_RUNNER = "sglang.srt.layers.moe.moe_runner.triton"
@@ -80,6 +81,13 @@ def test_every_option_that_is_refused_is_still_an_option(release: ReleaseSource)
     missing = set(REFUSED_OPTIONS) - fields
     assert missing <= {"enable_nvidia_megakernel"}
     assert ("enable_nvidia_megakernel" in missing) == (release.version != "0.5.23")
+
+
+def test_every_backend_of_the_release_is_judged(release: ReleaseSource) -> None:
+    utils, graphs = "sglang.srt.layers.moe.utils", "sglang.srt.model_executor.cuda_graph_config"
+    assert enum_values(release, utils, "MoeRunnerBackend") - set(RUNNERS) == set()
+    assert enum_values(release, utils, "MoeA2ABackend") - set(DISPATCHERS) == set()
+    assert enum_values(release, graphs, "Backend") - set(GRAPHS) == set()
 
 
 def test_the_cpu_engine_calls_the_stand_in_kernel_with_six_arguments(

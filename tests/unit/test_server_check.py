@@ -47,7 +47,7 @@ def test_the_native_experts_are_served_on_a_cpu() -> None:
         ),
         ({"expert_kernels": {NATIVE}}, "runner auto"),
         ({"expert_kernels": set()}, "no layer tells which kernel"),
-        ({"a2a_backend": "deepep"}, "deepep has not been shown to skip"),
+        ({"a2a_backend": "deepep"}, "deepep is not supported: it has not been shown to skip"),
         ({"device_type": "npu"}, "device 'npu' is not supported"),
         ({"is_rocm": True}, "device ROCm is not supported"),
         ({"router_widths": {6, 8}}, "different numbers of experts"),

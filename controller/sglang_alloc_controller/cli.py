@@ -206,6 +206,53 @@ def simulate(
     typer.echo(text, nl=False)
 
 
+@app.command("simulate-replicas")
+def simulate_replicas(
+    *,
+    replicas: Annotated[
+        list[int], typer.Option(min=1, help="Servers behind the balancer; may be repeated.")
+    ] = [2, 4, 8, 16, 32, 64],  # noqa: B006 - typer copies it
+    balancer: Annotated[
+        list[str], typer.Option(help="round-robin or least-requests; may be repeated.")
+    ] = ["round-robin", "least-requests"],  # noqa: B006
+    load: Annotated[
+        list[float],
+        typer.Option(
+            min=0.0,
+            help="Load on each server: 1 is what one alone carries at full quality, 2 at the "
+            "floor; may be repeated.",
+        ),
+    ] = [1.4, 1.7],  # noqa: B006
+    minutes: Annotated[float, typer.Option(min=3.0, help="Simulated time.")] = 30.0,
+    seed: Annotated[list[int], typer.Option(help="Of the arrivals; may be repeated.")] = [1],  # noqa: B006
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for replicas.csv; a run that was interrupted goes on there. Default: "
+            "print only.",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Worker processes; 0: one for each core.")
+    ] = 0,
+) -> None:
+    """Simulate servers with a control loop each behind one load balancer."""
+    from rich.console import Console
+
+    from sglang_alloc_controller.cli_replicas import Fleets, checked, simulate_fleets, table
+    from sglang_alloc_controller.cli_simulate import shown_progress
+    from sglang_alloc_controller.simulator.deployment import read_deployment
+
+    try:
+        fleets = checked(Fleets(replicas, balancer, load, 60 * minutes, seed))
+        with shown_progress(Console(stderr=True)) as progress:
+            results = simulate_fleets(read_deployment().world, fleets, out, workers, progress)
+    except AllocError as error:
+        _refuse(error)
+    typer.echo(table(results))
+
+
 @app.command()
 def schema() -> None:
     """Print the JSON schema of the configuration file."""

@@ -83,7 +83,7 @@ def simulate(request: Request, deployment: Deployment) -> str:
     world = deployment.world
     store = CellStore(out, identity(world)) if out else None
     workers = request.workers or os.cpu_count() or 1
-    with _progress(Console(stderr=True)) as shown:
+    with shown_progress(Console(stderr=True)) as shown:
         cells = [*_cells(request), *_gain_cells(request)]
         finished = run_cells(world, cells, store, workers, shown)
     plain = [one for one in finished if one.cell.gain == 1.0]
@@ -147,7 +147,7 @@ def _known(what: str, asked: Sequence[str], known: Sequence[str]) -> tuple[str, 
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Callable[[float, str], None]]:
+def shown_progress(console: Console) -> Iterator[Callable[[float, str], None]]:
     """Yield what shows progress: a bar on a terminal, elsewhere a line for every twentieth."""
     if console.is_terminal:
         columns = (

@@ -11,7 +11,6 @@ reserves KV memory for its prompt and its whole answer (SGLang guesses the answe
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
 from heapq import heappop, heappush
 from typing import NamedTuple
 
@@ -49,8 +48,9 @@ class Engine:
 
     def __init__(self, workload: Workload, plant: Plant, budgets: tuple[int, int]) -> None:
         """Begin empty at (prefill, decode) budgets; `plant` says what steps cost."""
-        self._workload, self._plant = workload, plant
-        self._arrivals: Sequence[float] = (*workload.arrival_seconds, _NEVER)
+        self._plant = plant
+        self._arrivals = [*workload.arrival_seconds, _NEVER]
+        self._prompts, self._outputs = list(workload.prompt_tokens), list(workload.output_tokens)
         self._head = self._tail = 0  # waiting: the requests from head to tail
         self._running: list[
             tuple[int, int]
@@ -93,12 +93,21 @@ class Engine:
     @property
     def done(self) -> bool:
         """Tell whether every request of the workload has been answered or lost."""
-        return len(self.outcomes) == len(self._workload)
+        return len(self.outcomes) == len(self._prompts)
 
     def late_requests(self, ttft_seconds: float) -> int:
         """Return how many requests wait for their first token longer than this already."""
         before = bisect_right(self._arrivals, self.now_seconds - ttft_seconds, 0, self._tail)
         return max(0, before - self._head)
+
+    def offer(self, arrival_seconds: float, prompt_tokens: int, output_tokens: int) -> None:
+        """Add a request behind all others, whose arrival lies ahead: a balancer's decision.
+
+        Clones made before share their requests with this engine and must not be used any more.
+        """
+        self._arrivals.insert(len(self._prompts), arrival_seconds)
+        self._prompts.append(prompt_tokens)
+        self._outputs.append(output_tokens)
 
     def advance(self, until_seconds: float) -> None:
         """Let time pass; a step that is under way then goes on in the next call."""
@@ -166,10 +175,10 @@ class Engine:
         return self._kv_used + self._kv_need(self._head) <= self._plant.kv_tokens
 
     def _kv_need(self, request: int) -> int:
-        return self._workload.prompt_tokens[request] + self._workload.output_tokens[request]
+        return self._prompts[request] + self._outputs[request]
 
     def _begin_prefill(self) -> None:
-        prompts = self._workload.prompt_tokens
+        prompts = self._prompts
         completed: list[int] = []
         tokens, cut = 0, None
         if self._cut is not None:
@@ -207,9 +216,9 @@ class Engine:
 
     def _charge(self, request: int, tokens: int) -> None:
         """Count what this share of the prompt's states costs each token of the answer."""
-        share = tokens / self._workload.prompt_tokens[request]
+        share = tokens / self._prompts[request]
         loss = self._plant.prefill_loss(self.prefill_budget)
-        self.loss_sum += share * loss * self._workload.output_tokens[request]
+        self.loss_sum += share * loss * self._outputs[request]
 
     def _begin_decode(self, until_seconds: float) -> None:
         batch, budget = len(self._running), self.decode_budget
@@ -244,7 +253,7 @@ class Engine:
         ttft = self.now_seconds - self._arrivals[request] + self._plant.request_seconds
         self.ttft.observe(ttft, 1)
         self.generated_tokens += 1
-        rest = self._workload.output_tokens[request] - 1
+        rest = self._outputs[request] - 1
         if not self._running and not self._fresh:
             self._token_at = self.now_seconds
         if rest == 0:
@@ -276,7 +285,7 @@ class Engine:
 
     def _finish_request(self, request: int) -> None:
         started = self._started.pop(request)
-        gaps = self._workload.output_tokens[request] - 1
+        gaps = self._outputs[request] - 1
         itl = (self.now_seconds - started.first_token_seconds) / gaps
         self._kv_used -= self._kv_need(request)
         self.outcomes.append(Outcome(request, self.now_seconds, started.ttft_seconds, itl, False))

@@ -7,6 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
+from typing import TypeVar
 
 from sglang_alloc.errors import ConfigurationError
 from sglang_alloc_controller.simulator.cells import Cell, CellStore, Finished
@@ -20,6 +21,8 @@ _SHOW_SECONDS = 0.5
 Progress = Callable[[float, str], None]
 """Called with the finished share of the work and with what is known of the time left."""
 
+_Asked = TypeVar("_Asked")
+_Answer = TypeVar("_Answer")
 _world: World
 
 
@@ -67,19 +70,21 @@ def _simulated(
 ) -> Iterator[Finished]:
     started, total = time.monotonic(), sum(relative_cost(cell) for cell in cells)
     spent = 0.0
-    with _executor(world, min(workers, len(cells))) as executor:
-        pending: set[Future[Finished]] = {executor.submit(_in_worker, cell) for cell in cells}
+    with worker_processes(world, min(workers, len(cells))) as executor:
+        pending: set[Future[Finished]] = {
+            executor.submit(in_worker, simulate, cell) for cell in cells
+        }
         while pending:
             finished, pending = wait(pending, _SHOW_SECONDS, FIRST_COMPLETED)
             for future in finished:
                 result = _result(future)
                 spent += relative_cost(result.cell)
                 yield result
-            progress(spent / total, _time_left(time.monotonic() - started, spent / total))
+            progress(spent / total, time_left(time.monotonic() - started, spent / total))
 
 
 @contextmanager
-def _executor(world: World, workers: int) -> Iterator[ProcessPoolExecutor]:
+def worker_processes(world: World, workers: int) -> Iterator[ProcessPoolExecutor]:
     """Yield worker processes that end with the block, however it ends."""
     executor = ProcessPoolExecutor(workers, get_context("spawn"), _initialise, (world,))
     try:
@@ -99,8 +104,9 @@ def _initialise(world: World) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
 
 
-def _in_worker(cell: Cell) -> Finished:
-    return simulate(_world, cell)
+def in_worker(function: Callable[[World, _Asked], _Answer], asked: _Asked) -> _Answer:
+    """In a process of `worker_processes`: call `function` with its world."""
+    return function(_world, asked)
 
 
 def _result(future: Future[Finished]) -> Finished:
@@ -113,7 +119,7 @@ def _result(future: Future[Finished]) -> Finished:
         ) from error
 
 
-def _time_left(spent_seconds: float, share: float) -> str:
+def time_left(spent_seconds: float, share: float) -> str:
     if share <= 0:
         return "time left not known yet"
     left = spent_seconds * (1 - share) / share

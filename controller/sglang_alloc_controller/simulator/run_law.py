@@ -44,7 +44,7 @@ def run_law(law: Law, scenario: Scenario, workload: Workload, plant: Plant, seed
     """Run to the end of the scenario, then without further arrivals until all is answered."""
     budgets = (plant.budget_max, plant.budget_max)
     engine = Engine(workload, plant, budgets)
-    scraper = _Scraper(scenario.faults, seed)
+    scraper = Scraper(scenario.faults, seed)
     changes, queue = [Change(0.0, budgets)], []
     restarts = deque(scenario.restarts)
     tick, end_seconds = 0, scenario.seconds
@@ -83,13 +83,14 @@ def reading_of(engine: Engine, now_seconds: float) -> Reading:
     )
 
 
-class _Scraper:
+class Scraper:
     """Reads the engine as the faults allow it."""
 
-    def __init__(self, faults: Faults, seed: int) -> None:
+    def __init__(self, faults: Faults, seed: int, first_seconds: float = 0.0) -> None:
+        """Read from `first_seconds` on."""
         self._faults = faults
         self._random = random.Random(seed + 1)
-        self._next_seconds = 0.0
+        self._next_seconds = first_seconds
         self._underway: deque[tuple[float, Reading]] = deque()
         self._scrape = Scrape(None, 0)
 

@@ -1,0 +1,158 @@
+"""Simulator, the door for fleets: `sglang-alloc-controller simulate-replicas`."""
+
+import csv
+import io
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import as_completed
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+from sglang_alloc.atomic_file import replace_file
+from sglang_alloc.errors import ConfigurationError
+from sglang_alloc_controller.simulator.cells import identity
+from sglang_alloc_controller.simulator.pool import in_worker, time_left, worker_processes
+from sglang_alloc_controller.simulator.replicas import BALANCERS, Fleet, FleetScore, run_fleet
+from sglang_alloc_controller.simulator.world import World
+
+RESULTS = "replicas.csv"
+COLUMNS = (*Fleet._fields, *FleetScore._fields, "simulation")
+Results = dict[Fleet, FleetScore]
+Progress = Callable[[float, str], None]
+
+
+class Fleets(NamedTuple):
+    """What is to be simulated."""
+
+    replicas: Sequence[int]
+    balancers: Sequence[str]
+    loads: Sequence[float]
+    seconds: float
+    seeds: Sequence[int]
+
+    def every(self) -> Iterator[Fleet]:
+        """Yield each fleet, controlled and at full quality."""
+        for cell in product(
+            self.replicas, self.balancers, self.loads, [self.seconds], self.seeds, [True, False]
+        ):
+            yield Fleet(*cell)
+
+
+def checked(fleets: Fleets) -> Fleets:
+    """Return the request; raises ConfigurationError for an unknown balancer."""
+    unknown = [name for name in fleets.balancers if name not in BALANCERS]
+    if unknown:
+        raise ConfigurationError(
+            f"There is no balancer {unknown[0]!r}. Choose among {', '.join(BALANCERS)}."
+        )
+    return fleets
+
+
+def simulate_fleets(
+    world: World, fleets: Fleets, out: Path | None, workers: int, progress: Progress
+) -> Results:
+    """Return every fleet's score; finished ones are kept in `out` and not simulated again.
+
+    Raises:
+        ConfigurationError: the results cannot be written.
+    """
+    asked, simulation = list(fleets.every()), identity(world)
+    done = {} if out is None else _kept(out / RESULTS, simulation)
+    missing = sorted((one for one in asked if one not in done), key=_cost, reverse=True)
+    for fleet, score in _simulated(world, missing, workers or os.cpu_count() or 1, progress):
+        done[fleet] = score
+        if out is not None:
+            _write(out / RESULTS, results_csv(done, simulation))
+    return {fleet: done[fleet] for fleet in asked}
+
+
+def results_csv(results: Results, simulation: str) -> str:
+    """Return the CSV; its last column tells which plant, settings and code it is of."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for fleet in sorted(results):
+        numbers = (f"{number:.6g}" for number in results[fleet])
+        writer.writerow([*fleet, *numbers, simulation])
+    return text.getvalue()
+
+
+def table(results: Results) -> str:
+    """Return the results as Markdown, seeds averaged."""
+    lines = [
+        "| replicas | balancer | load | within SLO | at full quality | loss, 1/1000 nat | "
+        "changes per hour (most) | spread of quality | spread of load |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[Fleet, list[FleetScore]] = {}
+    for fleet, score in results.items():
+        groups.setdefault(fleet._replace(seed=0), []).append(score)
+    for fleet, scores in groups.items():
+        if fleet.controlled:
+            full = _mean(groups[fleet._replace(controlled=False)])
+            lines.append(_line(fleet, _mean(scores), full))
+    return "\n".join(lines)
+
+
+def _line(fleet: Fleet, ours: FleetScore, full: FleetScore) -> str:
+    return (
+        f"| {fleet.replicas} | {fleet.balancer} | {fleet.load:g} | "
+        f"{ours.slo_attainment_ratio:.2%} | {full.slo_attainment_ratio:.2%} | "
+        f"{1000 * ours.mean_predicted_loss:.2f} | {ours.changes_per_hour:.1f} "
+        f"({ours.changes_per_hour_max:.1f}) | {ours.position_spread:.3f} | "
+        f"{ours.load_spread:.3f} |"
+    )
+
+
+def _mean(scores: Sequence[FleetScore]) -> FleetScore:
+    return FleetScore(*(sum(column) / len(scores) for column in zip(*scores, strict=True)))
+
+
+def _cost(fleet: Fleet) -> float:
+    return fleet.replicas * fleet.seconds * (4.0 if fleet.controlled else 1.0)
+
+
+def _simulated(
+    world: World, missing: Sequence[Fleet], workers: int, progress: Progress
+) -> Iterable[tuple[Fleet, FleetScore]]:
+    if not missing:
+        return
+    started, total, spent = time.monotonic(), sum(map(_cost, missing)), 0.0
+    with worker_processes(world, min(workers, len(missing))) as executor:
+        pending = {executor.submit(in_worker, run_fleet, one): one for one in missing}
+        for future in as_completed(pending):
+            fleet = pending[future]
+            yield fleet, future.result()
+            spent += _cost(fleet)
+            progress(spent / total, time_left(time.monotonic() - started, spent / total))
+
+
+def _kept(path: Path, simulation: str) -> Results:
+    try:
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+        return {_fleet(row): _score(row) for row in rows if row["simulation"] == simulation}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # not there, or of another kind: everything is simulated
+
+
+def _fleet(row: dict[str, str]) -> Fleet:
+    return Fleet(
+        int(row["replicas"]), row["balancer"], float(row["load"]), float(row["seconds"]),
+        int(row["seed"]), row["controlled"] == "True",
+    )  # fmt: skip
+
+
+def _score(row: dict[str, str]) -> FleetScore:
+    return FleetScore(*(float(row[name]) for name in FleetScore._fields))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        replace_file(path, text.encode(), mode=0o644)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path} cannot be written: {error.strerror}. Choose another --out; what is finished "
+            "is kept."
+        ) from error

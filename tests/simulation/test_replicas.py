@@ -1,0 +1,94 @@
+"""Several servers behind one balancer: what each is sent, and that their loops come to rest."""
+
+from pathlib import Path
+
+import pytest
+from small_worlds import make_plant
+
+from sglang_alloc.errors import ConfigurationError
+from sglang_alloc_controller.cli_replicas import Fleets, checked, simulate_fleets, table
+from sglang_alloc_controller.simulator.deployment import read_deployment
+from sglang_alloc_controller.simulator.engine import Engine
+from sglang_alloc_controller.simulator.replicas import (
+    LEAST_REQUESTS,
+    ROUND_ROBIN,
+    Fleet,
+    run_fleet,
+)
+from sglang_alloc_controller.simulator.workload import Workload
+from sglang_alloc_controller.simulator.world import World
+
+NO_REQUESTS = Workload((), (), ())
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return read_deployment().world
+
+
+def _silent(share: float, left: str) -> None:
+    assert 0 <= share <= 1
+    assert left
+
+
+def test_offered_requests_are_answered_like_known_ones() -> None:
+    plant = make_plant()
+    known = Engine(Workload((0.0, 0.05, 0.3), (100, 100, 50), (3, 2, 4)), plant, (10, 10))
+    known.advance(9.0)
+    offered = Engine(NO_REQUESTS, plant, (10, 10))
+    offered.offer(0.0, 100, 3)
+    offered.offer(0.05, 100, 2)
+    offered.advance(0.2)
+    assert not offered.done
+    offered.offer(0.3, 50, 4)
+    offered.advance(9.0)
+    assert offered.outcomes == known.outcomes
+
+
+def test_round_robin_sends_each_replica_as_much(world: World) -> None:
+    score = run_fleet(world, Fleet(2, ROUND_ROBIN, 0.5, 180.0, 1, controlled=False))
+    assert score.load_spread < 0.01
+    assert score.changes_per_hour == 0
+    assert score.mean_predicted_loss == 0
+
+
+def test_least_requests_never_leaves_a_replica_idle_beside_a_queue(world: World) -> None:
+    """At the load that one server alone cannot carry, the balanced pair does better."""
+    alone, balanced = (
+        run_fleet(world, Fleet(count, LEAST_REQUESTS, 1.1, 240.0, 1, controlled=False))
+        for count in (1, 4)
+    )
+    assert balanced.slo_attainment_ratio > alone.slo_attainment_ratio
+
+
+@pytest.mark.parametrize("balancer", [ROUND_ROBIN, LEAST_REQUESTS])
+def test_loops_behind_a_balancer_come_to_rest(world: World, balancer: str) -> None:
+    fleet = Fleet(4, balancer, 1.6, 1200.0, 3)
+    controlled = run_fleet(world, fleet)
+    full = run_fleet(world, fleet._replace(controlled=False))
+    assert controlled.slo_attainment_ratio > full.slo_attainment_ratio
+    assert controlled.slo_attainment_ratio > 0.9
+    assert controlled.load_spread < 0.1
+    # 13 minutes are counted, in which one budget moved five times at most.
+    assert controlled.changes_per_hour < 25
+
+
+def test_finished_fleets_are_kept_and_others_added(tmp_path: Path, world: World) -> None:
+    asked = Fleets([1], [ROUND_ROBIN], [0.3], 60.0, [1])
+    first = simulate_fleets(world, asked, tmp_path, 1, _silent)
+    kept = (tmp_path / "replicas.csv").read_text()
+    assert len(kept.splitlines()) == 3
+
+    def fails(share: float, left: str) -> None:
+        raise AssertionError("nothing is left to simulate")
+
+    again = simulate_fleets(world, asked, tmp_path, 1, fails)
+    assert [score.slo_attainment_ratio for score in again.values()] == pytest.approx(
+        [score.slo_attainment_ratio for score in first.values()]
+    )
+    assert "| 1 | round-robin | 0.3 | 100.00% | 100.00% |" in table(again)
+
+
+def test_a_balancer_that_does_not_exist_is_named() -> None:
+    with pytest.raises(ConfigurationError, match="no balancer 'random'"):
+        checked(Fleets([1], ["random"], [1.0], 60.0, [1]))

@@ -9,6 +9,7 @@ import typer
 
 from sglang_alloc.cli_calibrate import calibrate
 from sglang_alloc.cli_evaluate import evaluate
+from sglang_alloc.cli_evaluate_served import evaluate_served
 from sglang_alloc.cli_profile import profile
 from sglang_alloc.cli_publish import publish
 from sglang_alloc.cli_serve import serve
@@ -48,6 +49,11 @@ app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": False},
 )(calibrate)
 app.command()(evaluate)
+app.command(
+    "evaluate-served",
+    options_metavar="[OPTIONS] -- [LM_EVAL OPTIONS]",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": False},
+)(evaluate_served)
 app.command()(publish)
 app.command()(status)
 app.command("set")(set_budget)

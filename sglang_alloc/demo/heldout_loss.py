@@ -65,8 +65,10 @@ class BudgetOverride:
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
         limit_seconds: float = OVERRIDE_SECONDS,
+        actor: str = ACTOR,
     ) -> None:
         self._table = table
+        self._actor = actor
         self._limit_seconds = limit_seconds
         self._sleep = sleep
         self._clock = clock
@@ -75,7 +77,7 @@ class BudgetOverride:
         """Put budgets in force; return when the leading rank has acknowledged them."""
         now_ns = time.monotonic_ns()
         deadline_ns = now_ns + int(self._limit_seconds * 1e9)
-        self._table.set_override(prefill_budget, decode_budget, deadline_ns, ACTOR)
+        self._table.set_override(prefill_budget, decode_budget, deadline_ns, self._actor)
         override = self._table.override(now_ns)
         assert override is not None
         give_up = self._clock() + _ACKNOWLEDGE_SECONDS

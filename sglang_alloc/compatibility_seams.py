@@ -59,6 +59,18 @@ SEAMS: tuple[Seam, ...] = (
         "drop the slots beyond the budget before recorders see the routing of a layer",
     ),
     Seam(
+        "sglang.srt.eplb.expert_distribution.get_global_expert_distribution_recorder",
+        "function",
+        (),
+        "keep the proof's tokens out of the recorded distribution of experts",
+    ),
+    Seam(
+        "sglang.srt.eplb.expert_distribution.ExpertDistributionRecorder",
+        "class",
+        ("disable_this_region",),
+        "keep the proof's tokens out of the recorded distribution of experts",
+    ),
+    Seam(
         f"{_TOPK}.TopK",
         "class",
         ("layer_id", "topk_config"),

@@ -49,7 +49,7 @@ from sglang_alloc.plugin_facts import (
     served_model,
     server_facts,
 )
-from sglang_alloc.plugin_proof import computes_as_the_engine, prove_routing
+from sglang_alloc.plugin_proof import computes_as_the_engine, prove_routing, unrecorded
 from sglang_alloc.plugin_records import record_lexi, record_saliency
 from sglang_alloc.plugin_requests import RequestBudgets
 from sglang_alloc.request_budget import RequestRules, asked_budget
@@ -159,7 +159,8 @@ def _around_load_model(
 def _after_initialize(result: object, model_runner: Any, *args: Any, **kwargs: Any) -> None:
     """Prove on a real layer that routing obeys the budget, and say so in one line."""
     if not model_runner.is_draft_worker:
-        _or_refuse(lambda: _prove(model_runner))
+        with unrecorded():  # made-up tokens belong to no forward that could be recorded
+            _or_refuse(lambda: _prove(model_runner))
 
 
 def _or_refuse(step: Callable[[], None]) -> None:

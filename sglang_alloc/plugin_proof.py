@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,15 @@ from sglang_alloc.plugin_facts import num_shared_columns
 
 if TYPE_CHECKING:
     from sglang_alloc.worker import Worker
+
+
+def unrecorded() -> AbstractContextManager[None]:
+    """Return a block in which SGLang's recorder of the distribution of experts counts nothing."""
+    from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
+
+    region: AbstractContextManager[None]
+    region = get_global_expert_distribution_recorder().disable_this_region()
+    return region
 
 
 def prove_routing(worker: Worker, layer_index: int, router: Any) -> RoutedSlots:

@@ -29,12 +29,10 @@ def union_jobs(subject: Subject, material: Material, budgets: list[int]) -> Iter
             yield _union_job(subject, material, batch, budget)
 
 
-def text_jobs(
-    subject: Subject, material: Material, rule: str, budgets: list[int], named: str | None = None
-) -> Iterator[Job]:
-    """A rule on text alone, at many budgets; `named` as `text_name` says by default."""
+def text_jobs(subject: Subject, material: Material, rule: str, budgets: list[int]) -> Iterator[Job]:
+    """A rule on text alone, at many budgets."""
     for budget in budgets:
-        yield _text_job(subject, material, rule, budget, named or text_name(rule))
+        yield _text_job(subject, material, rule, budget)
 
 
 def _union_job(subject: Subject, material: Material, batch: int, budget: int) -> Job:
@@ -50,7 +48,9 @@ def _union_job(subject: Subject, material: Material, batch: int, budget: int) ->
     return Job(name, budget, measure)
 
 
-def _text_job(subject: Subject, material: Material, rule: str, budget: int, name: str) -> Job:
+def _text_job(subject: Subject, material: Material, rule: str, budget: int) -> Job:
+    name = text_name(rule)
+
     def measure() -> Point:
         allocation = build_rule(subject, rule, budget)
         return measure_losses(subject.model, material, name, budget, allocation)

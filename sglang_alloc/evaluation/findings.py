@@ -8,10 +8,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from sglang_alloc.evaluation.decode_union import PLAIN_RULE, text_name, union_name
 from sglang_alloc.evaluation.intervals import Interval, at_usage, mean_interval
-from sglang_alloc.evaluation.points import Point
+from sglang_alloc.evaluation.points import Point, Points
 from sglang_alloc.evaluation.rules import BASELINES, CORRECTED, DEFAULT_RULE
 
-Points = dict[tuple[str, int], Point]
 FULL_RULE = "full"
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from sglang_alloc.evaluation.questions import Question
 from sglang_alloc.reference.model import Allocation, LayerCache, ReferenceModel
 
-ROWS_PER_BATCH = 32
+ROWS_PER_BATCH = 64
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ class Sizes(NamedTuple):
     window_tokens: int = 512
     prompts: int = 32
     prompt_tokens: int = 128
-    new_tokens: int = 32
+    new_tokens: int = 24
     questions: int = 64  # of each task
     neighbour_requests: int = 4  # each decoded among two sets of neighbours
     calibration_windows: int = 24

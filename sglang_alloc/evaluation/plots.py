@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 
 from sglang_alloc.budget_tables import BudgetTables
 from sglang_alloc.evaluation.decode_union import PLAIN_RULE, text_name, union_name
-from sglang_alloc.evaluation.findings import Points, losses_above_full
-from sglang_alloc.evaluation.points import Point
+from sglang_alloc.evaluation.findings import losses_above_full
+from sglang_alloc.evaluation.points import Point, Points
 from sglang_alloc.evaluation.rules import BASELINES, DEFAULT_RULE, RULE_NAMES
 from sglang_alloc.evaluation.summary_csv import measure_interval
 from sglang_alloc.evaluation.text_measures import BATCH_SIZES
@@ -124,11 +124,11 @@ def _lines() -> list[tuple[str, str]]:
 def _curve(axes: Axes, points: Points, rule: str, measure: str, colour: str) -> None:
     rows: list[Point] = sorted((p for p in points.values() if p.rule == rule),
                                key=lambda p: p.mean_k)  # fmt: skip
-    found = [measure_interval(points, point, measure) for point in rows]
-    intervals = [interval for interval in found if interval is not None]
+    found = [(point.mean_k, measure_interval(points, point, measure)) for point in rows]
+    measured = [(mean_k, interval) for mean_k, interval in found if interval is not None]
+    xs, intervals = [mean_k for mean_k, _ in measured], [interval for _, interval in measured]
     if not intervals:
         return
-    xs = [point.mean_k for point in rows]
     ours = rule == DEFAULT_RULE
     axes.plot(xs, [i.mean for i in intervals], marker=".", color=colour, label=rule,
               lw=2.4 if ours else 1.1, zorder=4 if ours else 2)  # fmt: skip

@@ -36,6 +36,9 @@ class Point(NamedTuple):
         return cls(**{**found, "distinct_experts": distinct})
 
 
+Points = dict[tuple[str, int], Point]  # by rule and budget
+
+
 def measure_losses(
     model: ReferenceModel, material: Material, rule: str, budget: int, allocation: Allocation | None
 ) -> Point:
@@ -46,17 +49,33 @@ def measure_losses(
     return Point(rule, budget, usage.mean_k, usage.distinct_experts, rounded(samples))
 
 
-def measure_point(
+def measure_generation(
     model: ReferenceModel, material: Material, rule: str, budget: int, allocation: Allocation | None
 ) -> Point:
-    """Measure an allocation in every way; `rule` and `budget` only name the point."""
-    text = measure_losses(model, material, rule, budget, allocation)
+    """Measure what an allocation generates; the point's use is left to `measure_losses`."""
     new_tokens = material.full_continuations.shape[1]
     found = greedy_continuations(model, material.prompts, new_tokens, allocation)
     samples = {"continuation": agreed_share(found, material.full_continuations)}
     for task, questions in material.questions.items():
         samples[task] = right_answers(model, questions, allocation)
-    return text._replace(samples=text.samples | rounded(samples))
+    return Point(rule, budget, 0.0, {}, rounded(samples))
+
+
+def generation_name(rule: str) -> str:
+    """The rule name of a point that was measured on generation."""
+    return f"generation: {rule}"
+
+
+def with_generation(points: Points) -> Points:
+    """Put what was measured on text and on generation of a rule and budget into one point."""
+    together = dict(points)
+    for rule, budget in points:
+        generated = together.pop((generation_name(rule), budget), None)
+        if generated is not None:
+            text = points[rule, budget]
+            samples = text.samples | generated.samples
+            together[rule, budget] = text._replace(samples=samples)
+    return together
 
 
 def rounded(samples: dict[str, Tensor]) -> dict[str, list[float]]:

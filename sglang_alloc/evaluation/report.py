@@ -8,7 +8,6 @@ from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.evaluation.decode_union import union_name
 from sglang_alloc.evaluation.findings import (
     FULL_RULE,
-    Points,
     best_rival,
     compare,
     measured_losses,
@@ -18,7 +17,7 @@ from sglang_alloc.evaluation.findings import (
 from sglang_alloc.evaluation.intervals import Interval
 from sglang_alloc.evaluation.neighbours import STEP_RULES, neighbour_name
 from sglang_alloc.evaluation.plots import plot_pareto, plot_quality, plot_union
-from sglang_alloc.evaluation.points import Point
+from sglang_alloc.evaluation.points import Point, Points
 from sglang_alloc.evaluation.rules import DEFAULT_RULE, RULE_NAMES, RULES
 from sglang_alloc.evaluation.summary_csv import measure_interval, summary_text
 from sglang_alloc.evaluation.switching import SWITCH_POSITIONS, switch_name

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,13 +19,20 @@ from sglang_alloc.evaluation.jobs import Job, run_jobs
 from sglang_alloc.evaluation.journal import EvaluationJournal
 from sglang_alloc.evaluation.material import Material, Sizes, domains_in_turn, gather_material
 from sglang_alloc.evaluation.neighbours import neighbour_jobs
-from sglang_alloc.evaluation.points import Point, measure_point
+from sglang_alloc.evaluation.points import (
+    Point,
+    generation_name,
+    measure_generation,
+    measure_losses,
+    with_generation,
+)
 from sglang_alloc.evaluation.report import write_report
 from sglang_alloc.evaluation.rules import CORRECTED, DEFAULT_RULE, RULES, Subject, build_rule
 from sglang_alloc.evaluation.switching import switching_jobs
 from sglang_alloc.model_identity import identity_from_config
 from sglang_alloc.reference.architecture import FAMILIES
 from sglang_alloc.reference.export import load_checkpoint
+from sglang_alloc.reference.model import Allocation
 
 JOURNAL_NAME = "points.jsonl"
 FRACTIONS = (1 / 3, 1 / 2, 2 / 3, 5 / 6)
@@ -60,7 +68,7 @@ def evaluate(asked: Evaluation, console: Console) -> Path:
         subject = Subject(model, tables, text, executor)
         material = gather_material(model, asked.sizes)
         run_jobs(all_jobs(subject, material, asked), journal, console, asked.workers)
-    return write_report(asked.output, tables, journal.points)
+    return write_report(asked.output, tables, with_generation(journal.points))
 
 
 def checked_tables(asked: Evaluation) -> BudgetTables:
@@ -103,33 +111,51 @@ def budgets_of(tables: BudgetTables, fractions: Sequence[float]) -> list[int]:
 
 
 def all_jobs(subject: Subject, material: Material, asked: Evaluation) -> list[Job]:
-    """Every point: the grid first, then the questions of decode, prediction and switching."""
-    tables = subject.tables
-    budgets = budgets_of(tables, asked.fractions)
-    full = tables.budget_max
-    layers = subject.layers
+    """Every point, what the comparison of the default with the baselines needs first."""
+    tables, layers = subject.tables, subject.layers
+    budgets, full = budgets_of(tables, asked.fractions), tables.budget_max
     spread = sorted({int(b) for b in torch.linspace(tables.budget_min, full, PREDICTED_BUDGETS)})
     uniform = list(range(layers, full, layers))
-    jobs = [_grid_job(subject, material, FULL_RULE, full)]
-    jobs += [_grid_job(subject, material, r, b) for b in budgets for r in RULES]
-    for rule in CORRECTED:
-        jobs += text_jobs(subject, material, rule, budgets, named=rule)
-    jobs += text_jobs(subject, material, PLAIN_RULE, uniform)
-    jobs += union_jobs(subject, material, uniform)
-    jobs += text_jobs(subject, material, DEFAULT_RULE, spread)
-    jobs += text_jobs(subject, material, "layer", spread)
     few = tuple(budgets_of(tables, (1 / 4, 1 / 2, 1)))
-    jobs += switching_jobs(subject, material, few)
-    jobs += neighbour_jobs(subject, material, few[:-1], asked.sizes.neighbour_requests)
-    return jobs
+    grid = [(rule, budget) for budget, rule in product(budgets, RULES)]
+    baselines = [name for name in CORRECTED if name.startswith(PLAIN_RULE)]
+    ours = [name for name in CORRECTED if name not in baselines]
+    return [
+        _text_job(subject, material, FULL_RULE, full),
+        *(_text_job(subject, material, *place) for place in grid),
+        *(_text_job(subject, material, *place) for place in product(baselines, budgets)),
+        *text_jobs(subject, material, PLAIN_RULE, uniform),
+        *union_jobs(subject, material, uniform),
+        *text_jobs(subject, material, DEFAULT_RULE, spread),
+        *text_jobs(subject, material, "layer", spread),
+        *switching_jobs(subject, material, few),
+        *neighbour_jobs(subject, material, few[:-1], asked.sizes.neighbour_requests),
+        _generation_job(subject, material, FULL_RULE, full),
+        *(_generation_job(subject, material, *place) for place in grid),
+        *(_text_job(subject, material, *place) for place in product(ours, budgets)),
+    ]
 
 
-def _grid_job(subject: Subject, material: Material, rule: str, budget: int) -> Job:
+def _text_job(subject: Subject, material: Material, rule: str, budget: int) -> Job:
     def measure() -> Point:
-        allocation = None if rule == FULL_RULE else build_rule(subject, rule, budget)
-        return measure_point(subject.model, material, rule, budget, allocation)
+        allocation = _rule(subject, rule, budget)
+        return measure_losses(subject.model, material, rule, budget, allocation)
 
     return Job(rule, budget, measure)
+
+
+def _generation_job(subject: Subject, material: Material, rule: str, budget: int) -> Job:
+    name = generation_name(rule)
+
+    def measure() -> Point:
+        allocation = _rule(subject, rule, budget)
+        return measure_generation(subject.model, material, name, budget, allocation)
+
+    return Job(name, budget, measure)
+
+
+def _rule(subject: Subject, rule: str, budget: int) -> Allocation | None:
+    return None if rule == FULL_RULE else build_rule(subject, rule, budget)
 
 
 def _digest(path: Path) -> str:

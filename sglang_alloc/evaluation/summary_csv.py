@@ -5,9 +5,9 @@ import io
 
 import numpy as np
 
-from sglang_alloc.evaluation.findings import FULL_RULE, Points, losses_above_full
+from sglang_alloc.evaluation.findings import FULL_RULE, losses_above_full
 from sglang_alloc.evaluation.intervals import Interval, mean_interval
-from sglang_alloc.evaluation.points import Point
+from sglang_alloc.evaluation.points import Point, Points
 from sglang_alloc.evaluation.text_measures import BATCH_SIZES
 
 

@@ -11,12 +11,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_sglangs_triton_experts_never_read_an_expert_whose_slots_were_all_dropped() -> None:
+def test_sglangs_triton_experts_never_read_an_expert_whose_slots_were_all_dropped(
+    device: str,
+) -> None:
     """Its weights are NaN, a token loses one slot of three, another is padding; see the script."""
     paths = (*(str(ROOT / name) for name in ("", "kernels", "kernels/bench")), *sys.path)
+    interpreted = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
+    offline = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("triton_experts.py")), "filter"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"},
+        [sys.executable, str(Path(__file__).with_name("triton_experts.py"))],
+        env={**os.environ, **interpreted, **offline},
         capture_output=True,
         text=True,
         check=False,
@@ -25,5 +29,5 @@ def test_sglangs_triton_experts_never_read_an_expert_whose_slots_were_all_droppe
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["size"] > 0.1
-    assert found["error"] < 1e-3  # products are summed in half precision
+    assert found["error"] < 0.02  # products in half precision; bfloat16 on a GPU
     assert found["padding"] == 0.0

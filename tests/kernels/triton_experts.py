@@ -1,18 +1,16 @@
-"""Run SGLang's Triton experts interpreted, with slots dropped: `python triton_experts.py filter`.
+"""Run SGLang's Triton experts with slots dropped: `TRITON_INTERPRET=1 python triton_experts.py`.
 
 Prints one JSON object: the largest error beside a plain computation, and the largest output. The
 weights of every expert that no kept slot asks for are NaN, so that one read would show. The
-interpreter must be on before SGLang defines its kernels: the tests start this as a process.
+interpreter must be on before SGLang defines its kernels, so the tests start this as a process; on a
+GPU (KERNEL_TEST_DEVICE=cuda) they run compiled.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from typing import Any
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from torch.nn import functional
@@ -20,6 +18,7 @@ from torch.nn import functional
 from moe_bench.engine import prepare_engine, triton_experts
 from moe_bench.shapes import ExpertWeights
 
+DEVICE = os.environ.get("KERNEL_TEST_DEVICE", "cpu")
 BLOCK = 16
 CONFIG = {"BLOCK_SIZE_M": BLOCK, "BLOCK_SIZE_N": 16, "BLOCK_SIZE_K": 16, "GROUP_SIZE_M": 1}
 TOKENS, TOP_K, EXPERTS, HIDDEN, INTERMEDIATE = 5, 3, 6, 32, 16
@@ -53,10 +52,10 @@ def plain_experts(
     return output
 
 
-def main(filter_expert: bool) -> None:
+def main() -> None:
     from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe, override_config
 
-    prepare_engine(torch.device("cpu"))
+    prepare_engine(torch.device(DEVICE))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(TOKENS, HIDDEN, generator=generator)
     w13 = torch.randn(EXPERTS, 2 * INTERMEDIATE, HIDDEN, generator=generator) / 6
@@ -70,13 +69,16 @@ def main(filter_expert: bool) -> None:
     for expert in set(range(EXPERTS)) - set(ids.flatten().tolist()):
         w13[expert], w2[expert] = float("nan"), float("nan")
     expected = plain_experts(x, w13, w2, weights, ids)
-    fused_moe.moe_align_block_size = aligned_blocks
-    run = triton_experts(ExpertWeights(w13, w2))
+    if DEVICE == "cpu":
+        fused_moe.moe_align_block_size = aligned_blocks  # SGLang's is a CUDA kernel
+    dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
+    run = triton_experts(ExpertWeights(w13.to(DEVICE, dtype), w2.to(DEVICE, dtype)))
     with override_config(CONFIG):
-        found = run(x, weights, ids, filter_expert)
+        output = run(x.to(DEVICE, dtype), weights.to(DEVICE), ids.to(DEVICE), True)
+    found = output.float().cpu()
     error, size = (float(part.abs().max()) for part in (found - expected, found))
     print(json.dumps({"error": error, "size": size, "padding": float(found[4].abs().max())}))
 
 
 if __name__ == "__main__":
-    main(filter_expert=sys.argv[1:] == ["filter"])
+    main()

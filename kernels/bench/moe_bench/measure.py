@@ -189,7 +189,7 @@ def _layer_row(
 
 def _work(ids: torch.Tensor) -> Work:
     kept = ids[ids >= 0]
-    return Work(len(ids), int(kept.numel()), int(kept.unique().numel()))
+    return Work(len(ids), int(kept.numel()), len(set(kept.tolist())))
 
 
 def _step(bench: Bench, shape: MoEShape, num_tokens: int, *, counted: bool) -> StepTensors:

@@ -201,7 +201,9 @@ def _row(
     middle, stock_middle = times[len(times) // 2], stock[len(stock) // 2]
     return Row(
         *(f"server {case.kind}", shape, case.size, mode, budget, variant),
-        *(1e6 * seconds for seconds in (middle, times[0], times[-1])),
+        median_us=1e6 * middle,
+        low_us=1e6 * times[0],
+        high_us=1e6 * times[-1],
         stock_us=1e6 * stock_middle,
         speedup=stock_middle / middle,
         activations_per_token=None if used is None else used.activations_per_token,

@@ -1,0 +1,1 @@
+"""The bundle for a GPU machine without a network. Standard library only."""

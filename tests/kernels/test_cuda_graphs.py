@@ -1,0 +1,70 @@
+"""On a GPU alone: what a captured graph replays obeys budgets and batches that came later."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_device_enforcement import BUDGETS, LAYERS, MODES, TOKENS, _make_slots, _make_tables
+
+from sglang_alloc.enforcement import Phase, RoutedSlots
+from sglang_alloc.enforcement_device import DeviceEnforcement
+from sglang_alloc_kernels.slot_rules import KERNELS, TWINS
+
+CUDA = torch.device("cuda")
+
+
+def _captured(
+    enforcement: DeviceEnforcement, slots: RoutedSlots, phase: Phase
+) -> tuple[torch.cuda.CUDAGraph, list[RoutedSlots]]:
+    """Capture the drop of all layers at the full budget, as SGLang captures its forwards."""
+    enforcement.prepare(slots, TOKENS)
+    enforcement.begin_capture(phase)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [enforcement.drop(layer, slots) for layer in range(LAYERS)]
+    return graph, kept
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_a_replayed_graph_equals_the_twins_at_every_later_budget_and_batch(
+    mode: str, phase: Phase
+) -> None:
+    slots = _make_slots(num_shared=1)
+    on_gpu = RoutedSlots(slots.weights.to(CUDA), slots.ids.to(CUDA), 1)
+    ours = DeviceEnforcement(_make_tables(mode), CUDA, KERNELS)
+    twin = DeviceEnforcement(_make_tables(mode), torch.device("cpu"), TWINS)
+    graph, kept = _captured(ours, on_gpu, phase)
+    for budget in BUDGETS:
+        for tokens in (TOKENS, 7, 1):
+            for enforcement in (ours, twin):
+                enforcement.set_budgets(budget, budget)
+                enforcement.begin_forward(phase, tokens)
+            graph.replay()
+            for layer in range(LAYERS):
+                expected = twin.drop(layer, slots)
+                assert torch.equal(kept[layer].ids.cpu(), expected.ids)
+                torch.testing.assert_close(kept[layer].weights.cpu(), expected.weights)
+    ours.ask_for_measurements()
+    twin.ask_for_measurements()
+    torch.cuda.synchronize()
+    found, expected_counts = ours.measurements()[phase], twin.measurements()[phase]
+    for name in ("forwards", "tokens", "activations", "distinct_experts"):
+        assert getattr(found, name) == getattr(expected_counts, name)
+
+
+def test_a_replay_is_asked_for_its_counts_without_waiting() -> None:
+    """The copy is queued behind the replay: what is read at once is empty or whole, never torn."""
+    slots = _make_slots()
+    on_gpu = RoutedSlots(slots.weights.to(CUDA), slots.ids.to(CUDA), 0)
+    ours = DeviceEnforcement(_make_tables("layer"), CUDA, KERNELS)
+    graph, _ = _captured(ours, on_gpu, "decode")
+    ours.set_budgets(4, 4)
+    ours.begin_forward("decode", TOKENS)
+    graph.replay()
+    ours.ask_for_measurements()
+    early = ours.measurements()
+    assert early == {} or early["decode"].tokens == TOKENS
+    torch.cuda.synchronize()
+    assert ours.measurements()["decode"].activations_per_token() == 4

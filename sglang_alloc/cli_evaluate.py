@@ -25,6 +25,20 @@ def evaluate(
         int, typer.Option(min=32, help="Pieces of held-out text, a multiple of 32.")
     ] = 64,
     questions: Annotated[int, typer.Option(min=4, help="Of each exact-answer task.")] = 64,
+    rival: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RULE",
+            help="Compare the losses of the default with this rule alone, for example on more "
+            "windows. Repeatable.",
+        ),
+    ] = None,
+    fraction: Annotated[
+        list[float] | None,
+        typer.Option(
+            min=0, max=1, help="Of the full budget. Repeatable. Default: 1/3, 1/2, 2/3 and 5/6."
+        ),
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Points measured at once.")] = 2,
 ) -> None:
     """Compare the modes with published rules, and write CSV, plots and QUALITY.md.
@@ -38,7 +52,7 @@ def evaluate(
 
     from sglang_alloc.errors import ConfigurationError
     from sglang_alloc.evaluation.material import Sizes
-    from sglang_alloc.evaluation.run import Evaluation
+    from sglang_alloc.evaluation.run import FRACTIONS, Evaluation
     from sglang_alloc.evaluation.run import evaluate as run
 
     if windows % 32:
@@ -50,6 +64,8 @@ def evaluate(
         tables or model / "budget_tables.npz",
         output or Path("out/evaluate") / model.name,
         Sizes(windows=windows, questions=questions),
+        fractions=fraction or FRACTIONS,
+        rivals=rival or (),
         workers=workers,
     )
     report = run(asked, Console(stderr=True))

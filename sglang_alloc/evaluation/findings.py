@@ -65,8 +65,9 @@ def compare(points: Points, budget: int, rival: str) -> Comparison:
 
 
 def best_rival(points: Points, budget: int, rivals: Iterable[str] | None = None) -> Comparison:
-    """The comparison with the rival of least loss, by default of the baselines."""
-    found = [compare(points, budget, rival) for rival in rivals or baselines()]
+    """The comparison with the rival of least loss, by default of the measured baselines."""
+    measured = {rule for rule, _ in points}
+    found = [compare(points, budget, rival) for rival in rivals or baselines() if rival in measured]
     return min(found, key=lambda comparison: comparison.rival_loss)
 
 

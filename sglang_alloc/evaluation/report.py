@@ -8,6 +8,7 @@ from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.evaluation.decode_union import union_name
 from sglang_alloc.evaluation.findings import (
     FULL_RULE,
+    baselines,
     best_rival,
     compare,
     measured_losses,
@@ -23,7 +24,7 @@ from sglang_alloc.evaluation.summary_csv import measure_interval, summary_text
 from sglang_alloc.evaluation.switching import SWITCH_POSITIONS, switch_name
 from sglang_alloc.evaluation.text_measures import BATCH_SIZES
 
-TEXT_MEASURES = ("nll", "kl", "agreement", "continuation")
+NEAREST = ("Alloc-L + Alloc-T", "Alloc-T", "NAEE skipping", "top-p", "uniform k + gain")
 
 
 def write_report(folder: Path, tables: BudgetTables, points: Points) -> Path:
@@ -36,7 +37,7 @@ def write_report(folder: Path, tables: BudgetTables, points: Points) -> Path:
         "summary.csv": summary_text(tables.model_id, points).encode(),
         "quality.png": plot_quality(tables, points),
         "pareto.png": plot_pareto(tables, points),
-        "union.png": plot_union(points),
+        **({"union.png": plot_union(points)} if union_findings(points, BATCH_SIZES) else {}),
         "QUALITY.md": report_text(tables, points).encode(),
     }
     for name, content in files.items():
@@ -51,7 +52,7 @@ def write_report(folder: Path, tables: BudgetTables, points: Points) -> Path:
 
 
 def report_text(tables: BudgetTables, points: Points) -> str:
-    """The page of tables."""
+    """The page of tables, of what was measured: a close comparison has losses alone."""
     sections = (
         f"# Quality of {tables.model_id} by rule and budget",
         loss_table(points, tables),
@@ -62,7 +63,7 @@ def report_text(tables: BudgetTables, points: Points) -> str:
         switching_table(points, tables),
         neighbour_table(points),
     )
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def grid_budgets(points: Points) -> list[int]:
@@ -89,7 +90,9 @@ def loss_table(points: Points, tables: BudgetTables) -> str:
 def bar_table(points: Points) -> str:
     """The default rule against every baseline, at its own measured mean k."""
     rows = []
-    others = tuple(name for name in RULE_NAMES if name != DEFAULT_RULE)
+    others = [name for name in _measured_rules(points) if name != DEFAULT_RULE]
+    if not any(name in baselines() for name in others):
+        return ""
     for budget in grid_budgets(points):
         best, any_best = best_rival(points, budget), best_rival(points, budget, others)
         rows.append([
@@ -108,7 +111,7 @@ def bar_table(points: Points) -> str:
         "best of all other rules and corrections",
         "difference from it",
     ]
-    names = ["Alloc-L + Alloc-T", "Alloc-T", "NAEE skipping", "top-p", "uniform k + gain"]
+    names = [name for name in others if name in NEAREST]
     every = [
         [str(budget), *(_text(compare(points, budget, name).difference) for name in names)]
         for budget in grid_budgets(points)
@@ -124,11 +127,15 @@ def bar_table(points: Points) -> str:
 def generation_table(points: Points, tables: BudgetTables) -> str:
     """Continuations and exact answers of the rules that matter, by budget."""
     full = points[FULL_RULE, tables.budget_max]
+    if "continuation" not in full.samples:
+        return ""
     measures = [name for name in full.samples if name not in {"nll", "kl"}]
     rows = [["full", str(tables.budget_max), *(_share(points, full, m) for m in measures)]]
     for budget in grid_budgets(points):
         for rule in RULES:
-            point = points[rule, budget]
+            point = points.get((rule, budget))
+            if point is None or "continuation" not in point.samples:
+                continue
             rows.append([rule, str(budget), *(_share(points, point, m) for m in measures)])
     return (
         "## Generation: agreement with full, and exact answers (95% interval)\n\n"
@@ -147,6 +154,8 @@ def union_table(points: Points) -> str:
         ]
         for f in union_findings(points, BATCH_SIZES)
     ]  # fmt: skip
+    if not rows:
+        return ""
     head = ["decode batch", "budget", "distinct experts", "union's loss", "plain k's loss",
             "difference", "ratio"]  # fmt: skip
     return "## Decode at equal distinct experts per layer and step\n\n" + table(head, rows)
@@ -160,6 +169,8 @@ def prediction_text(points: Points, tables: BudgetTables) -> str:
         ("layer", tables.predicted_loss),
     ):
         measured = measured_losses(points, rule)
+        if not measured:
+            return ""
         assert predicted is not None
         expected = [float(predicted[budget - tables.budget_min]) for budget in measured]
         pairs = list(zip(measured, expected, strict=True))
@@ -178,6 +189,12 @@ def switching_table(points: Points, tables: BudgetTables) -> str:
     """Loss of what follows a change of budget, above the full model's on the same bytes."""
     budgets = sorted({budget for rule, budget in points if rule.startswith("switch from")})
     full = tables.budget_max
+    if (
+        sum(rule.startswith("switch from") for rule, _ in points)
+        < len(budgets) ** 2 * len(SWITCH_POSITIONS)
+        or not budgets
+    ):
+        return ""
     rows = []
     for before in budgets:
         for after in budgets:
@@ -209,6 +226,8 @@ def neighbour_table(points: Points) -> str:
                 rule, str(point.budget), f"{means['kl']:.5f}", f"{means['changed']:.2%}",
                 f"{max(point.samples['logit']):.3g}", f"{means['unlike']:.1%}",
             ])  # fmt: skip
+    if not rows:
+        return ""
     head = ["rule", "budget", "KL, nats", "other likeliest byte", "largest logit difference",
             "continuation that differs"]  # fmt: skip
     return "## The same request among other neighbours (decode batch of 8)\n\n" + table(head, rows)

@@ -27,7 +27,14 @@ from sglang_alloc.evaluation.points import (
     with_generation,
 )
 from sglang_alloc.evaluation.report import write_report
-from sglang_alloc.evaluation.rules import CORRECTED, DEFAULT_RULE, RULES, Subject, build_rule
+from sglang_alloc.evaluation.rules import (
+    CORRECTED,
+    DEFAULT_RULE,
+    RULE_NAMES,
+    RULES,
+    Subject,
+    build_rule,
+)
 from sglang_alloc.evaluation.switching import switching_jobs
 from sglang_alloc.model_identity import identity_from_config
 from sglang_alloc.reference.architecture import FAMILIES
@@ -47,6 +54,7 @@ class Evaluation(NamedTuple):
     output: Path
     sizes: Sizes
     fractions: Sequence[float] = FRACTIONS
+    rivals: Sequence[str] = ()  # compare the losses of the default with these alone
     workers: int = 2
 
 
@@ -58,6 +66,11 @@ def evaluate(asked: Evaluation, console: Console) -> Path:
             lack what the modes need, or the journal belongs to another evaluation.
     """
     tables = checked_tables(asked)
+    unknown = [name for name in asked.rivals if name not in RULE_NAMES]
+    if unknown:
+        raise ConfigurationError(
+            f"There is no rule {unknown[0]!r} to compare with. Rules: {', '.join(RULE_NAMES)}."
+        )
     journal = EvaluationJournal(asked.output / JOURNAL_NAME, identity_of(asked))
     torch.set_num_threads(1)  # whole passes run side by side instead
     model = load_checkpoint(asked.folder)
@@ -112,6 +125,8 @@ def budgets_of(tables: BudgetTables, fractions: Sequence[float]) -> list[int]:
 
 def all_jobs(subject: Subject, material: Material, asked: Evaluation) -> list[Job]:
     """Every point, what the comparison of the default with the baselines needs first."""
+    if asked.rivals:
+        return _losses_of(subject, material, (DEFAULT_RULE, *asked.rivals), asked)
     tables, layers = subject.tables, subject.layers
     budgets, full = budgets_of(tables, asked.fractions), tables.budget_max
     spread = sorted({int(b) for b in torch.linspace(tables.budget_min, full, PREDICTED_BUDGETS)})
@@ -134,6 +149,14 @@ def all_jobs(subject: Subject, material: Material, asked: Evaluation) -> list[Jo
         *(_generation_job(subject, material, *place) for place in grid),
         *(_text_job(subject, material, *place) for place in product(ours, budgets)),
     ]
+
+
+def _losses_of(
+    subject: Subject, material: Material, rules: Sequence[str], asked: Evaluation
+) -> list[Job]:
+    budgets = budgets_of(subject.tables, asked.fractions)
+    full = _text_job(subject, material, FULL_RULE, subject.tables.budget_max)
+    return [full, *(_text_job(subject, material, *place) for place in product(rules, budgets))]
 
 
 def _text_job(subject: Subject, material: Material, rule: str, budget: int) -> Job:

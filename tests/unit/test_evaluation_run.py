@@ -115,6 +115,22 @@ def test_a_finished_evaluation_measures_nothing_again(evaluated: Evaluation) -> 
     assert journal.read_bytes() == before
 
 
+def test_a_close_comparison_measures_its_rivals_losses_alone(
+    evaluated: Evaluation, tmp_path: Path
+) -> None:
+    asked = evaluated._replace(output=tmp_path, rivals=("Alloc-T",), fractions=(0.5,))
+    text = evaluate(asked, _console()).read_text()
+    points = EvaluationJournal(tmp_path / JOURNAL_NAME, run.identity_of(asked)).points
+    assert set(points) == {("full", 8), ("threshold", 4), ("Alloc-T", 4)}
+    assert "| Alloc-T |" in text
+    assert "mid-sequence" not in text
+
+
+def test_an_unknown_rival_is_refused(evaluated: Evaluation) -> None:
+    with pytest.raises(ConfigurationError, match=r"'Alloc'.*Alloc-L"):
+        evaluate(evaluated._replace(rivals=("Alloc",)), _console())
+
+
 def test_points_of_another_size_are_refused(evaluated: Evaluation) -> None:
     with pytest.raises(ConfigurationError, match="sizes"):
         evaluate(evaluated._replace(sizes=TINY._replace(questions=5)), _console())

@@ -11,7 +11,7 @@ import pytest
 
 from sglang_alloc.bench.simulator_check.__main__ import main
 from sglang_alloc.bench.simulator_check.compare import compare_folder, simulate_all
-from sglang_alloc.bench.simulator_check.errors import WHOLE, Error, compare
+from sglang_alloc.bench.simulator_check.errors import WHOLE, Error, compare, waiting_at
 from sglang_alloc.bench.simulator_check.felt import (
     CONTROLLED,
     BudgetsFrom,
@@ -94,6 +94,21 @@ def test_what_waited_after_the_traces_end_does_not_count() -> None:
     late = _make_run(queue=((0.0, 1.0), (25.0, 100.0)))
     error = _by_name(compare(_make_served(), late, late))["queue_mean_requests"]
     assert error.served == 1.0
+
+
+def test_requests_that_are_due_and_have_no_first_token_are_counted_each_second() -> None:
+    # Due at 0, 5, 10 and 15 s; the second and the fourth wait for 4 s, the others for 2 s.
+    slow = _make_run(ttft=2.0)
+    assert [waiting_at(_make_served(), slow, second) for second in (0, 2, 8, 9, 18)] == [
+        1,
+        0,
+        1,
+        0,
+        1,
+    ]
+    whole = _by_name(compare(_make_served(), slow, _make_run(ttft=0.2)))
+    assert whole["unanswered_mean_requests"].served == pytest.approx(12 / 20)
+    assert whole["unanswered_mean_requests"].simulated == pytest.approx(4 / 20)
 
 
 def test_mean_budgets_are_over_the_time_that_each_was_in_force() -> None:

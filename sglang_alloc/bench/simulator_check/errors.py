@@ -46,6 +46,7 @@ def compare(served: Served, run: Run, simulated: Run) -> list[Error]:
     errors = [one for phase in phases for one in _latencies(served, run, simulated, phase)]
     end = served.phases[-1][2]
     errors += _queue(run, simulated, len(served.requests), end)
+    errors += _without_token(served, run, simulated, end)
     errors += _budgets(run, simulated, len(served.requests), end)
     return errors
 
@@ -79,6 +80,32 @@ def _queue(run: Run, simulated: Run, requests: int, end: float) -> Iterator[Erro
             percentile(real, percent), percentile(model, percent),
         )  # fmt: skip
     yield Error(run.name, WHOLE, "queue_mean_requests", requests, _mean(real), _mean(model))
+
+
+def _without_token(served: Served, run: Run, simulated: Run, end: float) -> Iterator[Error]:
+    """Yield the requests that are due and have no first token yet, looked at every second.
+
+    Unlike the server's gauge, which it sets between two steps, this is exact on both sides.
+    """
+    real, model = (
+        [waiting_at(served, one, second) for second in range(round(end))]
+        for one in (run, simulated)
+    )
+    for percent in _PERCENTS:
+        yield Error(
+            run.name, WHOLE, f"unanswered_p{percent}_requests", len(served.requests),
+            percentile(real, percent), percentile(model, percent),
+        )  # fmt: skip
+    name = "unanswered_mean_requests"
+    yield Error(run.name, WHOLE, name, len(served.requests), _mean(real), _mean(model))
+
+
+def waiting_at(served: Served, run: Run, second: float) -> int:
+    """Return how many requests are due at `second` and have no first token yet."""
+    return sum(
+        request.due_second <= second < request.due_second + felt.ttft_seconds
+        for request, felt in zip(served.requests, run.felt, strict=True)
+    )
 
 
 def _budgets(run: Run, simulated: Run, requests: int, end: float) -> Iterator[Error]:

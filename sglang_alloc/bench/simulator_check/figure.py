@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from sglang_alloc.bench.simulator_check.errors import waiting_at
 from sglang_alloc.bench.simulator_check.felt import Run, Served
 
 _SERVED, _SIMULATED = "#8a8f98", "#0b6e69"
@@ -37,7 +38,8 @@ def write_figure(path: Path, served: Served, simulated: Sequence[Run]) -> None:
             _draw_ttft(ttft, served, run, _SERVED, "served")
             _draw_ttft(ttft, served, model, _SIMULATED, "simulated")
             for one, colour in ((run, _SERVED), (model, _SIMULATED)):
-                seconds, waiting = zip(*one.queue, strict=True)
+                seconds = range(round(served.phases[-1][2]))
+                waiting = [waiting_at(served, one, second) for second in seconds]
                 queue.plot(seconds, waiting, color=colour, lw=1.4)
                 _draw_budgets(budgets, one, colour, served.phases[-1][2])
             for axes in (ttft, queue):
@@ -70,7 +72,11 @@ def _draw_budgets(axes: Axes, run: Run, colour: str, end: float) -> None:
 def _label(grid: Sequence[Sequence[Axes]], served: Served) -> None:
     for row, name in zip(
         grid,
-        ("TTFT, seconds", "queue, requests", "budget, activations\n(decode dotted)"),
+        (
+            "TTFT, seconds",
+            "without a first token,\nrequests",
+            "budget, activations\n(decode dotted)",
+        ),
         strict=True,
     ):
         row[0].set_ylabel(name)

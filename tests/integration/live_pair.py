@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx2
 import yaml
+from live_ordeals import Ordeals, Pair, go_through
 from panel_queries import PanelQuery, panel_queries
 from prometheus_files import DASHBOARD, RULE_FILES
 from prometheus_server import Prometheus, running_prometheus
@@ -26,15 +27,24 @@ from sglang_alloc.budget_tables import load_budget_tables
 from sglang_alloc.demo.load import RequestRecord, offer_load
 from sglang_alloc.demo.owned_process import OwnedProcess, owned_process
 from sglang_alloc.demo.reference_files import MODEL, REFERENCE
-from sglang_alloc.demo.server_process import console_script, free_port, serve, wait_until_ready
+from sglang_alloc.demo.server_process import (
+    Server,
+    console_script,
+    free_port,
+    serve,
+    wait_until_ready,
+)
 from sglang_alloc.demo.trace import Phase, make_trace
 from sglang_alloc.shared_table import Selector, SharedTable, publish_shared_table
+from sglang_alloc_controller.sglang_loads import LOADS_PATH
 
 # 1 ms per token and 2 ms to the first one: broken by every request on every machine.
 IMPOSSIBLE_ITL_SECONDS, IMPOSSIBLE_TTFT_SECONDS = 0.001, 0.002
 STALE_AFTER_SECONDS = 3.0
 LOAD = Phase("load", seconds=70.0, requests_per_second=2.0)
 PATIENCE_SECONDS = 60.0
+# A request that a busy machine answers late is not lost.
+LOST_SECONDS = 240.0
 
 
 @dataclass
@@ -48,6 +58,8 @@ class Evidence:
     released: Selector | None = None
     records: list[RequestRecord] = field(default_factory=list)
     server_metrics: str = ""
+    server_loads: str = ""
+    ordeals: Ordeals | None = None
     controller_metrics: str = ""
     empty_queries: list[PanelQuery] = field(default_factory=list)
 
@@ -58,19 +70,21 @@ def run_story(folder: Path, prometheus_binary: str) -> Evidence:
     with ExitStack() as stack:
         server = stack.enter_context(_server(folder))
         table = stack.enter_context(SharedTable.open(folder / "live.tbl"))
-        config = _write_config(folder, server, controller_port)
+        config = _write_config(folder, server.url, controller_port)
         prometheus = stack.enter_context(
             running_prometheus(
                 prometheus_binary,
                 folder,
-                _targets(server, controller_port),
+                _targets(server.url, controller_port),
                 RULE_FILES,
             )
         )
-        load = stack.enter_context(_load(server))
+        load = stack.enter_context(_load(server.url))
         _control_kill_resume(folder, config, controller_port, table, evidence)
         with _controller(folder, config, controller_port) as process:
-            _look(evidence, server, controller_port, prometheus)
+            _look(evidence, server.url, controller_port, prometheus)
+            pair = Pair(server.process.pid, f"http://127.0.0.1:{controller_port}", config, table)
+            evidence.ordeals = go_through(pair)
             evidence.records = load.result(timeout=LOAD.seconds + PATIENCE_SECONDS)
             process.popen.send_signal(signal.SIGTERM)
             process.popen.wait(timeout=20)
@@ -108,11 +122,12 @@ def _look(evidence: Evidence, server: str, port: int, prometheus: Prometheus) ->
     queries = panel_queries(DASHBOARD)
     evidence.empty_queries = prometheus.wait_until_none_is_empty(queries, PATIENCE_SECONDS)
     evidence.server_metrics = _get(f"{server}/metrics")
+    evidence.server_loads = _get(f"{server}{LOADS_PATH}")
     evidence.controller_metrics = _get(f"http://127.0.0.1:{port}/metrics")
 
 
 @contextmanager
-def _server(folder: Path) -> Iterator[str]:
+def _server(folder: Path) -> Iterator[Server]:
     edges = ("0.001", "0.01", "0.05", "0.1", "1", "10")
     arguments = (
         *("--dtype", "float32", "--skip-server-warmup", "--decode-log-interval", "5"),
@@ -128,7 +143,7 @@ def _server(folder: Path) -> Iterator[str]:
         extra_args=arguments,
         env=environment,
     ) as server:
-        yield server.url
+        yield server
 
 
 def _write_config(folder: Path, server: str, port: int) -> Path:
@@ -159,7 +174,9 @@ def _load(server: str) -> Iterator[Future[list[RequestRecord]]]:
     texts = [path.read_text() for path in sorted((REFERENCE / "samples").glob("heldout_*.txt"))]
     trace = make_trace(texts, [LOAD], prompt_bytes=200, output_tokens=24, seed=3)
     with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(lambda: asyncio.run(offer_load(server, trace)))
+        yield pool.submit(
+            lambda: asyncio.run(offer_load(server, trace, timeout_seconds=LOST_SECONDS))
+        )
 
 
 def _acknowledged(table: SharedTable) -> tuple[int, int]:

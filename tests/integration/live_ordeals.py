@@ -1,0 +1,131 @@
+"""What the live pair is put through while it serves: faults of people, files and processes.
+
+Each ordeal leaves what was seen of it; that no request was lost shows in the load's own records.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx2
+import yaml
+
+from sglang_alloc.demo.server_process import console_script
+from sglang_alloc.shared_table import SharedTable
+from sglang_alloc.worker import SOURCE_CODES
+
+PATIENCE_SECONDS = 60.0
+# A worker that heard no heartbeat would be in its fallback by then.
+WATCHED_SECONDS = 5.0
+_TICK_ERRORS = "sglang_alloc_controller_tick_errors_total "
+
+
+class Pair(NamedTuple):
+    """The running server and controller."""
+
+    server_group: int
+    """Process group of SGLang."""
+    controller_url: str
+    config: Path
+    table: SharedTable
+
+    def state(self) -> str:
+        """Return the state of the controller's input."""
+        text = httpx2.get(f"{self.controller_url}/metrics", timeout=10.0, trust_env=False).text
+        prefix = 'sglang_alloc_controller_input_state{state="'
+        one_hot = [line for line in text.splitlines() if line.startswith(prefix)]
+        return next(line[len(prefix) :].split('"')[0] for line in one_hot if line.endswith(" 1.0"))
+
+
+@dataclass
+class Ordeals:
+    """What was seen."""
+
+    hung_state: str = ""
+    state_after_hang: str = ""
+    second_controller: subprocess.CompletedProcess[str] | None = None
+    refused_reload: str = ""
+    sources_after_deletion: set[int] = field(default_factory=set)
+    tick_errors: str = ""
+
+
+def go_through(pair: Pair) -> Ordeals:
+    """Put the pair through all of them, the deletion of the shared file last."""
+    seen = Ordeals()
+    with _hanging_scheduler(pair.server_group):
+        _wait(lambda: pair.state() == "stale", "the hang was noticed")
+        seen.hung_state = pair.state()
+    _wait(lambda: pair.state() == "valid", "the server was seen again")
+    seen.state_after_hang = pair.state()
+    command = [console_script("sglang-alloc-controller"), "run", "--config", str(pair.config)]
+    seen.second_controller = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS
+    )
+    seen.refused_reload = _reload_nonsense(pair)
+    pair.table.path.unlink()
+    ends = time.monotonic() + WATCHED_SECONDS
+    while time.monotonic() < ends:
+        seen.sources_after_deletion |= {
+            one.acknowledged_source for one in pair.table.worker_counters()
+        }
+        time.sleep(0.1)
+    metrics = httpx2.get(f"{pair.controller_url}/metrics", timeout=10.0, trust_env=False).text
+    seen.tick_errors = next(line for line in metrics.splitlines() if line.startswith(_TICK_ERRORS))
+    return seen
+
+
+def in_control() -> set[int]:
+    """Return the sources of a worker that follows its controller all the time."""
+    return {SOURCE_CODES["controller"]}
+
+
+@contextmanager
+def _hanging_scheduler(group: int) -> Iterator[None]:
+    """Stop SGLang's scheduler, and leave its HTTP server alive."""
+    pids = [pid for pid in _members(group) if "scheduler" in _title(pid)]
+    assert pids, "no scheduler among SGLang's processes"
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+def _members(group: int) -> Iterator[int]:
+    for entry in Path("/proc").iterdir():
+        with suppress(ValueError, ProcessLookupError, PermissionError):
+            if os.getpgid(int(entry.name)) == group:
+                yield int(entry.name)
+
+
+def _title(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    return ""
+
+
+def _reload_nonsense(pair: Pair) -> str:
+    good = pair.config.read_text()
+    content = yaml.safe_load(good) | {"mode": "automatic"}
+    pair.config.write_text(yaml.safe_dump(content))
+    answer = httpx2.post(f"{pair.controller_url}/reload", json={}, timeout=20.0, trust_env=False)
+    pair.config.write_text(good)
+    problem: str = answer.json().get("problem", "")
+    return problem
+
+
+def _wait(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"not seen within {PATIENCE_SECONDS:.0f} s: {what}"
+        time.sleep(0.1)

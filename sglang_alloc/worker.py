@@ -141,7 +141,7 @@ class Worker:
             self.statistics.begin_forward(phase, num_tokens)
         self.steps += 1
         if self._record is not None:
-            self._record.add(self.steps, self.in_force, phase, num_tokens)
+            self._record.add(self.steps, self.in_force, phase, num_tokens, now_ns)
 
     def _token_budgets(
         self, phase: Phase, num_tokens: int, own: OwnBudgets

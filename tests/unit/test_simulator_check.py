@@ -22,10 +22,19 @@ from sglang_alloc.bench.simulator_check.felt import (
 )
 from sglang_alloc.bench.simulator_check.files import read_served, write_served
 from sglang_alloc.bench.simulator_check.fit import Case, StepBench, write_bench
+from sglang_alloc.bench.simulator_check.service import (
+    Step,
+    durations,
+    fitted_times,
+    read_steps,
+    write_times,
+)
 from sglang_alloc.demo.controller_process import controller_settings
 from sglang_alloc.demo.errors import DemoError
 from sglang_alloc.demo.load_plan import Slo
 from sglang_alloc.demo.reference_files import MODEL
+from sglang_alloc.shared_table import Selection
+from sglang_alloc.step_record import StepRecord
 from sglang_alloc_controller.bench_csv import read_step_times
 
 TABLES = MODEL / "budget_tables.npz"
@@ -175,6 +184,36 @@ def test_the_bench_is_one_that_the_simulator_fits_a_plant_to(tmp_path: Path) -> 
     assert times.decode.at(8, FLOOR) == pytest.approx(0.018)
 
 
+def test_steps_in_service_last_until_the_next_begins_unless_the_server_may_have_been_idle(
+    tmp_path: Path,
+) -> None:
+    record = StepRecord(tmp_path, 0)
+    begins = ((0.0, "prefill", 896), (0.1, "decode", 1), (0.12, "decode", 1), (5.0, "prefill", 896))
+    for number, (second, phase, tokens) in enumerate(begins):
+        selection = Selection("override", 1, FULL, FLOOR)
+        record.add(number, selection, phase, tokens, int(second * 1e9))
+    record.close()
+    steps = read_steps(tmp_path / "rank0.csv")
+    assert [(step.phase, step.budget) for step in steps[:2]] == [("prefill", 40), ("decode", 13)]
+    assert [seconds for _, seconds in durations(steps)] == pytest.approx([0.1, 0.02])
+
+
+def test_a_plant_fitted_in_service_has_the_lines_of_its_steps(tmp_path: Path) -> None:
+    steps, second = [], 0.0
+    for tokens in (256, 896, 1792):
+        steps.append(Step(second, "prefill", FULL, tokens))
+        second += 0.01 + tokens / 10_000
+    for batch in (1, 2, 4, 8, 8):
+        steps.append(Step(second, "decode", FULL, batch))
+        second += 0.02 + 0.003 * batch
+    write_times(tmp_path / "service.csv", fitted_times(steps, [FULL]))
+    times = read_step_times(tmp_path / "service.csv")
+    assert times.prefill.at(1000, FULL) == pytest.approx(0.11)
+    assert times.decode.at(4, FULL) == pytest.approx(0.032)
+    with pytest.raises(ValueError, match="budget 13"):
+        fitted_times(steps, [FLOOR])
+
+
 def test_the_twin_takes_as_long_as_the_bench_says(tmp_path: Path) -> None:
     runs = (_make_run("full"), _make_run("reduced", budget=FLOOR))
     bench = _write_bench(tmp_path / "bench.csv")
@@ -198,15 +237,17 @@ def test_the_command_compares_what_lies_in_a_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_served(tmp_path / "served.json", _make_served(_make_run(), _make_run(CONTROLLED)))
-    _write_bench(tmp_path / "bench.csv")
+    for name in ("bench", "service"):
+        _write_bench(tmp_path / f"{name}.csv")
     assert main(["compare", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "| ttft_p50_seconds | 0.2 | 0.1 | -50% |" in printed
+    assert printed.count("| ttft_p50_seconds | 0.2 | 0.1 | -50% |") == 2
     with (tmp_path / "errors.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["run"] for row in rows} == {"full", CONTROLLED}
     assert float(rows[0]["error_ratio"]) == -0.5
-    assert (tmp_path / "runs.png").stat().st_size > 10_000
+    assert {row["plant"] for row in rows} == {"bench", "service"}
+    assert (tmp_path / "runs-service.png").stat().st_size > 10_000
 
 
 def test_a_folder_without_a_measurement_ends_with_a_sentence(

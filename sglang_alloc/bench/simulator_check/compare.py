@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from sglang_alloc.bench.simulator_check.errors import WHOLE, Error, compare
@@ -14,22 +15,29 @@ from sglang_alloc.bench.simulator_check.twin import plant_of, simulate
 from sglang_alloc.budget_tables import load_budget_tables
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
 
+PLANTS = ("bench", "service")
+
 
 def compare_folder(folder: Path, tables: Path, bench_csv: Path | None = None) -> str:
-    """Compare `folder`/served.json with the simulator; write what differs; return a table.
+    """Compare `folder`/served.json with the simulator; write what differs; return two tables.
 
-    `tables` are those that were served; `bench_csv` fits the plant, by default the folder's.
+    `tables` are those that were served. Two plants are tried: fitted to `bench_csv` (by default the
+    folder's bench.csv), and to what the steps took in service (service.csv).
     """
     served = read_served(folder / "served.json")
-    simulated = simulate_all(served, tables, bench_csv or folder / "bench.csv")
-    errors = [
-        error
-        for run, model in zip(served.runs, simulated, strict=True)
-        for error in compare(served, run, model)
-    ]
+    errors = {}
+    for plant, path in zip(
+        PLANTS, (bench_csv or folder / "bench.csv", folder / "service.csv"), strict=True
+    ):
+        simulated = simulate_all(served, tables, path)
+        write_figure(folder / f"runs-{plant}.png", served, simulated)
+        errors[plant] = [
+            error
+            for run, model in zip(served.runs, simulated, strict=True)
+            for error in compare(served, run, model)
+        ]
     write_errors(folder / "errors.csv", errors)
-    write_figure(folder / "runs.png", served, simulated)
-    return markdown(errors)
+    return "\n\n".join(f"plant: {name}\n\n{markdown(found)}" for name, found in errors.items())
 
 
 def simulate_all(served: Served, tables: Path, bench_csv: Path) -> list[Run]:
@@ -42,14 +50,14 @@ def simulate_all(served: Served, tables: Path, bench_csv: Path) -> list[Run]:
             return [simulate(served, run, plant, table) for run in served.runs]
 
 
-def write_errors(path: Path, errors: list[Error]) -> None:
-    """Write one line per figure."""
+def write_errors(path: Path, errors: Mapping[str, list[Error]]) -> None:
+    """Write one line per plant and figure."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([*Error._fields, "difference", "error_ratio"])
-        for one in errors:
+        writer.writerow(["plant", *Error._fields, "difference", "error_ratio"])
+        for plant, one in ((plant, one) for plant, found in errors.items() for one in found):
             figures = (one.served, one.simulated, one.difference, one.error_ratio)
-            writer.writerow([*one[:4], *(f"{figure:.5f}" for figure in figures)])
+            writer.writerow([plant, *one[:4], *(f"{figure:.5f}" for figure in figures)])
 
 
 def markdown(errors: list[Error], phase: str = WHOLE) -> str:

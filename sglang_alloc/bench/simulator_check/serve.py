@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from sglang_alloc.bench.simulator_check.felt import (
     Served,
 )
 from sglang_alloc.bench.simulator_check.fit import StepBench, write_bench
+from sglang_alloc.bench.simulator_check.service import fitted_times, read_steps, write_times
 from sglang_alloc.budget_tables import load_budget_tables
 from sglang_alloc.demo.calibration import ClosedLoop, RequestShape, measure_closed_loop
 from sglang_alloc.demo.controller_process import controller, controller_settings
@@ -43,6 +45,7 @@ from sglang_alloc.demo.server_process import Server, free_port, serve
 from sglang_alloc.demo.stages import Session, run_trace
 from sglang_alloc.demo.trace import Phase, Trace, make_trace
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
+from sglang_alloc.worker_settings import STEP_RECORD_VARIABLE
 
 CLIENTS, CHUNK_TOKENS = 8, 2048
 SERVER_ARGUMENTS = (
@@ -95,12 +98,15 @@ def measure(options: Options, facts: dict[str, object], progress: StageProgress)
         ]
         trace = make_trace(session.texts, phases, **options.shape._asdict(), seed=options.seed)
         settings = _settings(session, capacity, budgets[-1], options.out)
-        records = {}
+        records, begun_seconds = {}, time.monotonic()
         for name, budget in ((FULL, budgets[0]), (REDUCED, budgets[-1])):
             with progress.stage(name):
                 records[name] = _at_fixed(session, trace, options.out / f"{name}.jsonl", budget)
         with progress.stage(CONTROLLED):
             records[CONTROLLED] = _controlled(session, trace, settings, options.out)
+    steps = read_steps(options.out / "steps" / "rank0.csv")
+    in_service = [step for step in steps if step.begun_seconds >= begun_seconds]
+    write_times(options.out / "service.csv", fitted_times(in_service, (budgets[-1], budgets[0])))
     return Served(
         facts={**facts, "capacity_requests_per_second": round(capacity.requests_per_second, 3)},
         requests=_requests(trace, records[FULL]),
@@ -124,6 +130,7 @@ def _session(options: Options, progress: StageProgress) -> Iterator[Session]:
                     table=table_path,
                     mode=options.mode,
                     extra_args=[*SERVER_ARGUMENTS, *bucket_arguments()],
+                    env={STEP_RECORD_VARIABLE: str(options.out / "steps")},
                     log_path=options.out / "server.log",
                     on_wait=progress.note,
                 )

@@ -50,6 +50,12 @@ def unsupported_version(version: str) -> list[str]:
     ]
 
 
+def is_before(version: str, release: tuple[int, int, int]) -> bool:
+    """Return whether a supported SGLang version is older than a release."""
+    match = _FINAL_RELEASE.fullmatch(version)
+    return match is not None and tuple(int(match[part]) for part in (1, 2, 3)) < release
+
+
 def verify_seams(resolve: Callable[[str], object]) -> list[str]:
     """Return one sentence for each seam that is not as the plugin relies on; empty means all are.
 

@@ -45,6 +45,9 @@ NEW_BATCH = "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new"
 VERIFY_PARAMETERS = "sglang.srt.sampling.sampling_params.SamplingParams.verify"
 TRITON_EXPERTS = f"{_MOE}.moe_runner.triton_utils.fused_moe._fused_moe_kernel_sequence"
 
+DOWN_USES_TMA = 10  # place of `down_moe_use_tma` among the arguments of TRITON_EXPERTS
+ZEROS_IN_PLACE = (0, 5, 23)  # from here on TRITON_EXPERTS writes no zeros into a sorted buffer
+
 SEAMS: tuple[Seam, ...] = (
     Seam(
         f"{_TOPK}.select_experts",
@@ -207,7 +210,11 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         TRITON_EXPERTS,
         "function",
-        ("*", "filter_expert"),
+        (
+            *("hidden_states", "w1", "w2", "topk_weights", "topk_ids", "sorted_token_ids"),
+            *("expert_ids", "num_tokens_post_padded", "config", "down_config"),
+            *("down_moe_use_tma", "*", "filter_expert"),
+        ),
         "let the Triton experts skip dropped slots when no expert is sharded",
     ),
     Seam(

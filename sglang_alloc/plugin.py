@@ -24,6 +24,7 @@ from sglang_alloc.compatibility import unsupported_version, verify_seams
 from sglang_alloc.compatibility_seams import (
     CPU_EXPERTS,
     DECODE_GRAPHS,
+    DOWN_USES_TMA,
     FORWARD,
     INITIALIZE,
     LOAD_MODEL,
@@ -79,6 +80,8 @@ class _Process:
     request_budgets: RequestBudgets | None = None
     # By id of a layer's TopKConfig: one object, made with the model and living as long.
     layer_index_of: dict[int, int] = field(default_factory=dict)
+    # Whether this SGLang's Triton experts write a dropped slot's zeros into rows of others.
+    zeros_misplaced: bool = False
     # By id: the expert layers that `forward_gated_experts` was seen to compute as the engine does.
     gated_layers: set[int] = field(default_factory=set)
 
@@ -373,9 +376,16 @@ def _around_cpu_experts(
 
 
 def _before_triton_experts(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    """Let the Triton kernels skip blocks of id -1 even when all experts are local."""
+    """Let the Triton kernels skip blocks of id -1 even when all experts are local.
+
+    Before 0.5.23 they also write zeros at the rows of a skipped block's slots, even into a buffer
+    whose rows are sorted by expert, where these rows are other slots'. The buffer is sorted when
+    the second product loads by TMA, so there it may not.
+    """
     if _process.worker is not None:
         kwargs["filter_expert"] = True
+        if _process.zeros_misplaced:
+            args = (*args[:DOWN_USES_TMA], False, *args[DOWN_USES_TMA + 1 :])
     return args, kwargs
 
 

@@ -32,6 +32,10 @@ REFUSED_OPTIONS: dict[str, tuple[object, str]] = {
     "enable_lora": (False, "adapters on experts have not been shown to take a dropped slot"),
     "enable_pdmux": (False, "prefill and decode would run at once and share the rows in force"),
     "enable_nvidia_megakernel": (False, "the kernel routes inside itself"),
+    "enable_fused_moe_sum_all_reduce": (
+        False,
+        "before SGLang 0.5.23 a dropped slot's zeros overwrite the sums of others; untested since",
+    ),
     "enable_two_batch_overlap": (False, "prefill and decode halves would share one budget"),
     "enable_torch_compile": (
         False,

@@ -12,10 +12,11 @@ from source_definitions import annotated_fields, calls, enum_values, find_defini
 from sglang_alloc.compatibility import (
     SUPPORTED_SGLANG,
     Signature,
+    is_before,
     seam_problems,
     unsupported_version,
 )
-from sglang_alloc.compatibility_seams import SEAMS
+from sglang_alloc.compatibility_seams import SEAMS, ZEROS_IN_PLACE
 from sglang_alloc.moe_backends import DISPATCHERS, GRAPHS, RUNNERS
 from sglang_alloc.server_check import REFUSED_OPTIONS
 
@@ -44,6 +45,16 @@ def test_the_triton_runner_passes_filter_expert_by_keyword(release: ReleaseSourc
     kernel_calls = calls(release, _TRITON_RUNNER, "_fused_moe_kernel_sequence")
     assert kernel_calls
     assert all("filter_expert" in _keywords(call) for call in kernel_calls)
+
+
+def test_a_sorted_buffer_gets_a_dropped_slots_zeros_before_0_5_23_alone(
+    release: ReleaseSource,
+) -> None:
+    """Why the plugin keeps TMA out of the second product there."""
+    text = release.module_text("sglang.kernels.ops.moe.fused_moe_triton_kernels")
+    assert text is not None
+    spares_sorted = "not (c_sorted or" in text
+    assert spares_sorted == (not is_before(release.version, ZEROS_IN_PLACE))
 
 
 def test_topk_passes_its_own_config_to_select_experts_by_keyword(release: ReleaseSource) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -48,9 +49,10 @@ def _same(
     device: str,
     bias: torch.Tensor | None = None,
     bounds: bool = False,
+    padding: int = 1,
 ) -> torch.Tensor:
-    """Compare both on logits with one row of padding; return the kernel's ids."""
-    case = SlotCase("", "", len(logits), router.top_k, logits.shape[1], padding=1)
+    """Compare both on logits with rows of padding; return the kernel's ids."""
+    case = SlotCase("", "", len(logits), router.top_k, logits.shape[1], padding=padding)
     theirs, ours = make_step(case, bounds=bounds), on(device, make_step(case, bounds=bounds))
     expected_weights, expected_ids = twin(
         logits, router, rows, LAYER, *rule, correction_bias=bias, step=theirs
@@ -93,6 +95,24 @@ def test_kernel_equals_its_twin_on_ties_with_every_correction_and_bound(
         device=device,
         bounds=True,
     )
+
+
+@pytest.mark.parametrize(
+    ("quota", "tokens", "padding"),
+    [(1.0, 5, 0), (2.5, 5, 0), (6.0, 5, 0), (3.0, 1, 0), (3.0, 5, 5)],
+    ids=["quota 1", "a fraction", "quota K", "one token", "all padding"],
+)
+def test_kernel_equals_its_twin_at_the_edges(
+    quota: float, tokens: int, padding: int, device: str
+) -> None:
+    num_experts, router = SHAPES["groups of 20 experts"]
+    logits = _logits(num_experts)[:tokens]
+    ids = _same(
+        *(budgeted_routing, budgeted_routing_torch, logits, router, _rows(logits, quota), "quota"),
+        device=device,
+        padding=padding,
+    )
+    assert int((ids >= 0).sum()) == (tokens - padding) * math.ceil(quota)
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])

@@ -16,6 +16,8 @@ from table_factory import FINGERPRINT, make_tables
 
 from sglang_alloc import plugin, plugin_entry
 from sglang_alloc.budget_follower import BudgetChange
+from sglang_alloc.compatibility import is_before
+from sglang_alloc.compatibility_seams import DOWN_USES_TMA, SEAMS, TRITON_EXPERTS, ZEROS_IN_PLACE
 from sglang_alloc.errors import SharedTableError, UnsupportedServerError
 from sglang_alloc.plugin_facts import num_shared_columns
 from sglang_alloc.plugin_proof import prove_routing
@@ -197,6 +199,25 @@ def test_sglangs_recorders_see_what_was_really_activated(
     assert ((routed.topk_ids >= 0).sum(dim=1) == 1).all()
     assert len(recorder.seen) == 2
     assert all(torch.equal(seen, routed.topk_ids) for seen in recorder.seen)
+
+
+def test_the_triton_experts_filter_and_keep_their_buffer_unsorted_where_zeros_go_astray(
+    worker: Worker, process: Any
+) -> None:
+    given = (*range(DOWN_USES_TMA), True, False)
+    assert plugin._before_triton_experts(*given) == (given, {"filter_expert": True})
+    process.zeros_misplaced = True
+    args, _ = plugin._before_triton_experts(*given, filter_expert=False)
+    (seam,) = (seam for seam in SEAMS if seam.target == TRITON_EXPERTS)
+    assert seam.needs[DOWN_USES_TMA] == "down_moe_use_tma"
+    assert args == (*range(DOWN_USES_TMA), False, False)
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"), [("0.5.16", True), ("0.5.22.post1", True), ("0.5.23+cu130", False)]
+)
+def test_older_releases_are_told_from_0_5_23(version: str, expected: bool) -> None:
+    assert is_before(version, ZEROS_IN_PLACE) == expected
 
 
 def test_graphs_are_captured_for_the_phase_that_replays_them(

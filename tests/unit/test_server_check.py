@@ -54,6 +54,10 @@ def test_the_native_experts_are_served_on_a_cpu() -> None:
         ({"module_types": {"HashTopK"}}, "chooses experts by itself"),
         ({"options": {"ep_size": 4}}, "--ep-size 4 is not supported"),
         ({"options": {"enable_dp_attention": True}}, "--enable-dp-attention True"),
+        (
+            {"options": {"enable_fused_moe_sum_all_reduce": True}},
+            "zeros overwrite the sums",
+        ),
         ({"options": {"init_expert_location": "plan.json"}}, "renumbers experts"),
         ({"graph_backends": {"prefill": "tc_piecewise"}}, "--cuda-graph-backend-prefill"),
     ],

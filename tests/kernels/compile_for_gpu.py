@@ -81,6 +81,8 @@ def launches(target: GPUTarget) -> Iterator[str]:
         yield from lines
         lines.clear()
     step_statistics(sums, make_totals(LAYERS, "cpu"))
+    by_phase = torch.stack([make_totals(LAYERS, "cpu")] * 2)
+    step_statistics(sums, by_phase, torch.zeros(1, dtype=torch.int32))
     logits = torch.ones(3, EXPERTS, dtype=torch.bfloat16)
     bias = torch.ones(EXPERTS)
     budgeted_routing(logits, Router(TOP_K), bare, 1, "quota")

@@ -111,7 +111,8 @@ def measure(options: Options, facts: dict[str, object], progress: StageProgress)
         facts={**facts, "capacity_requests_per_second": round(capacity.requests_per_second, 3)},
         requests=_requests(trace, records[FULL]),
         phases=tuple(trace.phase_bounds()),
-        settings={**settings, "table": ""},
+        # Without the paths of this machine.
+        settings={**settings, "table": "", "decision_log": {}},
         max_running_requests=CLIENTS,
         chunk_tokens=CHUNK_TOKENS,
         runs=tuple(run_of(name, record) for name, record in records.items()),

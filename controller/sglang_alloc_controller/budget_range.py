@@ -4,6 +4,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from sglang_alloc_controller.step_times import Line, PhaseTimes
+
 
 class BudgetRange(NamedTuple):
     """The budgets one phase may have, in activations per token over all MoE layers."""
@@ -17,6 +19,10 @@ class BudgetRange(NamedTuple):
     """Time of a step at each level, at a size that is usual under load. Empty: not known."""
     losses: Sequence[float] = ()
     """Predicted loss of each level, nats per token."""
+    sizes: Sequence[float] = ()
+    """Sizes at which `step_times` are known: running requests, or prompt tokens."""
+    step_times: Sequence[Sequence[float]] = ()
+    """Time of a step at each level, by size. Empty: not known."""
 
     @property
     def smallest_step(self) -> float:
@@ -33,6 +39,14 @@ class BudgetRange(NamedTuple):
     def level(self, position: float) -> int:
         """Return the number of the level nearest to `position`; 0 is the floor."""
         return round(position * (len(self.levels) - 1))
+
+    def level_position(self, level: int) -> float:
+        """Return the position of a level."""
+        return level / max(1, len(self.levels) - 1) if len(self.levels) > 1 else 1.0
+
+    def step_seconds(self, level: int, size: float) -> float:
+        """Return the time of a step of this size at a level."""
+        return Line(tuple(self.sizes), tuple(self.step_times[level])).at(size)
 
     def position(self, budget: int) -> float:
         """Return where `budget` lies; one outside counts as the nearer end, or level."""
@@ -55,7 +69,8 @@ class BudgetRange(NamedTuple):
 
 def by_speed(
     bounds: BudgetRange,
-    seconds_at: Callable[[int], float],
+    times: PhaseTimes,
+    size: float,
     loss_at: Callable[[int], float],
     levels_max: int,
 ) -> BudgetRange:
@@ -63,8 +78,12 @@ def by_speed(
 
     Budgets that are no faster than a larger one are left out: on some engines giving up a little
     is slower than giving up nothing. The floor is then the fastest budget that is left.
-    `seconds_at` is the time of a step at a budget, `loss_at` its predicted loss.
+    `size` is that of a usual step under load, `loss_at` the predicted loss of a budget.
     """
+
+    def seconds_at(budget: int) -> float:
+        return times.at(size, budget)
+
     useful = [bounds.ceiling]
     for budget in range(bounds.ceiling - 1, bounds.floor - 1, -1):
         if seconds_at(budget) < seconds_at(useful[-1]):
@@ -81,4 +100,6 @@ def by_speed(
         levels,
         tuple(seconds_at(budget) for budget in levels),
         tuple(loss_at(budget) for budget in levels),
+        times.sizes,
+        tuple(times.line(budget).seconds for budget in levels),
     )

@@ -21,6 +21,7 @@ from sglang_alloc_controller.law_state import (
     Seen,
     initial_state,
 )
+from sglang_alloc_controller.load_history import LoadHistory
 from sglang_alloc_controller.reading_history import ReadingHistory, Sample
 from sglang_alloc_controller.samples import PHASES, SLO_OF_PHASE, SLOS, Phase, Reading, Slo
 from sglang_alloc_controller.settings import Settings
@@ -39,6 +40,7 @@ class ControlCore:
         """Begin without readings, at `budgets` (activations per token), monotonic time."""
         self._settings = settings
         self.history = ReadingHistory(settings.law, settings.freshness)
+        self._load_history = LoadHistory()
         self.take_over(ranges, budgets, now_seconds)
 
     def take_over(
@@ -64,7 +66,12 @@ class ControlCore:
 
     def take_in(self, reading: Reading, *, after_failure: bool) -> bool:
         """Take a reading in; return True when the engine started anew before it."""
-        return self.history.add(reading, after_failure=after_failure)
+        anew = self.history.add(reading, after_failure=after_failure)
+        if anew:
+            self._load_history.clear()
+        if self.history.newest is reading:
+            self._load_history.add(reading)
+        return anew
 
     def seen(self, now_seconds: float) -> Seen:
         """Return what the law sees at `now_seconds`."""
@@ -78,6 +85,9 @@ class ControlCore:
             event_rates={slo: self.history.event_rate(slo) for slo in SLO_OF_PHASE.values()},
             queue_requests=newest.queue_requests if newest else 0.0,
             reading_at_seconds=newest.taken_at_seconds if newest else -math.inf,
+            running_requests=newest.running_requests if newest else 0.0,
+            load_windows=self._load_history.windows(),
+            newest=self.history.between_last_two(self._settings.slo),
         )
 
     def decide(self, seen: Seen) -> Decision:

@@ -26,6 +26,9 @@ Regimes, first match first:
     room       one step up of one phase, after the hold, unless backing off or predicted to violate;
                a step forbidden by the prediction alone is tried after probe_seconds
 
+With step times by budget and a server that tells the prompt tokens it computes, the regimes from
+"violation" on are those of law_forward instead: the load decides, and latencies correct it.
+
 Every constant is a setting of the section `law`, with its unit and reason in settings.py.
 """
 
@@ -34,6 +37,7 @@ from dataclasses import replace
 
 from sglang_alloc_controller.law_degrade import degraded, taken_back
 from sglang_alloc_controller.law_failures import with_present_load
+from sglang_alloc_controller.law_forward import forward, goes_forward
 from sglang_alloc_controller.law_move import learned
 from sglang_alloc_controller.law_restore import ramped, restore, survived
 from sglang_alloc_controller.law_state import (
@@ -63,6 +67,8 @@ def decide(state: LawState, seen: Seen, constants: LawConstants) -> tuple[LawSta
         return _ramping(_without_error(state), Reason.IDLE, seen, constants)
     state = _measured(state, seen, constants)
     asked = pressures(state, seen, constants)
+    if goes_forward(seen, constants):
+        return _decide_forward(state, asked, seen, constants)
     if any(pressure.excess > 0 for pressure in asked.values()):
         return _decide_violation(state, asked, seen, constants)
     phases = {name: survived(phase, seen, constants) for name, phase in state.phases.items()}
@@ -88,7 +94,7 @@ def frozen(state: LawState, reason: Reason, seen: Seen) -> LawState:
         )
         for name, phase in state.phases.items()
     }
-    return LawState(phases)
+    return LawState(phases, forward=state.forward)
 
 
 def deficit_saturation(positions: Mapping[Phase, float]) -> float:
@@ -134,6 +140,15 @@ def _decide_violation(
     return _decided(*_saturation(state, reasons, seen, constants), asked, constants)
 
 
+def _decide_forward(
+    state: LawState, asked: dict[Phase, Pressure], seen: Seen, constants: LawConstants
+) -> tuple[LawState, Decision]:
+    state, reasons = forward(state, asked, seen, constants)
+    if any(pressure.excess > 0 for pressure in asked.values()):
+        return _decided(*_saturation(state, reasons, seen, constants), asked, constants)
+    return _decided(replace(state, saturated_since_seconds=None), reasons, asked, constants)
+
+
 def _saturation(
     state: LawState, reasons: dict[Phase, Reason], seen: Seen, constants: LawConstants
 ) -> tuple[LawState, dict[Phase, Reason]]:
@@ -150,6 +165,8 @@ def _measured(state: LawState, seen: Seen, constants: LawConstants) -> LawState:
     """Take a new reading in: smooth the queue and the burn rates, learn from the last change."""
     if seen.reading_at_seconds <= state.smoothed_at_seconds:
         return state
+    # Clamped before it is smoothed: an absurd gauge is not remembered for long.
+    queue = min(seen.queue_requests, constants.law.max_burn_ratio * constants.slo.queue_requests)
     phases = {}
     for name, phase in state.phases.items():
         sample = seen.samples[SLO_OF_PHASE[name]]
@@ -163,7 +180,7 @@ def _measured(state: LawState, seen: Seen, constants: LawConstants) -> LawState:
     return replace(
         state,
         phases=phases,
-        queue_requests=smoothed(state.queue_requests, seen.queue_requests, constants.law),
+        queue_requests=smoothed(state.queue_requests, queue, constants.law),
         smoothed_at_seconds=seen.reading_at_seconds,
     )
 

@@ -7,7 +7,8 @@ from enum import Enum
 from typing import NamedTuple
 
 from sglang_alloc_controller.budget_range import BudgetRange
-from sglang_alloc_controller.reading_history import Sample
+from sglang_alloc_controller.load_history import LoadWindow
+from sglang_alloc_controller.reading_history import Newest, Sample
 from sglang_alloc_controller.samples import InputState, Phase, Slo
 from sglang_alloc_controller.settings import FreshnessSettings, LawSettings, SloSettings
 
@@ -23,6 +24,7 @@ class Reason(Enum):
     AT_FLOOR = "at_floor"
     INFEASIBLE = "infeasible"
     HOLD = "hold"
+    PREDICTED_OVERLOAD = "predicted_overload"
     DEADBAND = "deadband"
     TOO_FEW_SAMPLES = "too_few_samples"
     RESTORE = "restore"
@@ -64,6 +66,11 @@ class Seen(NamedTuple):
     queue_requests: float
     reading_at_seconds: float
     """When the newest reading was true; the same one is smoothed only once."""
+    running_requests: float = 0.0
+    load_windows: tuple[LoadWindow, ...] = ()
+    """What arrived, over longer and longer windows; empty: the server does not tell."""
+    newest: Newest | None = None
+    """What happened since the reading before the newest one."""
 
 
 class Failure(NamedTuple):
@@ -101,6 +108,21 @@ class PhaseState:
 
 
 @dataclass(frozen=True)
+class ForwardState:
+    """What the law has learned of how much the server carries."""
+
+    critical: float
+    """Utilisation at which exactly the allowed share of events misses the SLOs."""
+    precision: float
+    """One over the variance of that belief."""
+    batch: float
+    """Most running requests ever seen."""
+    learned_at_seconds: float = -math.inf
+    load_since_seconds: float = -math.inf
+    """Since when the load is what it is."""
+
+
+@dataclass(frozen=True)
 class LawState:
     """What the law remembers."""
 
@@ -111,6 +133,8 @@ class LawState:
     stale_since_seconds: float | None = None
     saturated_since_seconds: float | None = None
     """Since when every phase is at its floor and an SLO is violated."""
+    forward: ForwardState | None = None
+    """None: nothing was learned yet."""
 
 
 class Pressure(NamedTuple):

@@ -13,7 +13,7 @@ from sglang_alloc_controller.http_fetch import HttpFetcher
 from sglang_alloc_controller.samples import Reading, SourceError
 from sglang_alloc_controller.series_fold import Labels, SeriesFold
 from sglang_alloc_controller.settings import SourceSettings
-from sglang_alloc_controller.sglang_metrics import SERIES
+from sglang_alloc_controller.sglang_metrics import SERIES, TOKENS
 
 _ANSWER_MAX_BYTES = 64 * 1024 * 1024
 
@@ -53,7 +53,7 @@ class PrometheusApi:
 
 def query(settings: SourceSettings) -> str:
     """Return the PromQL expression that selects the last scrapes of our series."""
-    names = "|".join(SERIES)
+    names = "|".join((*SERIES, TOKENS))
     matchers = [f'__name__=~"sglang[:_]({names})"']
     if settings.selector:
         matchers.append(settings.selector)

@@ -47,7 +47,8 @@ def _useful(
     size = law.cost_prefill_tokens if phase == "prefill" else law.cost_batch
     return by_speed(
         bounds,
-        lambda budget: of_phase.at(size, budget),
+        of_phase,
+        size,
         lambda budget: float(losses[budget - table.shape.budget_min]),
         law.levels_max,
     )

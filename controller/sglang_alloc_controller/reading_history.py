@@ -28,6 +28,16 @@ class Sample(NamedTuple):
     """Length of the window."""
 
 
+class Newest(NamedTuple):
+    """What happened between the last two readings."""
+
+    seconds: float
+    requests: float
+    """Requests that got their first token."""
+    missed_ratio: float
+    """Share of the events beyond the SLO, of the latency that was worse."""
+
+
 class _Entry(NamedTuple):
     """A reading and its totals, which every look at the window needs."""
 
@@ -124,6 +134,31 @@ class ReadingHistory:
                 else _sample(slo, older, newest, threshold, objective)
             )
         return self._found[asked]
+
+    def between_last_two(self, settings: SloSettings) -> Newest | None:
+        """Return what happened between the last two readings; None: nothing to tell."""
+        if len(self._entries) < 2:
+            return None
+        older, newer = self._entries[-2], self._entries[-1]
+        thresholds = {"ttft": settings.ttft_seconds, "itl": settings.itl_seconds}
+        missed = []
+        for slo in SLOS:
+            events = histogram_window.events_between(
+                older.reading.series(slo), newer.reading.series(slo)
+            )
+            threshold = thresholds[slo]
+            if events is None or threshold is None:
+                continue
+            within = histogram_window.within_ratio(events, threshold)
+            if within is not None:
+                missed.append(1.0 - within)
+        if not missed:
+            return None
+        return Newest(
+            newer.taken_at_seconds - older.taken_at_seconds,
+            newer.events["ttft"] - older.events["ttft"],
+            max(missed),
+        )
 
     def event_rate(self, slo: Slo) -> float:
         """Return the events per second of the long window, whatever changed in it: the load."""

@@ -15,6 +15,7 @@ def reading_to_json(reading: Reading) -> dict[str, Any]:
         "itl": _series_to_json(reading.itl),
         "queue_requests": reading.queue_requests,
         "running_requests": reading.running_requests,
+        "prefill_tokens": reading.prefill_tokens,
         "edges": {slo: _edges_to_json(tuple(sorted(e))) for slo, e in reading.edges.items()},
     }
 
@@ -28,6 +29,7 @@ def reading_from_json(content: Mapping[str, Any]) -> Reading:
     edges: dict[Slo, frozenset[float]] = {
         slo: frozenset(_edges_from_json(found)) for slo, found in content["edges"].items()
     }
+    tokens = content.get("prefill_tokens")  # logs of earlier versions lack it
     return Reading(
         taken_at_seconds=float(content["taken_at_seconds"]),
         ttft=_series_from_json(content["ttft"]),
@@ -35,6 +37,7 @@ def reading_from_json(content: Mapping[str, Any]) -> Reading:
         queue_requests=float(content["queue_requests"]),
         running_requests=float(content["running_requests"]),
         edges=edges,
+        prefill_tokens=None if tokens is None else float(tokens),
     )
 
 

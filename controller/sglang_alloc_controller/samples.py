@@ -87,6 +87,9 @@ class Reading:
     """Bucket edges seen in any series, those of requests that do not stream included."""
     load: EngineLoad | None = None
     """What /v1/loads says besides; None: not asked, or not offered."""
+    prefill_tokens: float | None = None
+    """Prompt tokens computed since the engine's start, those in the prefix cache left out, of the
+    rank that has most; None: the server does not tell."""
     model_names: frozenset[str] = frozenset()
     """Names of the models that the series belong to."""
 

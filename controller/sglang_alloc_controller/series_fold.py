@@ -24,6 +24,8 @@ class Labels(NamedTuple):
     is_streaming: str | None
     priority: str
     model_name: str | None
+    mode: str
+    """How tokens were computed: prefill_compute, prefill_cache or decode."""
     target: str
     """Job and instance that Prometheus scraped; "/" when the server was read directly."""
 
@@ -41,6 +43,7 @@ class Labels(NamedTuple):
             is_streaming=labels.get("is_streaming"),
             priority=labels.get("priority", ""),
             model_name=labels.get("model_name"),
+            mode=labels.get("mode", ""),
             target=f"{labels.get('job', '')}/{labels.get('instance', '')}",
         )
 
@@ -63,6 +66,7 @@ class SeriesFold:
         self._sums: dict[tuple[Slo, str], float] = {}
         self._edges: dict[Slo, set[float]] = {"ttft": set(), "itl": set()}
         self._model_names: set[str] = set()
+        self._prefill_tokens: float | None = None
 
     def add(self, name: str, labels: Labels, value: float) -> None:
         """Add one sample of `name`, which is without its sglang prefix."""
@@ -70,6 +74,10 @@ class SeriesFold:
         if model_name is not None and labels.model_name not in {None, model_name}:
             return
         self._model_names.add(labels.model_name or "")
+        if name == "realtime_tokens_total":
+            if labels.mode == "prefill_compute" and math.isfinite(value):
+                self._prefill_tokens = max(value, self._prefill_tokens or 0.0)
+            return
         base, _, part = name.rpartition("_")
         if base in _SLO_OF_HISTOGRAM:
             self._add_to_histogram(_SLO_OF_HISTOGRAM[base], part, labels, value)
@@ -100,6 +108,7 @@ class SeriesFold:
             queue_requests=self._largest("num_queue_reqs", self._settings.priorities),
             running_requests=self._largest("num_running_reqs", None),
             edges={slo: frozenset(edges) for slo, edges in self._edges.items()},
+            prefill_tokens=self._prefill_tokens,
             model_names=frozenset(self._model_names - {""}),
         )
 

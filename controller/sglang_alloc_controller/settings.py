@@ -194,9 +194,33 @@ class LawSettings(_Section):
     """Longest such wait: one try per hour under constant load."""
     relief_ratio: Share = 0.9
     """A wait ends early when the load is surely below this share of the one that was too much."""
-    levels_max: Annotated[int, Field(ge=2)] = 6
+    load_false_alarms: Positive = 0.02
+    """How often an hour chance may look like another load, for each window it is taken over."""
+    load_critical_prior: Positive = 0.7
+    """First guess of the utilisation at which the SLO just holds; learned from then on."""
+    load_critical_spread: Positive = 0.05
+    """Standard deviation of that guess."""
+    load_slope: Positive = 22.0
+    """How steeply misses grow with the utilisation: by a factor of e for each 1/load_slope."""
+    load_stray_ratio: Share = 0.05
+    """Share of the allowed misses that have nothing to do with the load: very long prompts."""
+    load_dispersion: Annotated[float, Field(ge=1)] = 8.0
+    """Misses that come together: a late answer is seldom alone."""
+    load_memory_seconds: Seconds = 1800.0
+    """How long what was learned of the critical utilisation counts."""
+    load_burn_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Burn rate up to which late answers may be weighed against loss; 1 is the SLO itself."""
+    load_miss_price_nats: Positive = 0.5
+    """What a miss is worth in predicted loss: 1 % more of the requests late weigh as 0.005 nats."""
+    load_settle_seconds: SecondsOrZero = 10.0
+    """Time after a change before late answers are charged to the new budgets."""
+    load_drain_seconds: Seconds = 10.0
+    """Time in which waiting requests beyond the queue's SLO shall be worked off."""
+    load_backlog_ratio: Positive = 10.0
+    """Largest such queue that counts, in multiples of its SLO."""
+    levels_max: Annotated[int, Field(ge=2)] = 12
     """Budgets of each phase that are used where quality.cost_model tells their step times: each
-    change takes a window to judge, so few and useful ones settle sooner."""
+    change takes a window to judge, and a finer choice than this saves little loss."""
     cost_batch: Annotated[int, Field(ge=1)] = 8
     """Running requests at which the cost model is asked for the decode budgets' step times."""
     cost_prefill_tokens: Annotated[int, Field(ge=1)] = 2048

@@ -18,11 +18,13 @@ from sglang_alloc_controller.sglang_loads import LOADS_PATH, parse_loads
 # SGLang names its metrics with a colon; scrapers that speak OpenMetrics turn it into an underscore.
 HISTOGRAMS = ("time_to_first_token_seconds", "inter_token_latency_seconds")
 GAUGES = ("num_queue_reqs", "num_running_reqs")
+# Prompt tokens by how they were computed; the law looks ahead with it, and does without otherwise.
+TOKENS = "realtime_tokens_total"
 SERIES = (*GAUGES, *(f"{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum")))
 
 _LABELS = r"(?:[^\"}]|\"(?:[^\"\\]|\\.)*\")*"
 # It begins with characters and not with an anchor: the search for those is four times as fast.
-_LINE = re.compile(rf"\nsglang[:_]({'|'.join(SERIES)})(?:\{{({_LABELS})\}})?[ \t]+(\S+)")
+_LINE = re.compile(rf"\nsglang[:_]({'|'.join((*SERIES, TOKENS))})(?:\{{({_LABELS})\}})?[ \t]+(\S+)")
 _LABEL = re.compile(r"([A-Za-z_]\w*)\s*=\s*\"((?:[^\"\\]|\\.)*)\"")
 _METRICS_MAX_BYTES = 32 * 1024 * 1024
 # Not offered, or only with an API key: /metrics alone has to do.

@@ -6,6 +6,7 @@ from sglang_alloc_controller.budget_range import BudgetRange, by_speed
 from sglang_alloc_controller.control_law import decide
 from sglang_alloc_controller.law_order import first_down, restore_order
 from sglang_alloc_controller.law_state import Reason
+from sglang_alloc_controller.step_times import PhaseTimes
 
 PREFILL = BudgetRange(10, 40, (10, 20, 40), (0.05, 0.08, 0.1), (0.3, 0.1, 0.0))
 DECODE = BudgetRange(10, 40, (10, 20, 40), (0.006, 0.008, 0.01), (0.06, 0.02, 0.0))
@@ -55,18 +56,20 @@ def test_budgets_that_are_slower_than_a_larger_one_are_left_out() -> None:
     seconds = {40: 1.0, 35: 1.4, 30: 1.2, 25: 1.0, 20: 0.9, 15: 0.8, 10: 0.7}
     bounds = BudgetRange(10, 40)
 
-    def seconds_at(budget: int) -> float:
-        return seconds[budget - budget % 5]
-
-    chosen = by_speed(bounds, seconds_at, lambda budget: 40.0 - budget, levels_max=4)
+    budgets = tuple(range(10, 41))
+    row = tuple(seconds[budget - budget % 5] for budget in budgets)
+    times = PhaseTimes((1.0,), budgets, (row,))
+    chosen = by_speed(bounds, times, 1.0, lambda budget: 40.0 - budget, levels_max=4)
     assert chosen.levels == (14, 19, 24, 40)
     assert chosen.seconds == (0.7, 0.8, 0.9, 1.0)
     assert chosen.losses == (26.0, 21.0, 16.0, 0.0)
     assert (chosen.floor, chosen.ceiling) == (14, 40)
+    assert [chosen.step_seconds(level, 1.0) for level in range(4)] == [0.7, 0.8, 0.9, 1.0]
 
 
 def test_a_range_without_a_faster_budget_has_one_level() -> None:
-    only = by_speed(BudgetRange(10, 40), lambda budget: 50.0 - budget, lambda budget: 0.0, 6)
+    slower = PhaseTimes((1.0,), (10, 40), ((40.0, 10.0),))
+    only = by_speed(BudgetRange(10, 40), slower, 1.0, lambda budget: 0.0, 6)
     assert (only.floor, only.ceiling, tuple(only.levels)) == (40, 40, (40,))
     assert (only.budget(0.0), only.budget(1.0), only.position(40)) == (40, 40, 1.0)
 

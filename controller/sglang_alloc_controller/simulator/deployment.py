@@ -102,13 +102,15 @@ def useful_ranges(plant: Plant, settings: Settings) -> dict[Phase, BudgetRange]:
     return {
         "prefill": by_speed(
             bounds,
-            lambda budget: prefill.at(law.cost_prefill_tokens, budget),
+            prefill,
+            law.cost_prefill_tokens,
             plant.prefill_loss,
             law.levels_max,
         ),
         "decode": by_speed(
             bounds,
-            lambda budget: decode.at(law.cost_batch, budget),
+            decode,
+            law.cost_batch,
             plant.decode_loss,
             law.levels_max,
         ),

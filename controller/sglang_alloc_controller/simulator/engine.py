@@ -74,6 +74,8 @@ class Engine:
         self.loss_sum = 0.0  # nats, over the generated tokens
         self.generated_tokens = 0
         self.lost_requests = 0
+        self.prefilled_tokens = 0  # prompt tokens computed since the start
+        self._step_tokens = 0  # of the prefill step under way
         self.set_budgets(*budgets)
 
     def set_budgets(self, prefill: int, decode: int) -> None:
@@ -135,6 +137,7 @@ class Engine:
         self._head = self._tail
         self.now_seconds = self._token_at = until_seconds
         self.ttft, self.itl = LatencyCounts(self.ttft.edges), LatencyCounts(self.itl.edges)
+        self.prefilled_tokens = 0
 
     def clone(self) -> "Engine":
         """Return a copy that goes its own way, with outcomes and sums of its own from now on."""
@@ -202,7 +205,7 @@ class Engine:
                 cut = (request, prompts[request] - taken)
             else:
                 completed.append(request)
-        self._prefilled, self._cut = tuple(completed), cut
+        self._prefilled, self._cut, self._step_tokens = tuple(completed), cut, tokens
         budget = self.prefill_budget
         line = self._prefill_line.get(budget)
         if line is None:
@@ -246,6 +249,7 @@ class Engine:
             return
         self.now_seconds, self._step_end = self._step_end, _NEVER
         completed, self._prefilled = self._prefilled, None
+        self.prefilled_tokens += self._step_tokens
         for request in completed:
             self._first_token(request)
 

@@ -10,11 +10,11 @@ a burst without any answer to it. It is a bound for a law that must wait and see
 optimum.
 """
 
+import math
 from collections.abc import Iterable
-from itertools import product
 from typing import NamedTuple
 
-from sglang_alloc_controller.samples import PHASES
+from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.simulator.engine import Engine, Outcome
 from sglang_alloc_controller.simulator.laws import Budgets, Schedule, StaticLaw
 from sglang_alloc_controller.simulator.run_law import Run, run_law
@@ -27,6 +27,9 @@ INTERVAL_SECONDS = 5.0
 # A run is divided into this many intervals at most: a slow day is planned by the minute.
 _INTERVALS_MAX = 1440
 HORIZONS_SECONDS = (10.0, 30.0)
+# Shares of prefill in the engine's time, and the time that a pair must save to be worth a try.
+_PREFILL_SHARES = (0.3, 0.5, 0.7)
+_WORTHWHILE = 0.02
 _EQUAL_ATTAINMENT = 0.005
 
 
@@ -38,10 +41,31 @@ class Scored(NamedTuple):
 
 
 def candidates(world: World) -> list[Budgets]:
-    """Return the pairs of budgets that our law has too, the smallest predicted loss first."""
-    levels = [world.ranges[phase].levels for phase in PHASES]
-    pairs = [(prefill, decode) for prefill, decode in product(*levels)]
-    return sorted(pairs, key=world.plant.loss)
+    """Return the pairs of our law's budgets that are worth trying, the smallest loss first.
+
+    A pair is worth it if no pair of less loss saves more time, for some share of prefill in the
+    engine's time. The law's levels are about this fine; more cost the oracle time and gain nothing.
+    """
+    ranges = world.ranges
+    pairs = sorted(
+        (ranges["prefill"].losses[i] + ranges["decode"].losses[j], i, j)
+        for i in range(len(ranges["prefill"].levels))
+        for j in range(len(ranges["decode"].levels))
+    )
+    worth: set[tuple[float, int, int]] = set()
+    for share in _PREFILL_SHARES:
+        fastest = math.inf
+        for loss, i, j in pairs:
+            seconds = share * _relative(ranges["prefill"], i)
+            seconds += (1 - share) * _relative(ranges["decode"], j)
+            if seconds < fastest * (1 - _WORTHWHILE):
+                fastest = seconds
+                worth.add((loss, i, j))
+    return [(ranges["prefill"].levels[i], ranges["decode"].levels[j]) for _, i, j in sorted(worth)]
+
+
+def _relative(budgets: BudgetRange, level: int) -> float:
+    return budgets.seconds[level] / budgets.seconds[-1]
 
 
 def best_static(world: World, scenario: Scenario, workload: Workload, seed: int) -> Scored:

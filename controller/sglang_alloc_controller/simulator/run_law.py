@@ -80,6 +80,7 @@ def reading_of(engine: Engine, now_seconds: float) -> Reading:
         itl={"engine": engine.itl.histogram()} if engine.itl.events else {},
         queue_requests=float(engine.waiting_requests),
         running_requests=float(engine.running_requests),
+        prefill_tokens=float(engine.prefilled_tokens),
     )
 
 

@@ -58,14 +58,36 @@ def serve(
             show_default=False,
         ),
     ] = 10.0,
+    request_budgets: Annotated[
+        Literal["off", "lower", "any"],
+        typer.Option(
+            metavar="off|lower|any",
+            help="What requests may ask for themselves: nothing, a lower budget, or full quality "
+            "too. Default: lower.",
+            envvar="SGLANG_ALLOC_REQUEST_BUDGETS",
+            show_envvar=False,
+            show_default=False,
+        ),
+    ] = "lower",
+    protected_priority: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Requests of this priority, or a more urgent one, are served at full quality.",
+            envvar="SGLANG_ALLOC_PROTECTED_PRIORITY",
+            show_envvar=False,
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Serve a MoE model with SGLang under a budget.
 
     Everything after [bold]--[/] goes to SGLang unchanged, for example:
     sglang-alloc serve --table tables.npz [bold]--[/] --model-path MODEL --enable-metrics
 
-    Options left out come from SGLANG_ALLOC_TABLE, SGLANG_ALLOC_MODE, SGLANG_ALLOC_FALLBACK and
-    SGLANG_ALLOC_STALE_AFTER_SECONDS where those are set.
+    Options left out come from the environment where it has them: SGLANG_ALLOC_TABLE,
+    SGLANG_ALLOC_MODE, SGLANG_ALLOC_FALLBACK, SGLANG_ALLOC_STALE_AFTER_SECONDS,
+    SGLANG_ALLOC_REQUEST_BUDGETS and SGLANG_ALLOC_PROTECTED_PRIORITY.
     """
     # Imported here because help must not wait for numpy.
     from sglang_alloc import launch_checks, serve_table
@@ -74,7 +96,10 @@ def serve(
     launch_checks.require_sglang()
     launch_checks.require_plugin_allowed(os.environ)
     source = serve_table.read_source(table, shared_path)
-    environment = serve_table.worker_environment(source, mode, fallback, stale_after_seconds)
+    options = serve_table.WorkerOptions(
+        mode, fallback, stale_after_seconds, request_budgets, protected_priority
+    )
+    environment = serve_table.worker_environment(source, options)
     launch = launch_checks.launch_arguments(arguments)
     launch_checks.require_same_model(launch.model_path, source.fingerprint, source.model_id)
     launch_checks.require_free_port(launch.host, launch.port)

@@ -13,6 +13,8 @@ from sglang_alloc.table_path import default_shared_path
 from sglang_alloc.worker_settings import (
     FALLBACK_VARIABLE,
     MODE_VARIABLE,
+    PROTECTED_PRIORITY_VARIABLE,
+    REQUEST_BUDGETS_VARIABLE,
     STALE_AFTER_VARIABLE,
     WorkerSettings,
     settings_from_environment,
@@ -75,19 +77,30 @@ def read_source(table: Path, shared_path: Path | None) -> TableSource:
         )
 
 
-def worker_environment(
-    source: TableSource, mode: str | None, fallback: str, stale_after_seconds: float
-) -> dict[str, str]:
+class WorkerOptions(NamedTuple):
+    """What `serve` was told about the workers, as in `WorkerSettings`."""
+
+    mode: str | None
+    fallback: str
+    stale_after_seconds: float
+    request_budgets: str
+    protected_priority: int | None
+
+
+def worker_environment(source: TableSource, options: WorkerOptions) -> dict[str, str]:
     """Return the variables that the plugin reads in every SGLang process.
 
     Raises:
         ConfigurationError: a setting is malformed, or the table cannot serve it.
     """
+    priority = options.protected_priority
     environment = {
         TABLE_VARIABLE: str(source.shared_path.absolute()),
-        MODE_VARIABLE: mode or "",
-        FALLBACK_VARIABLE: fallback,
-        STALE_AFTER_VARIABLE: f"{stale_after_seconds:g}",
+        MODE_VARIABLE: options.mode or "",
+        FALLBACK_VARIABLE: options.fallback,
+        STALE_AFTER_VARIABLE: f"{options.stale_after_seconds:g}",
+        REQUEST_BUDGETS_VARIABLE: options.request_budgets,
+        PROTECTED_PRIORITY_VARIABLE: "" if priority is None else str(priority),
     }
     _require_fit(_parsed(environment), source)
     return environment

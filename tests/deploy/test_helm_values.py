@@ -14,6 +14,7 @@ REFUSED = [
     ("replicas=2", "additional properties 'replicas' not allowed"),
     ('worker.mode="fastest"', "/worker/mode"),
     ('worker.fallback="none"', "/worker/fallback"),
+    ('worker.requestBudgets="all"', "/worker/requestBudgets"),
     ("worker.staleAfterSeconds=0", "/worker/staleAfterSeconds"),
     ('sharedTable.mountPath="relative"', "/sharedTable/mountPath"),
     ('sharedTable.sizeLimit="big"', "/sharedTable/sizeLimit"),

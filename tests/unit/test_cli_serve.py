@@ -110,6 +110,8 @@ def test_serve_publishes_the_tables_and_becomes_sglang(launch: Launch) -> None:
         "SGLANG_ALLOC_MODE": "",
         "SGLANG_ALLOC_FALLBACK": "full",
         "SGLANG_ALLOC_STALE_AFTER_SECONDS": "10",
+        "SGLANG_ALLOC_REQUEST_BUDGETS": "lower",
+        "SGLANG_ALLOC_PROTECTED_PRIORITY": "",
     }
     assert launch.environment["PATH"] == os.environ["PATH"]
     assert "-m sglang.launch_server --model-path" in result.stderr
@@ -276,3 +278,9 @@ def test_an_unknown_mode_is_a_usage_error(launch: Launch) -> None:
     result = launch.serve("--mode", "fastest")
     assert result.exit_code == 2
     assert "'fastest' is not one of" in result.stderr
+
+
+def test_what_requests_may_ask_for_reaches_the_worker(launch: Launch) -> None:
+    launch.serve("--request-budgets", "any", "--protected-priority", "5")
+    assert launch.environment["SGLANG_ALLOC_REQUEST_BUDGETS"] == "any"
+    assert launch.environment["SGLANG_ALLOC_PROTECTED_PRIORITY"] == "5"

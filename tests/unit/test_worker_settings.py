@@ -28,6 +28,8 @@ def test_every_variable_is_read() -> None:
             "SGLANG_ALLOC_MODE": "token",
             "SGLANG_ALLOC_STALE_AFTER_SECONDS": "2.5",
             "SGLANG_ALLOC_FALLBACK": "26",
+            "SGLANG_ALLOC_REQUEST_BUDGETS": "any",
+            "SGLANG_ALLOC_PROTECTED_PRIORITY": "-3",
             "SGLANG_ALLOC_STEP_RECORD": "/tmp/steps",
         }
     )
@@ -35,6 +37,7 @@ def test_every_variable_is_read() -> None:
     assert settings.table_path == Path("/dev/shm/x.tbl")
     assert (settings.mode, settings.stale_after_seconds) == ("token", 2.5)
     assert settings.fallback == Fallback("budget", 26, 26)
+    assert (settings.request_budgets, settings.protected_priority) == ("any", -3)
     assert settings.step_record == Path("/tmp/steps")
 
 
@@ -46,6 +49,8 @@ def test_every_variable_is_read() -> None:
         ("STALE_AFTER_SECONDS", "-1", "not a positive number of seconds"),
         ("STALE_AFTER_SECONDS", "inf", "not a positive number of seconds"),
         ("STALE_AFTER_SECONDS", "nan", "not a positive number of seconds"),
+        ("REQUEST_BUDGETS", "all", "use one of off, lower, any"),
+        ("PROTECTED_PRIORITY", "high", "give a whole number"),
         ("FALLBACK", "none", "use 'full', 'hold', or a budget"),
         ("FALLBACK", "0", "use 'full', 'hold', or a budget"),
     ],

@@ -103,6 +103,12 @@
       value: {{ .Values.worker.staleAfterSeconds | quote }}
     - name: SGLANG_ALLOC_FALLBACK
       value: {{ .Values.worker.fallback | quote }}
+    - name: SGLANG_ALLOC_REQUEST_BUDGETS
+      value: {{ .Values.worker.requestBudgets | quote }}
+    {{- if ne .Values.worker.protectedPriority nil }}
+    - name: SGLANG_ALLOC_PROTECTED_PRIORITY
+      value: {{ .Values.worker.protectedPriority | quote }}
+    {{- end }}
     - name: HOME
       value: /cache
     - name: USER

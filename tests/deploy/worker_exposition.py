@@ -39,6 +39,8 @@ def main() -> None:
     worker: Any = SimpleNamespace(
         in_force=Selection("controller", 7, FULL_BUDGET, DECODE_BUDGET),
         fallbacks=1,
+        own_budget_tokens={"full": 30, "lower": 10},
+        own_budgets_ignored=1,
         model=SimpleNamespace(layer_ids=LAYER_IDS),
         quotas=lambda _phase, budget: [budget // len(LAYER_IDS)] * len(LAYER_IDS),
         statistics=_measured(),

@@ -11,10 +11,12 @@ from sglang_alloc.shared_table import SharedTable
 
 MODES = ("layer", "token", "threshold", "union")
 # The note of a table of probes, before the mode that is profiled: nobody may serve it. Behind the
-# mode it may ask for the experts' saliency, or their outputs on Gaussian input, to be recorded.
+# mode it may ask for something to be recorded: the experts' saliency, their outputs on Gaussian
+# input, or gains.
 PROBE_NOTE = "probe:"
 SALIENCY_NOTE = "+saliency"
 LEXI_NOTE = "+lexi"
+GAINS_NOTE = "+gains"
 
 # The first section that is present counts. Mode `token` keeps the same number of slots as `layer`
 # and has no sensitivities of its own: the quotas' loss bounds it from above.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sglang_alloc.shared_table import Fallback, Selection, SharedTable
+from sglang_alloc.threshold_drift import Factors
 
 
 @dataclass(frozen=True)
@@ -17,10 +18,12 @@ class BudgetChange:
     """A selection on its way to every rank, as one element of the broadcast request list.
 
     `rule` names what the budgets mean on the rank that sent them: table contents and mode.
+    `factors` are new corrections of the thresholds, None where those stay as they are.
     """
 
     selection: Selection
     rule: str
+    factors: Factors | None = None
 
 
 class BudgetFollower:

@@ -35,6 +35,7 @@ OPTIONAL_ARRAYS: dict[str, tuple[str, str]] = {
     "union_quotas": ("<i2", "NL"),
     "union_predicted_loss": ("<f4", "N"),
     "gains": ("<f4", "NL"),
+    "prefill_gains": ("<f4", "NL"),
     "references": ("<i2", "NL"),
     "saliency": ("<f4", "LE"),
 }
@@ -50,6 +51,7 @@ _NEEDS = {
     "threshold_quotas": "thresholds",
     "prefill_threshold_loss": "prefill_thresholds",
     "prefill_threshold_quotas": "prefill_thresholds",
+    "prefill_gains": "gains",
 }
 
 
@@ -89,6 +91,7 @@ class BudgetTables:
     union_quotas: Array | None = None
     union_predicted_loss: Array | None = None
     gains: Array | None = None
+    prefill_gains: Array | None = None
     references: Array | None = None
     saliency: Array | None = None
     provenance: Mapping[str, object] = field(default_factory=dict)

@@ -79,6 +79,17 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    correct_drift: Annotated[
+        bool,
+        typer.Option(
+            "--correct-drift",
+            help="Let thresholds follow, slowly, what they keep of the traffic. A request's output "
+            "then depends a little on earlier ones. Default: no.",
+            envvar="SGLANG_ALLOC_CORRECT_DRIFT",
+            show_envvar=False,
+            show_default=False,
+        ),
+    ] = False,
 ) -> None:
     """Serve a MoE model with SGLang under a budget.
 
@@ -87,7 +98,7 @@ def serve(
 
     Options left out come from the environment where it has them: SGLANG_ALLOC_TABLE,
     SGLANG_ALLOC_MODE, SGLANG_ALLOC_FALLBACK, SGLANG_ALLOC_STALE_AFTER_SECONDS,
-    SGLANG_ALLOC_REQUEST_BUDGETS and SGLANG_ALLOC_PROTECTED_PRIORITY.
+    SGLANG_ALLOC_REQUEST_BUDGETS, SGLANG_ALLOC_PROTECTED_PRIORITY and SGLANG_ALLOC_CORRECT_DRIFT.
     """
     # Imported here because help must not wait for numpy.
     from sglang_alloc import launch_checks, serve_table
@@ -97,7 +108,12 @@ def serve(
     launch_checks.require_plugin_allowed(os.environ)
     source = serve_table.read_source(table, shared_path)
     options = serve_table.WorkerOptions(
-        mode, fallback, stale_after_seconds, request_budgets, protected_priority
+        mode,
+        fallback,
+        stale_after_seconds,
+        request_budgets,
+        protected_priority,
+        correct_drift,
     )
     environment = serve_table.worker_environment(source, options)
     launch = launch_checks.launch_arguments(arguments)

@@ -6,6 +6,8 @@ device, in the order of the stream, so a forward under way is never disturbed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import torch
 
@@ -38,6 +40,7 @@ class DeviceRows:
             phase: ranked if tables.mode_of(phase) in RANKED_BY_SALIENCY else plain
             for phase in PHASES
         }
+        self._factors: dict[Phase, torch.Tensor] = {}
         self.load("decode", tables.budget_max)
 
     def of(self, phase: Phase) -> LayerRows:
@@ -54,7 +57,18 @@ class DeviceRows:
         if self._loaded == (phase, budget):
             return
         self._block.copy_(self._source[phase][budget - self._budget_min], non_blocking=True)
+        if phase in self._factors:
+            self._rows[phase].limits.mul_(self._factors[phase])
         self._loaded = (phase, budget)
+
+    def set_limit_factors(self, factors: Mapping[Phase, Sequence[float]]) -> None:
+        """Multiply the limits of each phase's layers by these, whatever the budget."""
+        device = self._block.device
+        self._factors = {
+            phase: torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
+            for phase, values in factors.items()
+        }
+        self._loaded = None  # what is in force has the earlier factors
 
     def address(self) -> int:
         """Return the address that captured graphs read from."""

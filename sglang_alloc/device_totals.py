@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sglang_alloc.enforcement import PHASES, Phase
+from sglang_alloc.threshold_drift import Kept
 from sglang_alloc.worker_statistics import PhaseStatistics
 from sglang_alloc_kernels.slot_rules import SlotRules
 from sglang_alloc_kernels.step_statistics import TOTALS, make_step_sums
@@ -28,6 +29,7 @@ class DeviceTotals:
         self._copied: Any = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self._asked = False
         self._last: dict[Phase, PhaseStatistics] = {}
+        self._kept: dict[Phase, Kept] = {}
 
     def add_step(self, rules: SlotRules, phase_number: torch.Tensor) -> None:
         """Move the step's sums into the totals of the phase in force; may be captured."""
@@ -55,8 +57,18 @@ class DeviceTotals:
         if self._asked and (self._copied is None or self._copied.query()):
             for phase, totals in zip(PHASES, self._copy.clone(), strict=True):
                 self._last[phase] = _statistics(totals)
+                self._kept[phase] = _kept(totals)
             self._asked = False
         return self._last
+
+    def kept_by_layer(self) -> dict[Phase, Kept]:
+        """Return tokens and kept slots by layer, as of the last `by_phase`."""
+        return self._kept
+
+
+def _kept(totals: torch.Tensor) -> Kept:
+    of = dict(zip(TOTALS, totals.T, strict=True))
+    return Kept(int(of["tokens"].max()), of["activations"].numpy())
 
 
 def _statistics(totals: torch.Tensor) -> PhaseStatistics:

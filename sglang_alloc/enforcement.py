@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -33,13 +34,15 @@ class PhaseRows(NamedTuple):
 
     quotas: int, in mode `union` of decode how many of each token's best slots open the set;
     thresholds and gains: float; references: int, how many best slots (and those kept) the kept
-    weights are normalised by: top-k and above change nothing (arXiv 2609.04575).
+    weights are normalised by: top-k and above change nothing (arXiv 2609.04575); mean_quotas:
+    float, how many slots the thresholds were calibrated to keep.
     """
 
     quotas: np.ndarray
     thresholds: np.ndarray | None
     gains: np.ndarray | None
     references: np.ndarray | None = None
+    mean_quotas: np.ndarray | None = None
 
 
 class EnforcementTables(NamedTuple):
@@ -68,6 +71,9 @@ class Enforcement(Protocol):
 
     def set_budgets(self, prefill_budget: int, decode_budget: int) -> None:
         """Take the budgets, in activations per token, that the following forwards obey."""
+
+    def set_threshold_factors(self, prefill: Sequence[float], decode: Sequence[float]) -> None:
+        """Multiply the calibrated thresholds of each layer by these from the next forward on."""
 
     def begin_forward(
         self,

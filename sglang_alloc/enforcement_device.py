@@ -6,6 +6,8 @@ phase is one copy on the device before the forward, and no graph is captured aga
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -13,6 +15,7 @@ from sglang_alloc.device_bounds import DeviceBounds
 from sglang_alloc.device_rows import DeviceRows
 from sglang_alloc.device_totals import DeviceTotals
 from sglang_alloc.enforcement import PHASES, EnforcementTables, Phase, RoutedSlots
+from sglang_alloc.threshold_drift import Kept
 from sglang_alloc.worker_statistics import PhaseStatistics
 from sglang_alloc_kernels.layer_rows import StepTensors
 from sglang_alloc_kernels.slot_rules import KERNELS, SlotRules
@@ -45,6 +48,9 @@ class DeviceEnforcement:
 
     def set_budgets(self, prefill_budget: int, decode_budget: int) -> None:
         self._budgets = {"prefill": prefill_budget, "decode": decode_budget}
+
+    def set_threshold_factors(self, prefill: Sequence[float], decode: Sequence[float]) -> None:
+        self._rows.set_limit_factors({"prefill": prefill, "decode": decode})
 
     def begin_capture(self, phase: Phase) -> None:
         """Graphs captured from now on, until a forward begins, are those of this phase."""
@@ -112,6 +118,10 @@ class DeviceEnforcement:
     def ask_for_measurements(self) -> None:
         """Start to fetch what routing did, behind what the current stream has yet to do."""
         self._totals.ask()
+
+    def kept_by_layer(self) -> dict[Phase, Kept]:
+        """Return the tokens and each layer's kept slots of the same copy."""
+        return self._totals.kept_by_layer()
 
     def measurements(self) -> dict[Phase, PhaseStatistics]:
         """Return what was fetched last, by phase; empty before anything was. Never waits."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
-from sglang_alloc.enforcement import EnforcementTables, Phase, RoutedSlots
+from sglang_alloc.enforcement import EnforcementTables, Phase, PhaseRows, RoutedSlots
 from sglang_alloc.enforcement_tokens import TokenRows
 from sglang_alloc_kernels.drop_slots import DROPPED, drop_slots_torch
 from sglang_alloc_kernels.reference_mass import reference_factor_torch
@@ -16,7 +18,7 @@ class HostEnforcement:
     """Reads quotas as Python numbers, so a layer at full quota returns its slots untouched."""
 
     def __init__(self, tables: EnforcementTables) -> None:
-        self._tables = tables
+        self._calibrated = self._tables = tables
         self._rows = {"prefill": tables.prefill, "decode": tables.decode}
         self._budgets = {"prefill": tables.budget_max, "decode": tables.budget_max}
         self._saliency = (
@@ -27,6 +29,13 @@ class HostEnforcement:
 
     def set_budgets(self, prefill_budget: int, decode_budget: int) -> None:
         self._budgets = {"prefill": prefill_budget, "decode": decode_budget}
+
+    def set_threshold_factors(self, prefill: Sequence[float], decode: Sequence[float]) -> None:
+        self._tables = self._calibrated._replace(
+            prefill=_scaled(self._calibrated.prefill, prefill),
+            decode=_scaled(self._calibrated.decode, decode),
+        )
+        self._rows = {"prefill": self._tables.prefill, "decode": self._tables.decode}
 
     def begin_forward(
         self,
@@ -100,6 +109,13 @@ class HostEnforcement:
         if gains is None:
             return 1.0
         return float(gains[self._budgets[phase] - self._tables.budget_min, layer_index])
+
+
+def _scaled(rows: PhaseRows, factors: Sequence[float]) -> PhaseRows:
+    """Return the rows with each layer's thresholds multiplied by its factor."""
+    if rows.thresholds is None:
+        return rows
+    return rows._replace(thresholds=rows.thresholds.astype(np.float64) * np.array(factors))
 
 
 def _drop_below(

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sglang_alloc.allocation_mode import LEXI_NOTE, SALIENCY_NOTE
+from sglang_alloc.allocation_mode import LEXI_NOTE
 from sglang_alloc.budget_follower import BudgetChange
 from sglang_alloc.compatibility import unsupported_version, verify_seams
 from sglang_alloc.compatibility_seams import (
@@ -51,7 +51,7 @@ from sglang_alloc.plugin_facts import (
     server_facts,
 )
 from sglang_alloc.plugin_proof import computes_as_the_engine, prove_routing, unrecorded
-from sglang_alloc.plugin_records import record_lexi, record_saliency
+from sglang_alloc.plugin_records import probe_recorders, record_lexi
 from sglang_alloc.plugin_requests import RequestBudgets
 from sglang_alloc.request_budget import RequestRules, asked_budget
 from sglang_alloc.server_check import check_server
@@ -187,9 +187,8 @@ def _bind(model_runner: Any, config: dict[str, Any]) -> None:
     worker = Worker(_process.settings)
     check_fits(worker.table, model)
     record = _process.settings.profile_folder if model.rank == 0 else None
-    enforcement = make_enforcement(worker.table, worker.mode, model.device_type, record)
-    if worker.table.mode_note.endswith(SALIENCY_NOTE):
-        record_saliency(model_runner, model, record)
+    recorders = probe_recorders(worker.table.mode_note, model_runner, model, record)
+    enforcement = make_enforcement(worker.table, worker.mode, model.device_type, record, recorders)
     worker.bind(model, enforcement, _metrics(model_runner.server_args, model.rank))
     _process.layer_index_of = {
         id(router.topk_config): index for index, router in enumerate(routers.values())

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglang_alloc.allocation_mode import GAINS_NOTE, SALIENCY_NOTE
+from sglang_alloc.enforcement_probe import NO_RECORDERS, ProbeRecorders
+from sglang_alloc.gain_record import GainRecorder
 from sglang_alloc.lexi_record import record_deviations
 from sglang_alloc.plugin_facts import expert_layers, moe_routers
 from sglang_alloc.saliency_record import SaliencyRecorder
@@ -17,11 +20,21 @@ if TYPE_CHECKING:
     from sglang_alloc.worker import ServedModel, Worker
 
 
-def record_saliency(model_runner: Any, model: ServedModel, record: Path | None) -> None:
-    """Observe the experts' outputs, for the profiler."""
+def probe_recorders(
+    note: str, model_runner: Any, model: ServedModel, record: Path | None
+) -> ProbeRecorders:
+    """Observe the experts' outputs where the note of a table of probes asks for it."""
     layers = expert_layers(model_runner.model)
-    shape = len(model.layer_ids), model.num_experts
-    SaliencyRecorder(shape, _completion(layers), record).attach(layers)
+    if note.endswith(SALIENCY_NOTE):
+        shape = len(model.layer_ids), model.num_experts
+        saliency = SaliencyRecorder(shape, _completion(layers), record)
+        saliency.attach(layers)
+        return ProbeRecorders(saliency=saliency)
+    if note.endswith(GAINS_NOTE):
+        gains = GainRecorder(len(layers), _completion(layers), record)
+        gains.attach(layers)
+        return ProbeRecorders(gains=gains)
+    return NO_RECORDERS
 
 
 def record_lexi(model_runner: Any, worker: Worker, record: Path | None) -> None:

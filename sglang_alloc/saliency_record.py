@@ -35,6 +35,14 @@ class SaliencyRecorder:
         self._all_reduce = all_reduce
         self._folder = folder
         self._observing = False
+        self._is_over = False
+
+    def measured(self) -> np.ndarray | None:
+        """Return (L, E) saliency, None before any token; from then on nothing is observed."""
+        if not self._counts.any():
+            return None
+        self._is_over = True
+        return saliency_of(self._sums, self._counts)
 
     def attach(self, expert_layers: Sequence[torch.nn.Module]) -> None:
         """Observe each call of these layers, one for each MoE layer in order."""
@@ -43,7 +51,7 @@ class SaliencyRecorder:
 
     def _hook_of(self, index: int) -> Callable[..., None]:
         def before(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._observing:
+            if self._observing or self._is_over:
                 return
             hidden_states = kwargs.get("hidden_states", args[0] if args else None)
             topk_output = kwargs.get("topk_output", args[-1] if args else None)

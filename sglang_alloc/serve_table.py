@@ -11,6 +11,7 @@ from sglang_alloc.plugin_entry import TABLE_VARIABLE
 from sglang_alloc.shared_table import SharedTable, TableShape, publish_shared_table
 from sglang_alloc.table_path import default_shared_path
 from sglang_alloc.worker_settings import (
+    CORRECT_DRIFT_VARIABLE,
     FALLBACK_VARIABLE,
     MODE_VARIABLE,
     PROTECTED_PRIORITY_VARIABLE,
@@ -85,6 +86,7 @@ class WorkerOptions(NamedTuple):
     stale_after_seconds: float
     request_budgets: str
     protected_priority: int | None
+    correct_drift: bool
 
 
 def worker_environment(source: TableSource, options: WorkerOptions) -> dict[str, str]:
@@ -101,6 +103,7 @@ def worker_environment(source: TableSource, options: WorkerOptions) -> dict[str,
         STALE_AFTER_VARIABLE: f"{options.stale_after_seconds:g}",
         REQUEST_BUDGETS_VARIABLE: options.request_budgets,
         PROTECTED_PRIORITY_VARIABLE: "" if priority is None else str(priority),
+        **({CORRECT_DRIFT_VARIABLE: "1"} if options.correct_drift else {}),
     }
     _require_fit(_parsed(environment), source)
     return environment
@@ -143,6 +146,16 @@ def _require_fit(settings: WorkerSettings, source: TableSource) -> None:
                 f"mode {source.mode_note}, which the controller counts on. Publish it for this "
                 f"mode: sglang-alloc publish TABLES.npz --mode {settings.mode}"
             )
+    mode = settings.mode or source.mode_note or default_mode(source.sections.__contains__)
+    if settings.correct_drift and (mode, "threshold_quotas" in source.sections) != (
+        "threshold",
+        True,
+    ):
+        raise ConfigurationError(
+            f"--correct-drift moves calibrated thresholds, but mode {mode} was asked for or the "
+            f"table of {source.model_id} does not say how many slots its thresholds keep. Leave "
+            "it out, or calibrate the tables again."
+        )
     low, high = source.shape.budget_min, source.shape.budget_max
     budgets = settings.fallback[1:]
     if settings.fallback.kind == "budget" and not low <= min(budgets) <= max(budgets) <= high:

@@ -14,15 +14,18 @@ import torch
 
 from sglang_alloc.allocation_mode import PROBE_NOTE
 from sglang_alloc.budget_follower import BudgetChange, BudgetFollower
+from sglang_alloc.enforcement import PHASES
 from sglang_alloc.enforcement_device import DeviceEnforcement
 from sglang_alloc.enforcement_host import HostEnforcement
-from sglang_alloc.enforcement_probe import ProbeEnforcement
-from sglang_alloc.errors import ModelMismatchError, UnsupportedServerError
+from sglang_alloc.enforcement_probe import NO_RECORDERS, ProbeEnforcement, ProbeRecorders
+from sglang_alloc.errors import ConfigurationError, ModelMismatchError, UnsupportedServerError
 from sglang_alloc.request_budget import OwnBudgets, budgets_of_tokens
 from sglang_alloc.shared_table import Selection, SharedTable, WorkerCounters
 from sglang_alloc.step_record import StepRecord
+from sglang_alloc.threshold_drift import ThresholdDrift
+from sglang_alloc.worker_settings import CORRECT_DRIFT_VARIABLE
 from sglang_alloc.worker_statistics import WorkerStatistics
-from sglang_alloc.worker_tables import choose_mode, enforcement_tables
+from sglang_alloc.worker_tables import choose_mode, enforcement_tables, probe_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,7 +90,8 @@ class Worker:
         self.enforcement = enforcement
         self.metrics = metrics
         self._on_device = enforcement if isinstance(enforcement, DeviceEnforcement) else None
-        self.statistics = WorkerStatistics(model.num_experts)
+        self.statistics = WorkerStatistics(model.num_experts, len(model.layer_ids))
+        self._drift = self._make_drift() if self.settings.correct_drift else None
         self._unseen_layers = set(range(len(model.layer_ids)))
         self._slot = self.table.worker_slot(model.rank)
         self._record = (
@@ -97,7 +101,34 @@ class Worker:
 
     def poll(self, now_ns: int) -> BudgetChange | None:
         """Leading rank, once per scheduler iteration: return a change for all ranks, or None."""
-        return self._follower.poll(now_ns)
+        change = self._follower.poll(now_ns)
+        if self._drift is None or not self._thresholds_moved(self._drift):
+            return change
+        selection = self.in_force if change is None else change.selection
+        return BudgetChange(selection, self.rule, self._drift.factors())
+
+    def _thresholds_moved(self, drift: ThresholdDrift) -> bool:
+        budgets = (self.in_force.prefill_budget, self.in_force.decode_budget)
+        if self._on_device is None:
+            kept = {phase: self.statistics.kept_by_layer(phase) for phase in PHASES}
+        else:
+            kept = self._on_device.kept_by_layer()
+        moved = [
+            drift.observe(phase, budget, kept[phase])
+            for phase, budget in zip(PHASES, budgets, strict=True)
+            if phase in kept
+        ]
+        return any(moved)
+
+    def _make_drift(self) -> ThresholdDrift:
+        tables = enforcement_tables(self.table, self.mode)
+        if self.mode != "threshold" or tables.decode.mean_quotas is None:
+            raise ConfigurationError(
+                f"{CORRECT_DRIFT_VARIABLE} is set, which corrects calibrated thresholds, but "
+                f"{self.table.path} is served in mode {self.mode} or does not say how many slots "
+                "its thresholds keep. Leave it out, or calibrate the tables again."
+            )
+        return ThresholdDrift(tables, delayed=self._on_device is not None)
 
     def apply(self, change: BudgetChange) -> None:
         """Every rank, before the batch that follows: put the change in force.
@@ -120,6 +151,8 @@ class Worker:
             self._controlled = selection.source == "controller"
         self.in_force = selection
         self.enforcement.set_budgets(selection.prefill_budget, selection.decode_budget)
+        if change.factors is not None:
+            self.enforcement.set_threshold_factors(*change.factors)
         self.report(time.monotonic_ns())
 
     def begin_forward(self, phase: Phase, num_tokens: int, own: OwnBudgets | None = None) -> None:
@@ -134,6 +167,8 @@ class Worker:
         if self._unseen_layers and self.steps:
             self._refuse_unseen_layers()
         token_budgets = None if own is None else self._token_budgets(phase, num_tokens, own)
+        if self._drift is not None and token_budgets is not None:
+            self._drift.discard(phase)
         self.enforcement.begin_forward(phase, num_tokens, token_budgets)
         if is_due and self._on_device is not None:
             self._on_device.ask_for_measurements()  # for the next report
@@ -173,7 +208,7 @@ class Worker:
         self._unseen_layers.discard(layer_index)
         kept = self.enforcement.drop(layer_index, slots)
         if self.statistics.samples_this_forward():
-            self.statistics.observe(slots, kept)
+            self.statistics.observe(layer_index, slots, kept)
         return kept
 
     def quotas(self, phase: Phase, budget: int) -> list[int]:
@@ -260,16 +295,20 @@ def check_fits(table: SharedTable, model: ServedModel) -> None:
 
 
 def make_enforcement(
-    table: SharedTable, mode: Mode, device_type: str, profile_record: Path | None = None
+    table: SharedTable,
+    mode: Mode,
+    device_type: str,
+    profile_record: Path | None = None,
+    recorders: ProbeRecorders = NO_RECORDERS,
 ) -> Enforcement:
     """Build the enforcement of a device, or raise UnsupportedServerError for what it cannot do.
 
-    A table of probes gets its own, which writes to the folder `profile_record` unless it is None.
+    A table of probes gets its own, which writes to the folder `profile_record` unless it is None,
+    and is told by `recorders` what they observe.
     """
     tables = enforcement_tables(table, mode)
     if table.mode_note.startswith(PROBE_NOTE):
-        mean = "threshold_quotas" if table.has_section("threshold_quotas") else "quotas"
-        return ProbeEnforcement(tables, table.section(mean), device_type, profile_record)
+        return ProbeEnforcement(tables, probe_rows(table), device_type, profile_record, recorders)
     if device_type == "cpu":
         return HostEnforcement(tables)
     return DeviceEnforcement(tables, torch.device(device_type))

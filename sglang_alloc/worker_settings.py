@@ -19,6 +19,7 @@ FALLBACK_VARIABLE = "SGLANG_ALLOC_FALLBACK"
 STEP_RECORD_VARIABLE = "SGLANG_ALLOC_STEP_RECORD"
 REQUEST_BUDGETS_VARIABLE = "SGLANG_ALLOC_REQUEST_BUDGETS"
 PROTECTED_PRIORITY_VARIABLE = "SGLANG_ALLOC_PROTECTED_PRIORITY"
+CORRECT_DRIFT_VARIABLE = "SGLANG_ALLOC_CORRECT_DRIFT"
 PROFILE_VARIABLE = "SGLANG_ALLOC_PROFILE"
 
 Mode = Literal["layer", "token", "threshold", "union"]
@@ -40,7 +41,8 @@ class WorkerSettings:
     `protected_priority`, or more urgent, are served at full quality.
     `step_record` is a folder that receives one (step, generation) log per rank, or None.
     `profile_folder` is set by `sglang-alloc profile` alone: a table of probes may then be used, and
-    what they record goes there.
+    what they record goes there. `correct_drift` lets thresholds follow what they keep of the
+    traffic, which makes a request's output depend, slowly, on earlier ones.
     """
 
     table_path: Path
@@ -51,6 +53,7 @@ class WorkerSettings:
     protected_priority: int | None = None
     step_record: Path | None = None
     profile_folder: Path | None = None
+    correct_drift: bool = False
 
 
 def settings_from_environment(environment: Mapping[str, str] = os.environ) -> WorkerSettings | None:
@@ -72,6 +75,7 @@ def settings_from_environment(environment: Mapping[str, str] = os.environ) -> Wo
         protected_priority=_priority(environment.get(PROTECTED_PRIORITY_VARIABLE, "").strip()),
         step_record=Path(record) if record else None,
         profile_folder=Path(profile) if profile else None,
+        correct_drift=_switch(CORRECT_DRIFT_VARIABLE, environment.get(CORRECT_DRIFT_VARIABLE, "")),
     )
 
 
@@ -121,6 +125,13 @@ def _priority(text: str) -> int | None:
             f"{PROTECTED_PRIORITY_VARIABLE}={text!r} is not a priority: give a whole number, as "
             "requests do"
         ) from error
+
+
+def _switch(variable: str, text: str) -> bool:
+    word = text.strip()
+    if word not in {"", "0", "1"}:
+        raise ConfigurationError(f"{variable}={text!r} is not a switch: use 1 for on, 0 for off")
+    return word == "1"
 
 
 def _seconds(text: str | None) -> float:

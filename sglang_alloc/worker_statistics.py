@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from sglang_alloc.enforcement import PHASES, Phase, RoutedSlots
+from sglang_alloc.threshold_drift import Kept
+
 if TYPE_CHECKING:
     import torch
-
-    from sglang_alloc.enforcement import Phase, RoutedSlots
 
 # Measuring a layer costs tens of microseconds on a CPU: one forward in 16 keeps it out of sight.
 SAMPLE_EVERY = {"prefill": 4, "decode": 16}
@@ -48,14 +51,16 @@ class PhaseStatistics:
 class WorkerStatistics:
     """Counts forwards and decides which of them are measured. Host execution only."""
 
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self, num_experts: int, num_layers: int = 0) -> None:
         self._num_experts = num_experts
+        self._slots = {phase: np.zeros(num_layers) for phase in PHASES}
         self.by_phase: dict[Phase, PhaseStatistics] = {
             "prefill": PhaseStatistics(),
             "decode": PhaseStatistics(),
         }
         self._taken = {"prefill": PhaseStatistics(), "decode": PhaseStatistics()}
         self._sampled: PhaseStatistics | None = None
+        self._phase: Phase = "decode"
 
     def take_recent(self, phase: Phase) -> PhaseStatistics:
         """Return what was measured since the last call for this phase."""
@@ -68,7 +73,7 @@ class WorkerStatistics:
         self._sampled = None
         if phase is None:
             return
-        statistics = self.by_phase[phase]
+        statistics, self._phase = self.by_phase[phase], phase
         if statistics.forwards % SAMPLE_EVERY[phase] == 0:
             statistics.sampled_forwards += 1
             statistics.tokens += num_tokens
@@ -79,7 +84,11 @@ class WorkerStatistics:
         """Return whether `observe` is wanted for the layers of the forward under way."""
         return self._sampled is not None
 
-    def observe(self, before: RoutedSlots, after: RoutedSlots) -> None:
+    def kept_by_layer(self, phase: Phase) -> Kept:
+        """Return the measured tokens of a phase and the slots that each layer kept of them."""
+        return Kept(self.by_phase[phase].tokens, self._slots[phase].copy())
+
+    def observe(self, layer_index: int, before: RoutedSlots, after: RoutedSlots) -> None:
         """Add one layer's routed slots, before and after the budget was applied."""
         assert self._sampled is not None
         width = after.ids.shape[1] - after.num_shared
@@ -87,6 +96,7 @@ class WorkerStatistics:
         kept: torch.Tensor = ids >= 0
         kept_count = int(kept.sum())
         self._sampled.activations += kept_count
+        self._slots[self._phase][layer_index] += kept_count
         self._sampled.mass += float(before.weights[:, :width].sum())
         self._sampled.kept_mass += float((before.weights[:, :width] * kept).sum())
         counts = ids[kept].long().bincount(minlength=self._num_experts)

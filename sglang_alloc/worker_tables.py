@@ -14,6 +14,7 @@ from sglang_alloc.allocation_mode import (
     require_support,
 )
 from sglang_alloc.enforcement import EnforcementTables, Phase, PhaseRows
+from sglang_alloc.enforcement_probe import ProbeRows
 from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.shared_table import SharedTable
 from sglang_alloc.worker_settings import Mode
@@ -49,12 +50,14 @@ def enforcement_tables(table: SharedTable, mode: Mode) -> EnforcementTables:
     decode = PhaseRows(
         table.section("union_quotas" if mode == "union" else "quotas"),
         _optional(table, "thresholds"),
-        *_corrections(table, _mode_in(table, mode, "decode")),
+        *_corrections(table, _mode_in(table, mode, "decode"), "decode"),
+        mean_quotas=_optional(table, "threshold_quotas"),
     )
     prefill = PhaseRows(
         _first(table, "prefill_quotas", "quotas"),
         _optional_first(table, "prefill_thresholds", "thresholds"),
-        *_corrections(table, _mode_in(table, mode, "prefill")),
+        *_corrections(table, _mode_in(table, mode, "prefill"), "prefill"),
+        mean_quotas=_prefill_mean_quotas(table),
     )
     return EnforcementTables(
         mode=mode,
@@ -69,14 +72,29 @@ def enforcement_tables(table: SharedTable, mode: Mode) -> EnforcementTables:
     )
 
 
+def probe_rows(table: SharedTable) -> ProbeRows:
+    """Collect the rows of a table of probes."""
+    mean = "threshold_quotas" if table.has_section("threshold_quotas") else "quotas"
+    return ProbeRows(table.section(mean), _optional(table, "references"), _optional(table, "gains"))
+
+
 def _mode_in(table: SharedTable, mode: Mode, phase: Phase) -> Mode:
     return cast(Mode, mode_of_phase(mode, phase, table.has_section))
 
 
-def _corrections(table: SharedTable, mode: Mode) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Return gains and references if they are this mode's: what is kept differs between modes."""
+def _corrections(
+    table: SharedTable, mode: Mode, phase: Phase
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Return gains and references if they are this mode's: what is kept differs between modes.
+
+    They belong to decode's rows. Prefill has them too where it obeys those, and gains of its own
+    where it has rows of its own.
+    """
     if mode != default_mode(table.has_section):
         return None, None
+    rows = "prefill_thresholds" if mode == "threshold" else "prefill_quotas"
+    if phase == "prefill" and table.has_section(rows):
+        return _optional(table, "prefill_gains"), None
     return _optional(table, "gains"), _optional(table, "references")
 
 
@@ -86,6 +104,12 @@ def _optional(table: SharedTable, name: str) -> np.ndarray | None:
 
 def _first(table: SharedTable, name: str, otherwise: str) -> np.ndarray:
     return table.section(name if table.has_section(name) else otherwise)
+
+
+def _prefill_mean_quotas(table: SharedTable) -> np.ndarray | None:
+    if table.has_section("prefill_thresholds"):
+        return _optional(table, "prefill_threshold_quotas")
+    return _optional(table, "threshold_quotas")
 
 
 def _optional_first(table: SharedTable, name: str, otherwise: str) -> np.ndarray | None:

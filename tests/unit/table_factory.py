@@ -55,6 +55,7 @@ def make_full_tables(num_layers: int = 3, top_k: int = 4, num_experts: int = 8) 
         union_predicted_loss=plain.predicted_loss / 5,
         references=plain.quotas,
         gains=random.random(per_layer).astype(np.float32),
+        prefill_gains=random.random(per_layer).astype(np.float32),
         saliency=random.random((num_layers, num_experts)).astype(np.float32),
         provenance={"seed": 1, "calibration": {"tokens": 4096}},
     )

@@ -139,10 +139,12 @@ def test_after_the_separator_even_our_own_names_are_sglang_s(launch: Launch) -> 
 def test_the_settings_reach_the_worker(launch: Launch) -> None:
     save_budget_tables(launch.npz, make_full_tables())
     options = ["--mode", "threshold", "--fallback", "7", "--stale-after-seconds", "2.5"]
+    options.append("--correct-drift")
     launch.serve(*options, arguments=["--model-path", "not/local", "--port", str(launch.port)])
     values = [launch.environment[f"SGLANG_ALLOC_{name}"] for name in ("MODE", "FALLBACK")]
     assert values == ["threshold", "7"]
     assert launch.environment["SGLANG_ALLOC_STALE_AFTER_SECONDS"] == "2.5"
+    assert launch.environment["SGLANG_ALLOC_CORRECT_DRIFT"] == "1"
 
 
 def test_the_environment_gives_what_the_options_leave_out(
@@ -265,6 +267,7 @@ def test_a_plugin_that_sglang_would_not_find_is_refused(
         (["--mode", "threshold"], "holds no thresholds"),
         (["--fallback", "2"], "covers 3 to 12"),
         (["--fallback", "some"], "not a fallback"),
+        (["--correct-drift"], "moves calibrated thresholds"),
         (["--stale-after-seconds", "-1"], "not a positive number of seconds"),
     ],
 )

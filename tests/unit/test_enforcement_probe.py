@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sglang_alloc.enforcement import EnforcementTables, PhaseRows, RoutedSlots
-from sglang_alloc.enforcement_probe import ProbeEnforcement
+from sglang_alloc.enforcement_probe import ProbeEnforcement, ProbeRecorders, ProbeRows
 from sglang_alloc.saliency_record import SaliencyRecorder, saliency_of
 from sglang_alloc.score_histogram import threshold_of_quota
 from sglang_alloc.worker_settings import Mode
@@ -27,7 +27,7 @@ def _probes(mode: Mode, record: Path | None = None, saliency: bool = False) -> P
         decode=rows,
         saliency=np.linspace(1, 2, 2 * EXPERTS).reshape(2, EXPERTS) if saliency else None,
     )
-    return ProbeEnforcement(tables, QUOTAS, "cpu", record)
+    return ProbeEnforcement(tables, ProbeRows(QUOTAS), "cpu", record)
 
 
 def _slots(seed: int = 0, tokens: int = TOKENS, num_shared: int = 0) -> RoutedSlots:
@@ -125,6 +125,28 @@ class _Experts(torch.nn.Module):
     def forward(self, hidden_states: torch.Tensor, topk_output: _Output) -> torch.Tensor:
         factor = (topk_output.topk_weights * (topk_output.topk_ids + 1)).sum(1, keepdim=True)
         return hidden_states.mul_(factor)
+
+
+def test_probes_rank_by_the_saliency_that_was_recorded_before_them() -> None:
+    layers = [_Experts(), _Experts()]
+    recorder = SaliencyRecorder((2, EXPERTS), lambda whole: whole, None)
+    recorder.attach(layers)
+    rows = PhaseRows(np.ceil(QUOTAS).astype(np.int16), None, None)
+    tables = EnforcementTables("threshold", TOP_K, 1, len(QUOTAS), rows, rows, None)
+    recorders = ProbeRecorders(saliency=recorder)
+    probes = ProbeEnforcement(tables, ProbeRows(QUOTAS), "cpu", None, recorders)
+    probes.set_budgets(1, 1)  # as the start does, to see the routing obey
+    probes.set_budgets(4, 4)
+    # Expert e's output is e + 1 times its input: the heavier slot has the smaller score.
+    ids = torch.tensor([[0, 5, 6, 7]])
+    slots = RoutedSlots(torch.tensor([[0.4, 0.3, 0.2, 0.1]]), ids, 0)
+    for layer in layers:
+        layer(torch.ones(1, 2), _Output(slots.weights, slots.ids))
+    probes.set_budgets(1, 1)
+    assert probes.drop(0, slots).ids.tolist() == [[-1, 5, -1, -1]]
+    before = recorder.measured()
+    layers[0](torch.ones(1, 2), _Output(slots.weights, slots.ids))
+    np.testing.assert_array_equal(recorder.measured(), before)
 
 
 def test_saliency_is_the_mean_norm_of_each_expert_s_output(tmp_path: Path) -> None:

@@ -56,11 +56,16 @@ def test_kept_weights_are_normalised_by_their_reference(
 def test_corrections_belong_to_the_mode_they_were_calibrated_for(tmp_path: Path) -> None:
     publish_shared_table(tmp_path / "t.tbl", make_full_tables())
     with SharedTable.open(tmp_path / "t.tbl") as table:
-        assert enforcement_tables(table, "threshold").decode.references is not None
-        assert enforcement_tables(table, "threshold").prefill.gains is not None
+        served = enforcement_tables(table, "threshold")
+        assert served.decode.references is not None
+        # Prefill has rows of its own here, for which decode's corrections were not made.
+        assert (served.prefill.gains == table.section("prefill_gains")).all()
+        assert served.prefill.references is None
         assert enforcement_tables(table, "layer").decode.references is None
         assert enforcement_tables(table, "token").decode.gains is None
     plain = make_tables(gains=np.ones((10, 3), np.float32))
     publish_shared_table(tmp_path / "plain.tbl", plain)
     with SharedTable.open(tmp_path / "plain.tbl") as table:
-        assert enforcement_tables(table, "layer").decode.gains is not None
+        served = enforcement_tables(table, "layer")
+        assert served.decode.gains is not None
+        assert (served.prefill.gains == served.decode.gains).all()

@@ -8,29 +8,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sglang_alloc.allocation_mode import PROBE_NOTE
 from sglang_alloc.budget_tables import BudgetTables
+from sglang_alloc.calibrate_corrections import Matrix, gains_of_rows
+from sglang_alloc.calibrate_engine import AnchorRecord, Records, record_anchors
 from sglang_alloc.calibrate_thresholds import (
-    Matrix,
     MeanQuotas,
-    Scores,
     anchor_rows,
     heldout_errors,
     solve_mean_quotas,
     thresholds_of,
 )
 from sglang_alloc.errors import ConfigurationError, ModelMismatchError
-from sglang_alloc.profile_plan import uniform_plan
-from sglang_alloc.profile_run import Progress, run_whole, serving, windows_of
+from sglang_alloc.profile_run import Progress
 from sglang_alloc.profile_settings import ProfileJob
-from sglang_alloc.profile_windows import Window
 from sglang_alloc.sensitivity_file import Sensitivities
 from sglang_alloc.solve_bounds import QuotaBounds
 from sglang_alloc.solve_tables import solved_tables
 
 ANCHORS = 13
-# Every fourth window is kept out of the calibration, to see what the thresholds keep there.
-HELDOUT_EVERY = 4
 
 
 class Calibration(NamedTuple):
@@ -47,10 +42,12 @@ def run_calibration(
     progress: Progress,
     *,
     anchor_count: int = ANCHORS,
+    corrections: bool = True,
 ) -> Calibration:
-    """Solve the sensitivities, and find the thresholds if they were profiled for them.
+    """Solve the sensitivities, and calibrate thresholds if they were profiled for them.
 
-    The text is run at `anchor_count` budgets of each phase.
+    The text is run at `anchor_count` budgets of each phase. With `corrections`, references and
+    gains are found too, and kept where they lower the loss.
 
     Raises:
         ModelMismatchError: the sensitivities are another model's.
@@ -61,87 +58,93 @@ def run_calibration(
     tables = solved_tables(sensitivities, bounds)
     if sensitivities.threshold_sensitivity is None:
         return Calibration(tables, None)
-    decode = solve_mean_quotas(sensitivities.threshold_sensitivity, bounds)
-    means = [decode]
+    means = [solve_mean_quotas(sensitivities.threshold_sensitivity, bounds)]
     if sensitivities.prefill_threshold_sensitivity is not None:
         means.append(solve_mean_quotas(sensitivities.prefill_threshold_sensitivity, bounds))
-    anchors = anchor_rows(len(decode.quotas), anchor_count)
-    thresholds, errors = _calibrated(job, sensitivities, means, anchors, progress)
-    tables = replace(
-        tables,
-        thresholds=thresholds[0],
-        threshold_quotas=decode.quotas,
-        threshold_predicted_loss=decode.predicted_loss,
-        provenance={
-            **tables.provenance,
-            "threshold_score": "weight * saliency",
-            "threshold_heldout_errors": [round(error, 5) for error in errors],
-        },
-    )
-    if len(means) > 1:
-        tables = replace(
-            tables,
-            prefill_thresholds=thresholds[1],
-            prefill_threshold_quotas=means[1].quotas,
-            prefill_threshold_loss=means[1].predicted_loss,
-        )
+    anchors = anchor_rows(len(means[0].quotas), anchor_count)
+    records = record_anchors(job, sensitivities, means, anchors, progress, corrections=corrections)
+    errors = [
+        error
+        for mean, found in zip(means, records.anchors, strict=True)
+        for error in _heldout_errors(mean, anchors, found)
+    ]
+    tables = _with_thresholds(tables, means, anchors, records)
+    if corrections:
+        tables = _with_corrections(tables, means, anchors, records)
+    note = {"threshold_heldout_errors": [round(error, 5) for error in errors]}
+    tables = replace(tables, provenance={**tables.provenance, **note})
     return Calibration(tables, max(map(abs, errors)))
 
 
-def _calibrated(
-    job: ProfileJob,
-    sensitivities: Sensitivities,
-    means: Sequence[MeanQuotas],
-    anchors: Sequence[int],
-    progress: Progress,
-) -> tuple[list[Matrix], list[float]]:
-    """Return the thresholds of each phase and all held-out errors."""
-    reduced = np.concatenate([mean.quotas[list(anchors)] for mean in means])
-    # Each anchor is there twice: scores of the calibration and of held-out text are kept apart.
-    plan = uniform_plan(reduced.shape[1], sensitivities.top_k, np.repeat(reduced, 2, axis=0))
-    for old in job.folder.glob("scores-*.npz"):
-        old.unlink()
-    with serving(job, plan, f"{PROBE_NOTE}threshold", sensitivities.saliency, progress) as server:
-        windows = windows_of(job, server, None)
-        parts = _split(windows)
-        length = job.settings.prefix_tokens + job.settings.continuation_tokens
-        left = len(reduced) * len(windows) * length
-        progress.stage("thresholds", left)
-        for probe in range(len(plan.rows) - 1):
-            server.set_probe(probe)
-            tokens = run_whole(server, parts[probe % 2], job.settings.chunk_windows)
-            left -= tokens
-            progress.advance(tokens, left)
-        server.set_probe(plan.full_row)  # writes the last record
-    scores = [_scores(job, probe) for probe in range(len(plan.rows) - 1)]
-    found, errors = [], []
-    for number, mean in enumerate(means):
-        mine = scores[2 * number * len(anchors) :][: 2 * len(anchors)]
-        thresholds = thresholds_of(mean, anchors, mine[::2])
-        found.append(thresholds)
-        errors += heldout_errors(thresholds, mean, anchors, mine[1::2])
-    return found, errors
+def _thresholds(mean: MeanQuotas, anchors: Sequence[int], found: Sequence[AnchorRecord]) -> Matrix:
+    return thresholds_of(mean, anchors, [record.scores for record in found])
 
 
-def _split(windows: Sequence[Window]) -> tuple[list[Window], list[Window]]:
-    heldout = list(windows[HELDOUT_EVERY - 1 :: HELDOUT_EVERY])
-    if not heldout:
-        raise ConfigurationError(
-            f"Calibrating needs at least {HELDOUT_EVERY} windows, one of them held out; --windows "
-            f"is {len(windows)}."
+def _heldout_errors(
+    mean: MeanQuotas, anchors: Sequence[int], found: Sequence[AnchorRecord]
+) -> list[float]:
+    heldout = [record.heldout_scores for record in found]
+    return heldout_errors(_thresholds(mean, anchors, found), mean, anchors, heldout)
+
+
+def _with_thresholds(
+    tables: BudgetTables, means: Sequence[MeanQuotas], anchors: Sequence[int], records: Records
+) -> BudgetTables:
+    decode, *prefill = zip(means, records.anchors, strict=True)
+    tables = replace(
+        tables,
+        thresholds=_thresholds(decode[0], anchors, decode[1]),
+        threshold_quotas=decode[0].quotas,
+        threshold_predicted_loss=decode[0].predicted_loss,
+        provenance={**tables.provenance, "threshold_score": "weight * saliency"},
+    )
+    for mean, found in prefill:
+        tables = replace(
+            tables,
+            prefill_thresholds=_thresholds(mean, anchors, found),
+            prefill_threshold_quotas=mean.quotas,
+            prefill_threshold_loss=mean.predicted_loss,
         )
-    return [w for i, w in enumerate(windows) if i % HELDOUT_EVERY != HELDOUT_EVERY - 1], heldout
+    return tables
 
 
-def _scores(job: ProfileJob, probe: int) -> Scores:
-    path = job.folder / f"scores-{probe + 1}.npz"
-    if not path.exists():
-        raise ConfigurationError(
-            f"The engine recorded no scores at {path}: is the folder shared with the machine that "
-            "serves?"
-        )
-    with np.load(path) as record:
-        return Scores(record["counts"], record["tokens"])
+def _with_corrections(
+    tables: BudgetTables, means: Sequence[MeanQuotas], anchors: Sequence[int], records: Records
+) -> BudgetTables:
+    """Add references and gains; those that did not help on the calibration text are left out."""
+    losses = _loss_by_correction(tables, anchors, records.anchors[0])
+    layers = tables.num_layers
+    if any(k2 < tables.top_k for k2 in records.references):
+        references = np.repeat(np.array(records.references)[:, None], layers, axis=1)
+        tables = replace(tables, references=references)
+    if np.mean([row["both"] - row["references"] for row in losses.values()]) < 0:
+        decode, *prefill = [
+            gains_of_rows(mean.quotas, anchors, np.stack([record.gains for record in found]))
+            for mean, found in zip(means, records.anchors, strict=True)
+        ]
+        tables = replace(tables, gains=decode, prefill_gains=prefill[0] if prefill else None)
+    note = {"corrections": "mode threshold", "correction_losses": losses}
+    return replace(tables, provenance={**tables.provenance, **note})
+
+
+def _loss_by_correction(
+    tables: BudgetTables, anchors: Sequence[int], found: Sequence[AnchorRecord]
+) -> dict[str, dict[str, float]]:
+    """Return by budget what was lost on the calibration text, in nats per token above full."""
+    full = found[-1].losses
+    return {
+        str(tables.budget_min + anchor): {
+            "none": _mean(record.uncorrected - full),
+            "references": _mean(record.referenced - full),
+            "both": _mean(record.losses - full),
+        }
+        for anchor, record in zip(anchors, found, strict=True)
+        if record.uncorrected is not None and record.referenced is not None
+    }
+
+
+def _mean(losses: Matrix) -> float:
+    return round(float(losses.mean()), 6)
 
 
 def _require_same_model(job: ProfileJob, sensitivities: Sensitivities) -> None:

@@ -123,6 +123,17 @@ class ProfiledServer:
         losses = tuple(self._loss(number, meta) for number, meta in enumerate(metas))
         return Scored(losses, sum(map(_forwarded, metas)), tops)
 
+    def whole_losses(self, windows: Sequence[Window]) -> Scored:
+        """Score every token of each window but its first, in one forward of the whole window."""
+        body: dict[str, Any] = {
+            "input_ids": [[*window.prefix, *window.continuation] for window in windows],
+            "return_logprob": True,
+            "logprob_start_len": 0,  # also keeps what is cached from being used
+        }
+        metas = [answer["meta_info"] for answer in self._generate(body)]
+        losses = tuple(self._loss(number, meta) for number, meta in enumerate(metas))
+        return Scored(losses, sum(map(_forwarded, metas)))
+
     def next_losses(self, prefixes: Sequence[Sequence[int]], following: Sequence[int]) -> Scored:
         """Return the loss of one following token after each prefix, all but its end cached."""
         body: dict[str, Any] = {

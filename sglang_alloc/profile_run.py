@@ -76,12 +76,11 @@ def run_profile(job: ProfileJob, progress: Progress) -> Profile:
     identity = job.settings.identity(job.model, job.model_id, "\f".join(job.texts))
     series: list[Series] = []
     with ProfileJournal(job.folder / "journal.jsonl", identity) as journal:
-        saliency = None
-        if "threshold" in job.settings.modes:
-            saliency = _saliency(job, journal, progress)
+        if journal.pinned("saliency") is None:
+            (job.folder / SALIENCY_FILE).unlink(missing_ok=True)
         for mode in job.settings.modes:
-            series += _measure_mode(job, mode, saliency, journal, progress)
-    return _assembled(job, series, saliency)
+            series += _measure_mode(job, mode, journal, progress)
+        return _assembled(job, series, _known_saliency(job, journal))
 
 
 @contextmanager
@@ -93,9 +92,18 @@ def serving(
     progress: Progress,
 ) -> Iterator[ProfiledServer]:
     """Serve the model under the plan's rows as probes."""
+    with serving_tables(job, probe_tables(job, plan, saliency), note, progress) as server:
+        yield server
+
+
+@contextmanager
+def serving_tables(
+    job: ProfileJob, probes: BudgetTables, note: str, progress: Progress
+) -> Iterator[ProfiledServer]:
+    """Serve the model under a table of probes."""
     with profiled_server(
         job.model.path,
-        probe_tables(job, plan, saliency),
+        probes,
         note,
         folder=job.folder,
         arguments=job.server_arguments,
@@ -105,9 +113,17 @@ def serving(
 
 
 def probe_tables(
-    job: ProfileJob, plan: ProbePlan, saliency: npt.NDArray[np.float64] | None
+    job: ProfileJob,
+    plan: ProbePlan,
+    saliency: npt.NDArray[np.float64] | None,
+    *,
+    references: npt.NDArray[np.int16] | None = None,
+    gains: npt.NDArray[np.float64] | None = None,
 ) -> BudgetTables:
-    """Return a plan's rows as a table of probes; fractions of slots are for mode `threshold`."""
+    """Return a plan's rows as a table of probes; fractions of slots are for mode `threshold`.
+
+    `references` and `gains` (P, L) correct the kept weights; a gain of 0 is to be found.
+    """
     identity, rows = job.model.identity, len(plan.rows)
     return BudgetTables(
         model_id=job.model_id,
@@ -119,6 +135,8 @@ def probe_tables(
         quotas=np.ceil(plan.rows).astype(np.int16),
         predicted_loss=np.zeros(rows, np.float32),
         threshold_quotas=plan.rows.astype(np.float32),
+        references=references,
+        gains=gains,
         saliency=saliency,
         probes=True,
     )
@@ -150,16 +168,18 @@ def require_plausible(full_loss: float, vocab_size: int) -> None:
 
 
 def _measure_mode(
-    job: ProfileJob,
-    mode: Mode,
-    saliency: npt.NDArray[np.float64] | None,
-    journal: ProfileJournal,
-    progress: Progress,
+    job: ProfileJob, mode: Mode, journal: ProfileJournal, progress: Progress
 ) -> list[Series]:
     settings, plan = job.settings, _plan(job, mode)
     phases: tuple[Phase, ...] = ("decode",) if mode == "union" else settings.phases
-    with serving(job, plan, PROBE_NOTE + mode, saliency, progress) as server:
+    saliency = _known_saliency(job, journal) if mode == "threshold" else None
+    records = mode == "threshold" and saliency is None
+    note = f"{PROBE_NOTE}{mode}{SALIENCY_NOTE if records else ''}"
+    with serving(job, plan, note, saliency, progress) as server:
         windows = windows_of(job, server, journal)
+        if records:
+            _record_saliency(job, server, plan, windows, progress)
+            journal.pin("saliency", "measured")
         all_series = [
             Series(f"{mode}:{phase}", phase, _thinned(job, plan, phase), settings, windows, journal)
             for phase in phases
@@ -186,22 +206,30 @@ def _thinned(job: ProfileJob, plan: ProbePlan, phase: Phase) -> ProbePlan:
     return plan.at_counts(default_measured_of_prefill(job.model.identity.top_k))
 
 
-def _saliency(
-    job: ProfileJob, journal: ProfileJournal, progress: Progress
-) -> npt.NDArray[np.float64]:
-    """Return (L, E) saliency, measured on the full model over all windows, or read if it was."""
-    path = job.folder / SALIENCY_FILE
+def _record_saliency(
+    job: ProfileJob,
+    server: ProfiledServer,
+    plan: ProbePlan,
+    windows: Sequence[Window],
+    progress: Progress,
+) -> None:
+    """Have the engine record the saliency on the full model, and rank by it from then on."""
+    progress.stage("saliency", sum(len(w.prefix) + len(w.continuation) for w in windows))
+    server.set_probe(plan.full_row)
+    run_whole(server, windows, job.settings.chunk_windows, progress.advance)
+    server.set_probe(0)
+
+
+def _known_saliency(job: ProfileJob, journal: ProfileJournal) -> npt.NDArray[np.float64] | None:
+    """Return (L, E) saliency if this profile has measured it."""
     if journal.pinned("saliency") is None:
-        path.unlink(missing_ok=True)
-        only_full = make_plan(len(job.model.layer_ids), job.model.identity.top_k, "isolated", (1,))
-        note = f"{PROBE_NOTE}layer{SALIENCY_NOTE}"
-        with serving(job, only_full, note, None, progress) as server:
-            windows = windows_of(job, server, journal)
-            length = job.settings.prefix_tokens + job.settings.continuation_tokens
-            progress.stage("saliency", len(windows) * length)
-            server.set_probe(only_full.full_row)
-            run_whole(server, windows, job.settings.chunk_windows, progress.advance)
-        journal.pin("saliency", "measured")
+        return None
+    path = job.folder / SALIENCY_FILE
+    if not path.exists():
+        raise ConfigurationError(
+            f"{path} is gone, by which this profile has ranked so far. Put it back, or delete "
+            f"{job.folder} and profile again."
+        )
     with np.load(path) as sums:
         return saliency_of(sums["sums"], sums["counts"])
 

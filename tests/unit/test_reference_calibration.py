@@ -11,6 +11,8 @@ import torch
 from reference_factory import make_model, make_windows
 
 from sglang_alloc.budget_tables import BudgetTables, load_budget_tables
+from sglang_alloc.evaluation.material import domains_in_turn
+from sglang_alloc.evaluation.rules import Subject, served_threshold
 from sglang_alloc.model_identity import identity_from_config
 from sglang_alloc.reference.allocations import (
     KeptCounter,
@@ -19,7 +21,7 @@ from sglang_alloc.reference.allocations import (
     threshold_allocation,
     token_allocation,
 )
-from sglang_alloc.reference.calibrate import sample_windows
+from sglang_alloc.reference.architecture import FAMILIES
 from sglang_alloc.reference.export import load_checkpoint
 from sglang_alloc.reference.heldout import token_losses, windows_of
 from sglang_alloc.reference.model import ReferenceModel
@@ -36,12 +38,10 @@ from sglang_alloc.reference.thresholds import (
     threshold_of_quota,
 )
 
-FOLDER = model_folder("qwen3_moe")
-
 
 @cache
-def _committed_tables() -> BudgetTables:
-    return load_budget_tables(FOLDER / "budget_tables.npz")
+def _committed_tables(family: str) -> BudgetTables:
+    return load_budget_tables(model_folder(family) / "budget_tables.npz")
 
 
 def _sensitivity(model: ReferenceModel, windows: torch.Tensor) -> torch.Tensor:
@@ -138,25 +138,32 @@ def test_windows_do_not_overlap() -> None:
     assert (np.diff(windows[:, 0].numpy()) >= 100).all()
 
 
-def test_committed_tables_belong_to_the_committed_checkpoint() -> None:
-    tables = _committed_tables()
-    config = json.loads((FOLDER / "config.json").read_text())
-    weights = hashlib.sha256((FOLDER / "model.safetensors").read_bytes()).hexdigest()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_committed_tables_belong_to_the_committed_checkpoint(family: str) -> None:
+    folder, tables = model_folder(family), _committed_tables(family)
+    config = json.loads((folder / "config.json").read_text())
+    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert tables.fingerprint == identity_from_config(config).fingerprint()
     assert tables.provenance["checkpoint_sha256"] == weights
     assert tables.budget_min == tables.num_layers
 
 
-@pytest.mark.parametrize("full_ratio", [0.375, 0.625])
-def test_committed_thresholds_keep_their_budget_on_heldout_text(full_ratio: float) -> None:
-    tables = _committed_tables()
-    assert tables.thresholds is not None
-    assert tables.saliency is not None
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["thresholds", "union_quotas", "references", "gains", "saliency"])
+def test_committed_tables_hold_every_mode_and_both_corrections(family: str, name: str) -> None:
+    assert getattr(_committed_tables(family), name) is not None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("full_ratio", [1 / 3, 2 / 3])
+def test_committed_thresholds_keep_their_budget_on_heldout_text(
+    family: str, full_ratio: float
+) -> None:
+    tables = _committed_tables(family)
     budget = round(full_ratio * tables.budget_max)
-    rule = threshold_allocation(
-        tables.thresholds[budget - tables.budget_min].tolist(), torch.tensor(tables.saliency)
-    )
-    counter = KeptCounter(rule, tables.num_layers)
-    windows = torch.cat(list(sample_windows("heldout", 2).values()))
-    token_losses(load_checkpoint(FOLDER), windows, counter)
-    assert counter.mean_kept.sum().item() == pytest.approx(budget, rel=0.05)
+    with ThreadPoolExecutor(1) as executor:
+        subject = Subject(load_checkpoint(model_folder(family)), tables, torch.zeros(0), executor)
+        windows = domains_in_turn("heldout", 24, 512)
+        counter = KeptCounter(served_threshold(subject, budget), tables.num_layers)
+        token_losses(subject.model, windows, counter)
+    assert counter.mean_kept.sum().item() == pytest.approx(budget, rel=0.02)

@@ -14,7 +14,7 @@ from sglang_alloc.evaluation.rules import BASELINES, DEFAULT_RULE, RULE_NAMES
 from sglang_alloc.evaluation.summary_csv import measure_interval
 from sglang_alloc.evaluation.text_measures import BATCH_SIZES
 
-DOTS_PER_INCH = 130
+DOTS_PER_INCH = 90
 OURS, GREY = "#0b6e69", "#9aa0a6"
 COLOURS = ("#d1812f", "#5b6abf", "#b3261e", "#7a5195", "#4a90d9", "#8a6d3b", "#c2578f", "#6b8e23",
            "#222222")  # fmt: skip

@@ -112,7 +112,9 @@ def test_beside_a_protected_request_the_others_stay_at_their_budget(
         activations = getattr(counted, f"sampled_{phase}_activations")
         of_protected = (activations - BUDGET * tokens) / (served.table.shape.budget_max - BUDGET)
         assert of_protected == int(of_protected), "somebody was served at another budget"
-        assert 0 < of_protected < tokens
+        assert 0 <= of_protected <= tokens
+        # One prefill in four is measured, perhaps not its own; of its 32 decode steps two are.
+        assert phase == "prefill" or 0 < of_protected < tokens
 
 
 def test_a_ceiling_lowers_its_request_alone(served: Served, prompts: list[list[int]]) -> None:

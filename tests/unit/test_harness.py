@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stand_in_server import StandInServer
+from completion_server import StandInServer
 from table_factory import publish_and_open
 
 from sglang_alloc.evaluation import harness

@@ -14,8 +14,6 @@ import torch
 from sglang_alloc.enforcement import PHASES, EnforcementTables, Phase
 from sglang_alloc_kernels.layer_rows import LayerRows
 
-# The other modes rank a token's slots by the router's weights alone.
-RANKED_BY_SALIENCY = ("threshold", "union")
 HEADER = 4  # the phase's number, then filler, so that rows begin at a multiple of 16 bytes
 
 
@@ -37,8 +35,7 @@ class DeviceRows:
             saliency = torch.from_numpy(np.array(tables.saliency, dtype=np.float32))
             ranked = plain._replace(saliency=saliency.to(device))
         self._rows = {
-            phase: ranked if tables.mode_of(phase) in RANKED_BY_SALIENCY else plain
-            for phase in PHASES
+            phase: ranked if tables.ranks_by_saliency(phase) else plain for phase in PHASES
         }
         self._factors: dict[Phase, torch.Tensor] = {}
         self.load("decode", tables.budget_max)

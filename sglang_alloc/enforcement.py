@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, Phase] = ("prefill", "decode")
 
+# What profiling and calibration rank by saliency; the other modes' are made with plain weights.
+RANKED_BY_SALIENCY = ("threshold", "union")
+
 
 class RoutedSlots(NamedTuple):
     """What the router chose: weights (T, K) float and ids (T, K) int, routed columns first.
@@ -64,6 +67,14 @@ class EnforcementTables(NamedTuple):
     def mode_of(self, phase: Phase) -> Mode:
         """Return the mode that a phase obeys."""
         return self.mode if phase == "decode" else self.prefill_mode or self.mode
+
+    def ranks_by_saliency(self, phase: Phase) -> bool:
+        """Return whether a phase ranks a token's slots by weight times saliency, not by weight.
+
+        One order for everything that asks for best slots: those that stay, those of a reference,
+        and those under a ceiling.
+        """
+        return self.saliency is not None and self.mode_of(phase) in RANKED_BY_SALIENCY
 
 
 class Enforcement(Protocol):

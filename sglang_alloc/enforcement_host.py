@@ -93,7 +93,8 @@ class HostEnforcement:
         return _drop_beyond(quota, weights, ids)
 
     def _scores(self, layer_index: int, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        if self._saliency is None:
+        """Return what the phase ranks slots by, for its rule and its references alike."""
+        if self._saliency is None or not self._tables.ranks_by_saliency(self._phase):
             return weights
         return weights * self._saliency[layer_index][ids]  # -1 reads the last one, for nothing
 
@@ -121,9 +122,10 @@ def _scaled(rows: PhaseRows, factors: Sequence[float]) -> PhaseRows:
 def _drop_below(
     scores: torch.Tensor, threshold: float, weights: torch.Tensor, ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do what score_threshold_torch does, in 5 operations instead of 15: 3 us each count here."""
+    """Do what score_threshold_torch does, in 6 operations instead of 15: 3 us each count here."""
     dropped = scores < threshold
-    dropped.scatter_(1, scores.argmax(dim=1, keepdim=True), False)
+    best = scores.nan_to_num(nan=-torch.inf).argmax(dim=1, keepdim=True)  # a NaN would be the best
+    dropped.scatter_(1, best, False)
     return weights.masked_fill(dropped, 0.0), ids.masked_fill(dropped, DROPPED)
 
 

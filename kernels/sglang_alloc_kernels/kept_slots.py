@@ -98,7 +98,8 @@ def _factor(
     """Return what each token's weights are multiplied by, (T, 1) float32."""
     factor = torch.ones(len(kept), 1, device=kept.device)
     if rows.references is not None:
-        mass = slots.weights.float().masked_fill(slots.ids < 0, 0.0)
+        uncounted = (slots.ids < 0) | torch.isnan(slots.weights)
+        mass = slots.weights.float().masked_fill(uncounted, 0.0)
         outside = (slots.ranks >= rows.references[layer_index]) & ~kept
         reference = mass.masked_fill(outside, 0.0).sum(dim=1, keepdim=True)
         ratio = mass.sum(dim=1, keepdim=True) / reference

@@ -88,7 +88,7 @@ def finish_slots_tile(
         add_to_sums_tile(sums_ptr, lit_ptr, layer_index, weights, ids, kept, routed, NUM_EXPERTS)
     scaled = weights
     if references_ptr is not None:
-        mass = tl.where(routed & (ids >= 0), weights, 0.0)
+        mass = tl.where(routed & (ids >= 0) & (weights == weights), weights, 0.0)
         inside = kept | (ranks < tl.load(references_ptr + layer_index))
         reference = tl.sum(tl.where(inside, mass, 0.0), axis=1)
         safe = tl.where(reference > 0, reference, 1.0)

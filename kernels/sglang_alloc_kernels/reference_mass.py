@@ -22,8 +22,10 @@ def reference_factor_torch(
     weights: (T, K) float, of all slots, 0 where absent; kept: (T, K) bool; scores: (T, K) float,
     by which slots are ranked; reference: how many best slots count, a number or a tensor of one
     element on the device. The kept slots always count too, so 1 normalises over what was kept, and
-    K or more changes nothing. Runs without a host sync.
+    K or more changes nothing. A NaN weighs nothing here, so it stays the matter of its own slot.
+    Runs without a host sync.
     """
     counted = (slot_rank_torch(scores) < reference) | kept
-    mass = (weights * counted).sum(dim=1, keepdim=True)
-    return torch.where(mass > 0, weights.sum(dim=1, keepdim=True) / mass, 1.0)
+    numbers = weights.nan_to_num(nan=0.0, posinf=torch.inf)
+    mass = (numbers * counted).sum(dim=1, keepdim=True)
+    return torch.where(mass > 0, numbers.sum(dim=1, keepdim=True) / mass, 1.0)

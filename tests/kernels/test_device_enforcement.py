@@ -18,19 +18,13 @@ MODES = ("layer", "threshold", "token", "union")
 
 
 def _make_tables(mode: str) -> EnforcementTables:
-    """Rows that differ between layers and phases, with every correction that the mode has."""
+    """Rows that differ between layers and phases, with saliency and every correction."""
     budgets = np.arange(BUDGET_MIN, FULL + 1)
     quotas = ((budgets[:, None] + np.arange(LAYERS)) // LAYERS).astype(np.int16)
     thresholds = np.linspace(0.3, 0.0, len(budgets), dtype=np.float32)[:, None]
     thresholds = thresholds * np.array([[1.0, 0.5]], np.float32)
     references = np.minimum(quotas + 2, TOP_K)
-    is_threshold = mode == "threshold"
-    decode = PhaseRows(
-        quotas,
-        thresholds,
-        np.full_like(thresholds, 1.25) if is_threshold else None,
-        references if is_threshold else None,
-    )
+    decode = PhaseRows(quotas, thresholds, np.full_like(thresholds, 1.25), references)
     prefill = decode._replace(quotas=quotas[:, ::-1].copy(), thresholds=thresholds[:, ::-1].copy())
     saliency = np.random.default_rng(5).uniform(0.5, 1.5, (LAYERS, EXPERTS)).astype(np.float32)
     return EnforcementTables(
@@ -46,12 +40,16 @@ def _make_tables(mode: str) -> EnforcementTables:
     )
 
 
-def _make_slots(tokens: int = TOKENS, num_shared: int = 0) -> RoutedSlots:
+def _make_slots(
+    tokens: int = TOKENS, num_shared: int = 0, *, renormalize: bool = True
+) -> RoutedSlots:
     logits = torch.randn(tokens, EXPERTS, generator=torch.Generator().manual_seed(tokens))
     weights, ids = logits.softmax(dim=1).topk(TOP_K, dim=1)
+    if renormalize:
+        weights = weights / weights.sum(1, keepdim=True)
     shared = torch.full((tokens, num_shared), EXPERTS)
     return RoutedSlots(
-        torch.cat([weights / weights.sum(1, keepdim=True), torch.ones(tokens, num_shared)], 1),
+        torch.cat([weights, torch.ones(tokens, num_shared)], 1),
         torch.cat([ids, shared], 1).int(),
         num_shared,
     )
@@ -66,12 +64,12 @@ def _make_device(mode: str, device: str) -> DeviceEnforcement:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("num_shared", [0, 1])
+@pytest.mark.parametrize(("num_shared", "renormalize"), [(0, True), (1, True), (0, False)])
 def test_device_agrees_with_host_at_every_budget_and_phase(
-    mode: str, num_shared: int, device: str
+    mode: str, num_shared: int, renormalize: bool, device: str
 ) -> None:
     host, ours = HostEnforcement(_make_tables(mode)), _make_device(mode, device)
-    slots = _make_slots(num_shared=num_shared)
+    slots = _make_slots(num_shared=num_shared, renormalize=renormalize)
     for budget in BUDGETS:
         phases: tuple[Phase, Phase] = ("decode", "prefill")
         for phase in phases:
@@ -82,6 +80,35 @@ def test_device_agrees_with_host_at_every_budget_and_phase(
                 kept.append(enforcement.drop(1, given))
             assert torch.equal(kept[1].ids.cpu(), kept[0].ids)
             torch.testing.assert_close(kept[1].weights.cpu(), kept[0].weights)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("corrected", [True, False])
+def test_a_nan_slot_falls_alike_on_host_and_device(mode: str, corrected: bool, device: str) -> None:
+    """Rows of NaN in part: among the best, among the worst, all but one; and one of NaN alone."""
+    tables = _make_tables(mode)
+    if not corrected:
+        rows = [
+            one._replace(gains=None, references=None) for one in (tables.prefill, tables.decode)
+        ]
+        tables = tables._replace(prefill=rows[0], decode=rows[1])
+    slots = _make_slots()
+    for row, columns in ((1, [0]), (3, [5]), (4, [0, 1, 2, 4, 5]), (6, list(range(TOP_K)))):
+        slots.weights[row, columns] = float("nan")
+    ours = DeviceEnforcement(tables, torch.device(device), KERNELS)
+    kept = []
+    for enforcement, given in ((HostEnforcement(tables), slots), (ours, _on(device, slots))):
+        enforcement.set_budgets(5, 5)
+        enforcement.begin_forward("decode", TOKENS)
+        kept.append(enforcement.drop(1, given))
+    assert torch.equal(kept[1].ids.cpu(), kept[0].ids)
+    torch.testing.assert_close(kept[1].weights.cpu(), kept[0].weights, equal_nan=True)
+    assert tables.saliency is not None
+    weighed = torch.from_numpy(tables.saliency)[1][slots.ids] * slots.weights
+    scored = (weighed if tables.ranks_by_saliency("decode") else slots.weights).clone()
+    scored[slots.weights.isnan()] = -torch.inf
+    best = scored.argmax(dim=1, keepdim=True)
+    assert (kept[0].ids.gather(1, best) >= 0).all()
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -33,6 +33,13 @@ def test_a_padding_row_stays_as_it_is() -> None:
     assert reference_factor_torch(nothing, nothing > 1, nothing, 2).item() == 1.0
 
 
+def test_a_nan_weighs_nothing_and_leaves_its_neighbours_as_they_are() -> None:
+    weights = torch.tensor([[0.4, float("nan"), 0.2, 0.2], [float("nan")] * 4])
+    kept = torch.tensor([[True, False, False, False], [True] * 4])
+    found = reference_factor_torch(weights, kept, weights, 2)
+    torch.testing.assert_close(found, torch.tensor([[0.8 / 0.6], [1.0]]))
+
+
 @pytest.mark.parametrize("reference", [1, 2, 3, 5, 6])
 def test_it_agrees_with_the_rule_that_serves_on_accelerators(reference: int) -> None:
     torch.manual_seed(0)

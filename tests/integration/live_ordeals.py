@@ -5,11 +5,13 @@ Each ordeal leaves what was seen of it; that no request was lost shows in the lo
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,19 +20,27 @@ from typing import NamedTuple
 import httpx2
 import yaml
 
+from sglang_alloc.demo.load import RequestRecord, send_request, streaming_client
 from sglang_alloc.demo.server_process import console_script
+from sglang_alloc.demo.trace import TracedRequest
 from sglang_alloc.shared_table import SharedTable
 from sglang_alloc.worker import SOURCE_CODES
+from sglang_alloc_controller.sglang_loads import LOADS_PATH, parse_loads
 
 PATIENCE_SECONDS = 60.0
+# A request that a busy machine answers late is not lost.
+LOST_SECONDS = 240.0
 # A worker that heard no heartbeat would be in its fallback by then.
 WATCHED_SECONDS = 5.0
+# Long enough to be running when the scheduler is stopped, and after it goes on.
+_LONG = TracedRequest(0, "hang", 0.0, "A scheduler that is stopped", output_tokens=1000)
 _TICK_ERRORS = "sglang_alloc_controller_tick_errors_total "
 
 
 class Pair(NamedTuple):
     """The running server and controller."""
 
+    server_url: str
     server_group: int
     """Process group of SGLang."""
     controller_url: str
@@ -49,6 +59,8 @@ class Pair(NamedTuple):
 class Ordeals:
     """What was seen."""
 
+    long_request: RequestRecord | None = None
+    """A request that the hang caught in the middle."""
     hung_state: str = ""
     state_after_hang: str = ""
     second_controller: subprocess.CompletedProcess[str] | None = None
@@ -60,11 +72,14 @@ class Ordeals:
 def go_through(pair: Pair) -> Ordeals:
     """Put the pair through all of them, the deletion of the shared file last."""
     seen = Ordeals()
-    with _hanging_scheduler(pair.server_group):
-        _wait(lambda: pair.state() == "stale", "the hang was noticed")
-        seen.hung_state = pair.state()
-    _wait(lambda: pair.state() == "valid", "the server was seen again")
-    seen.state_after_hang = pair.state()
+    with ThreadPoolExecutor(1) as pool:
+        long_request = pool.submit(lambda: asyncio.run(_send(pair.server_url, _LONG)))
+        with _hanging_scheduler(pair):
+            _wait(lambda: pair.state() == "stale", "the hang was noticed")
+            seen.hung_state = pair.state()
+        _wait(lambda: pair.state() == "valid", "the server was seen again")
+        seen.state_after_hang = pair.state()
+        seen.long_request = long_request.result()
     command = [console_script("sglang-alloc-controller"), "run", "--config", str(pair.config)]
     seen.second_controller = subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS
@@ -87,18 +102,38 @@ def in_control() -> set[int]:
     return {SOURCE_CODES["controller"]}
 
 
+async def _send(url: str, request: TracedRequest) -> RequestRecord:
+    async with streaming_client(url) as client:
+        return await send_request(client, request, time.monotonic(), LOST_SECONDS)
+
+
 @contextmanager
-def _hanging_scheduler(group: int) -> Iterator[None]:
-    """Stop SGLang's scheduler, and leave its HTTP server alive."""
-    pids = [pid for pid in _members(group) if "scheduler" in _title(pid)]
+def _hanging_scheduler(pair: Pair) -> Iterator[None]:
+    """Stop SGLang's scheduler in the middle of its work, and leave its HTTP server alive.
+
+    A scheduler that last said that it had nothing to do is one that sleeps, not one that hangs.
+    """
+    pids = [pid for pid in _members(pair.server_group) if "scheduler" in _title(pid)]
     assert pids, "no scheduler among SGLang's processes"
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+
+    def caught_at_work() -> bool:
+        _signal(pids, signal.SIGSTOP)
+        loads = httpx2.get(f"{pair.server_url}{LOADS_PATH}", timeout=10.0, trust_env=False)
+        if parse_loads(loads.text).running_requests > 0:
+            return True
+        _signal(pids, signal.SIGCONT)
+        return False
+
     try:
+        _wait(caught_at_work, "the scheduler had a request to run")
         yield
     finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
+        _signal(pids, signal.SIGCONT)
+
+
+def _signal(pids: list[int], number: int) -> None:
+    for pid in pids:
+        os.kill(pid, number)
 
 
 def _members(group: int) -> Iterator[int]:

@@ -92,6 +92,11 @@ def test_a_scheduler_that_hangs_behind_sglangs_http_server_makes_the_input_stale
     assert (ordeals.hung_state, ordeals.state_after_hang) == ("stale", "valid")
 
 
+def test_a_request_that_a_hang_catches_gets_all_its_tokens(ordeals: Ordeals) -> None:
+    assert ordeals.long_request is not None
+    assert ordeals.long_request.error is None
+
+
 def test_a_second_controller_of_a_serving_pair_is_refused(ordeals: Ordeals) -> None:
     assert ordeals.second_controller is not None
     assert ordeals.second_controller.returncode == 2

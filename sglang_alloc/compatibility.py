@@ -6,9 +6,11 @@ hooked; and in the tests, on the source of every supported release, without impo
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 import re
 from collections.abc import Callable
+from functools import cache
 from types import FunctionType
 from typing import NamedTuple
 
@@ -48,6 +50,12 @@ def unsupported_version(version: str) -> list[str]:
         f"SGLang {version} is outside the supported range {SUPPORTED_SGLANG}: install a release "
         "in that range, or a version of sglang-alloc that names yours"
     ]
+
+
+@cache
+def installed_version() -> str:
+    """Return the version of the SGLang that is installed here."""
+    return importlib.metadata.version("sglang")
 
 
 def is_before(version: str, release: tuple[int, int, int]) -> bool:

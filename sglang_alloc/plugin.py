@@ -10,7 +10,6 @@ and a scheduler that got past both without a bound table refuses its first itera
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import pkgutil
 import time
@@ -20,11 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_alloc.allocation_mode import LEXI_NOTE
 from sglang_alloc.budget_follower import BudgetChange
-from sglang_alloc.compatibility import unsupported_version, verify_seams
+from sglang_alloc.compatibility import installed_version, unsupported_version, verify_seams
 from sglang_alloc.compatibility_seams import (
     CPU_EXPERTS,
     DECODE_GRAPHS,
-    DOWN_USES_TMA,
     FORWARD,
     INITIALIZE,
     LOAD_MODEL,
@@ -56,6 +54,7 @@ from sglang_alloc.plugin_requests import RequestBudgets
 from sglang_alloc.request_budget import RequestRules, asked_budget
 from sglang_alloc.server_check import check_server
 from sglang_alloc.shared_table import SharedTable
+from sglang_alloc.triton_experts import skip_dropped
 from sglang_alloc.worker import Worker, check_fits, make_enforcement
 from sglang_alloc.worker_settings import WorkerSettings, settings_from_environment
 from sglang_alloc.worker_tables import choose_mode
@@ -80,8 +79,6 @@ class _Process:
     request_budgets: RequestBudgets | None = None
     # By id of a layer's TopKConfig: one object, made with the model and living as long.
     layer_index_of: dict[int, int] = field(default_factory=dict)
-    # Whether this SGLang's Triton experts write a dropped slot's zeros into rows of others.
-    zeros_misplaced: bool = False
     # By id: the expert layers that `forward_gated_experts` was seen to compute as the engine does.
     gated_layers: set[int] = field(default_factory=set)
 
@@ -108,7 +105,7 @@ def _check_before_hooks(settings: WorkerSettings) -> RequestRules:
 
     Returns what requests may ask for under this table.
     """
-    problems = unsupported_version(importlib.metadata.version("sglang"))
+    problems = unsupported_version(installed_version())
     problems = problems or verify_seams(pkgutil.resolve_name)
     if problems:
         raise UnsupportedServerError("; ".join(problems))
@@ -375,17 +372,12 @@ def _around_cpu_experts(
 
 
 def _before_triton_experts(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    """Let the Triton kernels skip blocks of id -1 even when all experts are local.
-
-    Before 0.5.23 they also write zeros at the rows of a skipped block's slots, even into a buffer
-    whose rows are sorted by expert, where these rows are other slots'. The buffer is sorted when
-    the second product loads by TMA, so there it may not.
-    """
-    if _process.worker is not None:
-        kwargs["filter_expert"] = True
-        if _process.zeros_misplaced:
-            args = (*args[:DOWN_USES_TMA], False, *args[DOWN_USES_TMA + 1 :])
-    return args, kwargs
+    """Let the Triton kernels skip the dropped slots."""
+    return (
+        (args, kwargs)
+        if _process.worker is None
+        else skip_dropped(args, kwargs, installed_version())
+    )
 
 
 def _is_hooked(target: str, hook: Callable[..., Any]) -> bool:

@@ -14,14 +14,16 @@ import pytest
 import torch
 
 from moe_bench import __main__ as bench_main
-from moe_bench import facts, plan
+from moe_bench import engine, facts, plan
 from moe_bench.budgets import FRACTIONS, MODES, make_rule
 from moe_bench.dummy_models import CONFIGS, even_tables, moe_layer_ids, write_model
 from moe_bench.measure import Bench, measure_layer, measure_routing
 from moe_bench.plan import Unit, gpu_units
 from moe_bench.roofline import Ceilings, Work, bytes_moved, least_seconds, operations
-from moe_bench.shapes import SHAPES, SMALL, make_inputs
+from moe_bench.shapes import SHAPES, SMALL, make_experts, make_inputs
 from moe_bench.timing import Timer
+from sglang_alloc.compatibility_seams import DOWN_USES_TMA
+from sglang_alloc.triton_experts import skip_dropped
 from sglang_alloc_kernels.layer_rows import StepTensors
 from sglang_alloc_kernels.slot_rules import TWINS
 
@@ -31,7 +33,7 @@ BY_NAME = {shape.name: shape for shape in SHAPES}
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[None]:
+def sglang() -> Iterator[None]:
     """SGLang, whose import warns of what a CPU lacks; one thread, which waits for no other."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -53,7 +55,7 @@ def _slots(tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return inputs.router_logits.softmax(dim=1).topk(SMALL.top_k)
 
 
-@pytest.mark.usefixtures("engine")
+@pytest.mark.usefixtures("sglang")
 @pytest.mark.filterwarnings("ignore")
 def test_a_layer_s_rows_hold_every_mode_at_every_budget_and_what_was_counted(bench: Bench) -> None:
     stock, *rows = list(measure_layer(bench, SMALL, 8))
@@ -71,7 +73,7 @@ def test_a_layer_s_rows_hold_every_mode_at_every_budget_and_what_was_counted(ben
     assert half["union"].activations_per_token > 2.0
 
 
-@pytest.mark.usefixtures("engine")
+@pytest.mark.usefixtures("sglang")
 @pytest.mark.filterwarnings("ignore")
 def test_routing_is_timed_stock_dropped_counted_and_fused(bench: Bench) -> None:
     rows = list(measure_routing(bench, SMALL, 3))
@@ -97,6 +99,35 @@ def test_a_rule_keeps_the_share_that_it_is_made_for(
     assert float(kept.sum()) / len(kept) == pytest.approx(expected, rel=0.02)
 
 
+def test_the_experts_are_called_as_the_plugin_has_them_called_and_stock_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    monkeypatch.setattr(engine, "installed_version", lambda: "0.5.22")
+    call = engine.AsHooked(lambda *args, **kwargs: seen.append((args, kwargs)))  # type: ignore[arg-type, func-returns-value]
+    given = (*range(DOWN_USES_TMA), True, "more")
+    for filter_expert in (False, True):
+        call(*given, filter_expert=filter_expert, inplace=True)
+    served = skip_dropped(given, {"inplace": True}, "0.5.22")
+    assert seen == [(given, {"filter_expert": False, "inplace": True}), served]
+    assert served[0][DOWN_USES_TMA] is False
+
+
+@pytest.mark.usefixtures("sglang")
+@pytest.mark.filterwarnings("ignore")
+def test_the_bench_puts_its_call_where_sglang_looks_it_up_and_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
+
+    monkeypatch.setattr(fused_moe, engine.SEQUENCE, original := getattr(fused_moe, engine.SEQUENCE))
+    for _ in range(2):
+        engine.triton_experts(make_experts(SMALL, CPU, torch.float32))
+    assert getattr(fused_moe, engine.SEQUENCE) == engine.AsHooked(original)
+    names = fused_moe.fused_experts_impl.__code__.co_names
+    assert engine.SEQUENCE in names
+
+
 def test_bytes_and_operations_by_hand() -> None:
     work = Work(num_tokens=2, activations=5, distinct_experts=3)
     expert = 3 * 64 * 32 * 2
@@ -119,7 +150,7 @@ def _run(folder: Path, *arguments: str) -> int:
     return bench_main.main(["--device", "cpu", "--out", str(folder), *arguments])
 
 
-@pytest.mark.usefixtures("engine")
+@pytest.mark.usefixtures("sglang")
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_goes_on_where_the_last_one_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -201,16 +201,26 @@ def test_sglangs_recorders_see_what_was_really_activated(
     assert all(torch.equal(seen, routed.topk_ids) for seen in recorder.seen)
 
 
+@pytest.mark.usefixtures("worker")
 def test_the_triton_experts_filter_and_keep_their_buffer_unsorted_where_zeros_go_astray(
-    worker: Worker, process: Any
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = (*range(DOWN_USES_TMA), True, False)
+    monkeypatch.setattr(plugin, "installed_version", lambda: "0.5.23")
     assert plugin._before_triton_experts(*given) == (given, {"filter_expert": True})
-    process.zeros_misplaced = True
+    monkeypatch.setattr(plugin, "installed_version", lambda: "0.5.22")
     args, _ = plugin._before_triton_experts(*given, filter_expert=False)
     (seam,) = (seam for seam in SEAMS if seam.target == TRITON_EXPERTS)
     assert seam.needs[DOWN_USES_TMA] == "down_moe_use_tma"
     assert args == (*range(DOWN_USES_TMA), False, False)
+    by_name = plugin._before_triton_experts(0, down_moe_use_tma=True)
+    assert by_name == ((0,), {"filter_expert": True, "down_moe_use_tma": False})
+
+
+@pytest.mark.usefixtures("process")
+def test_without_a_worker_the_triton_experts_are_left_alone() -> None:
+    plugin._process.worker = None
+    assert plugin._before_triton_experts(1, filter_expert=False) == ((1,), {"filter_expert": False})
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
 from moe_bench.budgets import Slots
 from moe_bench.shapes import ExpertWeights, LayerInputs, MoEShape
+from sglang_alloc.compatibility import installed_version
+from sglang_alloc.compatibility_seams import TRITON_EXPERTS
 from sglang_alloc.cpu_moe import GatedExperts, forward_gated_experts
 from sglang_alloc.demo.reference_files import MODEL
+from sglang_alloc.triton_experts import skip_dropped
+
+SEQUENCE = TRITON_EXPERTS.rpartition(".")[2]
 
 Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor]
 
@@ -61,14 +66,19 @@ def stock_routing(shape: MoEShape, inputs: LayerInputs) -> Callable[[], Slots]:
 def triton_experts(experts: ExpertWeights) -> Experts:
     """Return SGLang's fused Triton MoE: (hidden_states, weights, ids, filter_expert) -> output.
 
-    The output overwrites hidden_states, as in SGLang's layers.
+    The output overwrites hidden_states, as in SGLang's layers. Where dropped slots are filtered,
+    the kernels get the arguments that the plugin's hook gives them; stock is called as it is.
     """
-    from sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe import fused_experts_impl
+    from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
+
+    sequence = getattr(fused_moe, SEQUENCE)
+    if not isinstance(sequence, AsHooked):
+        setattr(fused_moe, SEQUENCE, AsHooked(sequence))
 
     def run(
         hidden_states: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, filter_expert: bool
     ) -> torch.Tensor:
-        output: torch.Tensor = fused_experts_impl(
+        output: torch.Tensor = fused_moe.fused_experts_impl(
             *(hidden_states, experts.w13, experts.w2, weights, ids),
             inplace=True,
             filter_expert=filter_expert,
@@ -76,6 +86,18 @@ def triton_experts(experts: ExpertWeights) -> Experts:
         return output
 
     return run
+
+
+class AsHooked(NamedTuple):
+    """SGLang's `TRITON_EXPERTS`, called as under the plugin where dropped slots are filtered."""
+
+    sequence: Callable[..., torch.Tensor]
+
+    def __call__(self, *args: Any, filter_expert: bool, **kwargs: Any) -> torch.Tensor:
+        if not filter_expert:
+            return self.sequence(*args, filter_expert=False, **kwargs)
+        args, kwargs = skip_dropped(args, kwargs, installed_version())
+        return self.sequence(*args, **kwargs)
 
 
 def gated_experts(experts: ExpertWeights) -> Experts:

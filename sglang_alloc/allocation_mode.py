@@ -32,10 +32,11 @@ _LOSSES = {
     ),
     ("union", "decode"): ("union_predicted_loss", "predicted_loss"),
 }
-_NEEDED = {"threshold": "thresholds", "union": "union_quotas"}
+# One of these sections has to be there.
+_NEEDED = {"threshold": ("thresholds",), "union": ("union_quotas", "union_thresholds")}
 _MADE_BY = {
     "threshold": "`sglang-alloc calibrate`",
-    "union": "`sglang-alloc profile --mode union` and calibrate or solve",
+    "union": "`sglang-alloc calibrate`, or `sglang-alloc profile --mode union` and solve",
 }
 
 
@@ -57,12 +58,17 @@ def mode_of_phase(
 
 def require_support(mode: str, has_section: Callable[[str], bool], model_id: str) -> None:
     """Raise `ConfigurationError` when a table with these sections cannot serve `mode`."""
-    needed = _NEEDED.get(mode)
-    if needed is not None and not has_section(needed):
+    if not _is_supported(mode, has_section):
+        needed = " or ".join(_NEEDED[mode])
         raise ConfigurationError(
             f"Mode {mode} was asked for, but the table of {model_id} holds no {needed}. Use mode "
             f"layer or token, or make tables that hold them with {_MADE_BY[mode]}."
         )
+
+
+def _is_supported(mode: str, has_section: Callable[[str], bool]) -> bool:
+    needed = _NEEDED.get(mode, ())
+    return not needed or any(map(has_section, needed))
 
 
 def predicted_loss(
@@ -76,7 +82,7 @@ def predicted_loss(
     note = table.mode_note
     if note in MODES:
         return _loss_of(table, note, phase)
-    possible = ["layer", *(mode for mode, name in _NEEDED.items() if table.has_section(name))]
+    possible = ["layer", *(mode for mode in _NEEDED if _is_supported(mode, table.has_section))]
     losses = np.stack([_loss_of(table, mode, phase) for mode in possible])
     worst: npt.NDArray[np.float32] = losses.max(axis=0)
     return worst

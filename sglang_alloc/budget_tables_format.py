@@ -33,6 +33,8 @@ OPTIONAL_ARRAYS: dict[str, tuple[str, str]] = {
     "prefill_threshold_quotas": ("<f4", "NL"),
     "prefill_threshold_loss": ("<f4", "N"),
     "union_quotas": ("<i2", "NL"),
+    "union_thresholds": ("<f4", "NL"),
+    "union_references": ("<i2", "NL"),
     "union_predicted_loss": ("<f4", "N"),
     "gains": ("<f4", "NL"),
     "prefill_gains": ("<f4", "NL"),
@@ -41,17 +43,19 @@ OPTIONAL_ARRAYS: dict[str, tuple[str, str]] = {
 }
 ARRAYS = REQUIRED_ARRAYS | OPTIONAL_ARRAYS
 QUOTA_ARRAYS = ("quotas", "prefill_quotas", "union_quotas")
-# Arrays that mean nothing without another one.
-_NEEDS = {
-    "prefill_quotas": "prefill_predicted_loss",
-    "prefill_predicted_loss": "prefill_quotas",
-    "union_quotas": "union_predicted_loss",
-    "union_predicted_loss": "union_quotas",
-    "threshold_predicted_loss": "thresholds",
-    "threshold_quotas": "thresholds",
-    "prefill_threshold_loss": "prefill_thresholds",
-    "prefill_threshold_quotas": "prefill_thresholds",
-    "prefill_gains": "gains",
+# Arrays that mean nothing without another one, or one of two.
+_NEEDS: dict[str, tuple[str, ...]] = {
+    "prefill_quotas": ("prefill_predicted_loss",),
+    "prefill_predicted_loss": ("prefill_quotas",),
+    "union_quotas": ("union_predicted_loss",),
+    "union_thresholds": ("union_predicted_loss",),
+    "union_references": ("union_predicted_loss",),
+    "union_predicted_loss": ("union_quotas", "union_thresholds"),
+    "threshold_predicted_loss": ("thresholds",),
+    "threshold_quotas": ("thresholds",),
+    "prefill_threshold_loss": ("prefill_thresholds",),
+    "prefill_threshold_quotas": ("prefill_thresholds",),
+    "prefill_gains": ("gains",),
 }
 
 
@@ -61,9 +65,10 @@ class BudgetTables:
 
     A budget is a number of routed-expert activations per token, summed over the MoE layers. Row n
     belongs to `budgets[n]`. Losses are in nats per token above the full model. Decode uses
-    `quotas`, `thresholds` or `union_quotas`, by the mode that is served; prefill uses the
+    `quotas`, `thresholds` or the `union_` arrays, by the mode that is served; prefill uses the
     `prefill_` arrays where they are present, else decode's. `threshold_quotas` is the mean number
-    of slots that each threshold was calibrated to keep.
+    of slots that each threshold was calibrated to keep. Mode `union` opens a step's set by
+    `union_thresholds`, or by each token's best `union_quotas` where there are no such thresholds.
 
     A table of `probes` is for profiling alone: its rows are numbered from 1, in no order of size,
     and only the last one is the full model. In mode `threshold` it has no thresholds: the worker
@@ -89,6 +94,8 @@ class BudgetTables:
     prefill_threshold_quotas: Array | None = None
     prefill_threshold_loss: Array | None = None
     union_quotas: Array | None = None
+    union_thresholds: Array | None = None
+    union_references: Array | None = None
     union_predicted_loss: Array | None = None
     gains: Array | None = None
     prefill_gains: Array | None = None
@@ -134,8 +141,9 @@ class BudgetTables:
         for name in QUOTA_ARRAYS:
             if getattr(self, name) is not None:
                 _check_quotas(self, name)
-        if self.references is not None:
-            _check_slots(self, "references", self.references)
+        for name in ("references", "union_references"):
+            if getattr(self, name) is not None:
+                _check_slots(self, name, getattr(self, name))
         for name in ("threshold_quotas", "prefill_threshold_quotas"):
             if getattr(self, name) is not None:
                 _check_mean_quotas(self, name)
@@ -183,9 +191,11 @@ def _check_probe_numbers(tables: BudgetTables) -> None:
 
 
 def _check_companions(tables: BudgetTables) -> None:
-    for name, companion in _NEEDS.items():
-        if getattr(tables, name) is not None and getattr(tables, companion) is None:
-            refuse(name, f"{companion} beside it", "none")
+    for name, companions in _NEEDS.items():
+        if getattr(tables, name) is None:
+            continue
+        if all(getattr(tables, companion) is None for companion in companions):
+            refuse(name, f"{' or '.join(companions)} beside it", "none")
 
 
 def _check_budgets(tables: BudgetTables) -> None:

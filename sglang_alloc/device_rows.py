@@ -75,7 +75,7 @@ class DeviceRows:
 def _blocks(tables: EnforcementTables, phase: Phase) -> np.ndarray:
     """Return the blocks of all budgets, (N, HEADER + parts * L) float32."""
     rows = tables.prefill if phase == "prefill" else tables.decode
-    is_threshold = tables.mode_of(phase) == "threshold"
+    is_threshold = tables.rule_of(phase) == "threshold"
     limits = rows.thresholds if is_threshold else rows.quotas
     assert limits is not None  # checked when the table was bound
     # The full budget keeps every slot and every weight as it is, whatever was calibrated.

@@ -35,10 +35,11 @@ class RoutedSlots(NamedTuple):
 class PhaseRows(NamedTuple):
     """The table's rows of one phase, (N, L) each; absent ones are None.
 
-    quotas: int, in mode `union` of decode how many of each token's best slots open the set;
-    thresholds and gains: float; references: int, how many best slots (and those kept) the kept
-    weights are normalised by: top-k and above change nothing (arXiv 2609.04575); mean_quotas:
-    float, how many slots the thresholds were calibrated to keep.
+    quotas: int; thresholds and gains: float; references: int, how many best slots (and those kept)
+    the kept weights are normalised by: top-k and above change nothing (arXiv 2609.04575);
+    mean_quotas: float, how many slots the thresholds were calibrated to keep. In mode `union` of
+    decode the thresholds say which slots open the set; where there are none, the best `quotas` of
+    each token do.
     """
 
     quotas: np.ndarray
@@ -75,6 +76,13 @@ class EnforcementTables(NamedTuple):
         and those under a ceiling.
         """
         return self.saliency is not None and self.mode_of(phase) in RANKED_BY_SALIENCY
+
+    def rule_of(self, phase: Phase) -> Literal["quota", "threshold"]:
+        """Return what the phase's slots are compared with: a quota of best ones, or a score."""
+        mode = self.mode_of(phase)
+        if mode == "union":
+            return "quota" if self.decode.thresholds is None else "threshold"
+        return "threshold" if mode == "threshold" else "quota"
 
 
 class Enforcement(Protocol):

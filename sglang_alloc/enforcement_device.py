@@ -83,17 +83,16 @@ class DeviceEnforcement:
         )
 
     def drop(self, layer_index: int, slots: RoutedSlots) -> RoutedSlots:
-        mode = self._tables.mode_of(self._phase)
+        mode, rule = self._tables.mode_of(self._phase), self._tables.rule_of(self._phase)
         given = (slots.weights, slots.ids, self._rows.of(self._phase), layer_index)
         bounds = self._bounds.of(len(slots.ids))
         step = StepTensors(self._num_valid, *bounds, self._totals.sums)
         named = {"num_shared": slots.num_shared, "step": step}
         if mode == "union":
-            weights, ids = self._rules.union(*given, self._tables.num_experts, **named)
+            weights, ids = self._rules.union(*given, self._tables.num_experts, rule, **named)
         elif mode == "token":
             weights, ids = self._rules.token(*given, **named)
         else:
-            rule = "threshold" if mode == "threshold" else "quota"
             weights, ids = self._rules.budgeted(*given, rule, **named)
         if layer_index == self._num_layers - 1:
             self._totals.add_step(self._rules, self._rows.phase_number)

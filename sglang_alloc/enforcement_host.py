@@ -79,17 +79,22 @@ class HostEnforcement:
         rows = self._rows[self._phase]
         row = self._budgets[self._phase] - self._tables.budget_min
         mode = self._tables.mode_of(self._phase)
-        if mode == "threshold":
+        if self._tables.rule_of(self._phase) == "threshold":
             assert rows.thresholds is not None  # checked when the table was bound
             scores = self._scores(layer_index, weights, ids)
-            return _drop_below(scores, float(rows.thresholds[row, layer_index]), weights, ids)
+            threshold = float(rows.thresholds[row, layer_index])
+            if mode == "threshold":
+                return _drop_below(scores, threshold, weights, ids)
+            opening = ids.masked_fill(_below(scores, threshold), DROPPED)
+            return _drop_outside(opening, self._tables.num_experts, weights, ids)
         quota = int(rows.quotas[row, layer_index])
         if mode == "token":
             kept = token_selection_torch(weights, quota, valid=(ids >= 0).any(dim=1))
             return drop_slots_torch(weights, ids, kept)
         if mode == "union":
             scores = self._scores(layer_index, weights, ids)
-            return _drop_outside(scores, quota, self._tables.num_experts, weights, ids)
+            opening = ids.gather(1, _best(scores, quota, ids))
+            return _drop_outside(opening, self._tables.num_experts, weights, ids)
         return _drop_beyond(quota, weights, ids)
 
     def _scores(self, layer_index: int, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -123,10 +128,15 @@ def _drop_below(
     scores: torch.Tensor, threshold: float, weights: torch.Tensor, ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Do what score_threshold_torch does, in 6 operations instead of 15: 3 us each count here."""
-    dropped = scores < threshold
-    best = scores.nan_to_num(nan=-torch.inf).argmax(dim=1, keepdim=True)  # a NaN would be the best
-    dropped.scatter_(1, best, False)
+    dropped = _below(scores, threshold)
     return weights.masked_fill(dropped, 0.0), ids.masked_fill(dropped, DROPPED)
+
+
+def _below(scores: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Return which slots score less than the threshold, but for each token's best one."""
+    best = scores.nan_to_num(nan=-torch.inf).argmax(dim=1, keepdim=True)  # a NaN would be the best
+    below = scores < threshold
+    return below.scatter_(1, best, False)
 
 
 def _drop_beyond(
@@ -138,18 +148,21 @@ def _drop_beyond(
     return weights.scatter(1, worst, 0.0), ids.scatter(1, worst, DROPPED)
 
 
-def _drop_outside(
-    scores: torch.Tensor,
-    opening_slots: int,
-    num_experts: int,
-    weights: torch.Tensor,
-    ids: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do what union_selection_torch does without a cap, in 8 operations instead of 17."""
+def _best(scores: torch.Tensor, count: int, ids: torch.Tensor) -> torch.Tensor:
+    """Return the columns of each token's `count` best slots, (T, count); absent ones come last."""
     comparable = scores.masked_fill(ids < 0, -torch.inf).nan_to_num(nan=-torch.inf)
-    best = comparable.argsort(dim=1, descending=True, stable=True)[:, :opening_slots]
+    return comparable.argsort(dim=1, descending=True, stable=True)[:, :count]
+
+
+def _drop_outside(
+    opening: torch.Tensor, num_experts: int, weights: torch.Tensor, ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what opened_selection_torch does without a cap, in 5 operations instead of 10.
+
+    opening: ids of the slots that open the set, -1 for none.
+    """
     outside = torch.ones(num_experts + 1, dtype=torch.bool)
-    outside[ids.gather(1, best)] = False
+    outside[opening] = False
     outside[DROPPED] = True  # where absent slots read and wrote
     dropped = outside[ids]
     return weights.masked_fill(dropped, 0.0), ids.masked_fill(dropped, DROPPED)

@@ -11,7 +11,10 @@ from sglang_alloc_kernels.reference_mass import reference_factor_torch
 from sglang_alloc_kernels.score_threshold import score_threshold_torch
 from sglang_alloc_kernels.slot_rank import slot_rank_torch
 from sglang_alloc_kernels.token_selection import token_selection_torch
-from sglang_alloc_kernels.union_selection import union_selection_torch
+from sglang_alloc_kernels.union_selection import (
+    opened_selection_torch,
+    union_selection_torch,
+)
 
 
 class TokenRows:
@@ -44,10 +47,13 @@ class TokenRows:
         self, layer_index: int, weights: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor
     ) -> torch.Tensor:
         mode, top_k = self._tables.mode_of(self._phase), self._tables.top_k
-        if mode == "threshold":
+        if self._tables.rule_of(self._phase) == "threshold":
             thresholds = self._limits(self._rows.thresholds, layer_index, -np.inf)
             assert thresholds is not None  # checked when the table was bound
-            return score_threshold_torch(scores, thresholds)
+            passing = score_threshold_torch(scores, thresholds)
+            if mode == "threshold":
+                return passing
+            return opened_selection_torch(scores, ids, passing, self._tables.num_experts)
         quotas = self._limits(self._rows.quotas, layer_index, top_k)
         assert quotas is not None
         if mode == "token":

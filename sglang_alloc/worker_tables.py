@@ -47,9 +47,10 @@ def choose_mode(asked: Mode | None, table: SharedTable, *, profiling: bool = Fal
 def enforcement_tables(table: SharedTable, mode: Mode) -> EnforcementTables:
     """Collect the rows of both phases; prefill uses its own rows where the table has them."""
     shape = table.shape
+    is_union = mode == "union"
     decode = PhaseRows(
-        table.section("union_quotas" if mode == "union" else "quotas"),
-        _optional(table, "thresholds"),
+        _first(table, "union_quotas", "quotas") if is_union else table.section("quotas"),
+        _optional(table, "union_thresholds" if is_union else "thresholds"),
         *_corrections(table, _mode_in(table, mode, "decode"), "decode"),
         mean_quotas=_optional(table, "threshold_quotas"),
     )
@@ -87,9 +88,12 @@ def _corrections(
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Return gains and references if they are this mode's: what is kept differs between modes.
 
-    They belong to decode's rows. Prefill has them too where it obeys those, and gains of its own
+    Gains and references belong to the default mode, `union_references` to mode `union`. They are
+    those of decode's rows. Prefill has them too where it obeys those, and gains of its own
     where it has rows of its own.
     """
+    if mode == "union":
+        return None, _optional(table, "union_references")
     if mode != default_mode(table.has_section):
         return None, None
     rows = "prefill_thresholds" if mode == "threshold" else "prefill_quotas"

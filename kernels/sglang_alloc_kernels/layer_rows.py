@@ -16,8 +16,8 @@ from sglang_alloc_kernels.step_statistics import StepSums
 class LayerRows(NamedTuple):
     """One phase's row in force, for L MoE layers of E experts; float32, absent parts None.
 
-    limits: (L,) what the rule compares with: a quota (slots per token; `token` takes fractions),
-        a threshold on the score, or the number of opening slots per token (`union`).
+    limits: (L,) what the rule compares with: a quota (slots per token; `token` takes fractions)
+        or a threshold on the score; in `union` either says which slots open the set.
     gains: (L,) factor on kept weights; 1 changes nothing.
     references: (L,) number of best slots by whose mass kept weights are normalised (reference
         renormalisation, arXiv 2609.04575). The slots kept are always in that mass, so 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from sglang_alloc_kernels.budgeted_routing import Router, budgeted_routing, budgeted_routing_torch
+from sglang_alloc_kernels.budgeted_slots import Rule
 from sglang_alloc_kernels.layer_rows import NO_STEP_TENSORS, LayerRows, StepTensors
 from sglang_alloc_kernels.step_statistics import StepSums, make_step_sums
 
@@ -14,6 +15,7 @@ def union_routing_torch(
     router: Router,
     rows: LayerRows,
     layer_index: int,
+    rule: Rule = "quota",
     *,
     correction_bias: torch.Tensor | None = None,
     step: StepTensors = NO_STEP_TENSORS,
@@ -22,14 +24,15 @@ def union_routing_torch(
 
     Unlike `union_slots_torch`, a token is not held to its own K candidates: it takes its best K
     among all experts of the set, so every token has K slots where the set has K experts (OEA,
-    arXiv 2511.02237, without its bound on the rank of riders). `rows.limits[layer_index]` is how
-    many of each token's best slots open the set; caps are not supported. With groups, a token's
+    arXiv 2511.02237, without its bound on the rank of riders). `rows.limits[layer_index]` says,
+    by `rule`, which of each token's slots open the set, as in `union_slots_torch`; caps are not
+    supported. With groups, a token's
     choice stays in its best groups. Shapes as in `budgeted_routing_torch`.
     """
     num_experts = router_logits.shape[1]
     opened: StepSums = make_step_sums(len(rows.limits), num_experts, router_logits.device)
     budgeted_routing_torch(
-        *(router_logits, router, rows, layer_index, "quota"),
+        *(router_logits, router, rows, layer_index, rule),
         correction_bias=correction_bias,
         step=step._replace(sums=opened),
     )
@@ -47,6 +50,7 @@ def union_routing(
     router: Router,
     rows: LayerRows,
     layer_index: int,
+    rule: Rule = "quota",
     *,
     correction_bias: torch.Tensor | None = None,
     step: StepTensors = NO_STEP_TENSORS,
@@ -55,7 +59,7 @@ def union_routing(
     num_experts = router_logits.shape[1]
     opened = make_step_sums(len(rows.limits), num_experts, router_logits.device)
     budgeted_routing(
-        *(router_logits, router, rows, layer_index, "quota"),
+        *(router_logits, router, rows, layer_index, rule),
         correction_bias=correction_bias,
         step=step._replace(sums=opened),
     )

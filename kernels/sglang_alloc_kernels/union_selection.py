@@ -1,4 +1,4 @@
-"""Mode `union`: a step's tokens share one set of experts, opened by each token's best slots.
+"""Mode `union`: a step's tokens share one set of experts, opened by some slots of each token.
 
 Decode is bound by the bytes of distinct experts, so a slot whose expert is read anyway costs
 nothing (OEA, arXiv 2511.02237). With a cap the set grows by summed weight, as in XShare
@@ -26,12 +26,31 @@ def union_selection_torch(
     cap: int | torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """As `opened_selection_torch` where each token's best slots open the set.
+
+    opening_slots: how many of them (k0): a number, a tensor of one element on the device, or (T, 1)
+    of them.
+    """
+    present = ids >= 0 if valid is None else (ids >= 0) & valid[:, None]
+    ranks = slot_rank_torch(scores.masked_fill(~present, float("-inf")))
+    opening = ranks < opening_slots
+    return opened_selection_torch(scores, ids, opening, num_experts, cap=cap, valid=valid)
+
+
+def opened_selection_torch(
+    scores: torch.Tensor,
+    ids: torch.Tensor,
+    opening: torch.Tensor,
+    num_experts: int,
+    *,
+    cap: int | torch.Tensor | None = None,
+    valid: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Return the kept mask: opening slots, and riders whose expert is in the step's set.
 
     scores: (T, K) float; ids: (T, K) int of routed experts below `num_experts`, -1 where absent;
-    opening_slots: how many of each token's best slots open the set (k0): a number, a tensor of one
-    element on the device, or (T, 1) of them; valid: (T,) bool, False for padding rows, which open
-    nothing and keep nothing.
+    opening: (T, K) bool, the slots that open the set, of which absent ones do not count; valid:
+    (T,) bool, False for padding rows, which open nothing and keep nothing.
 
     cap: distinct experts of the step. The opening slots are guaranteed and come first; while the
     set is smaller than the cap, it takes the expert with the largest summed score over the other
@@ -40,10 +59,8 @@ def union_selection_torch(
     Returns (T, K) bool; runs without a host sync.
     """
     present = ids >= 0 if valid is None else (ids >= 0) & valid[:, None]
-    ranks = slot_rank_torch(scores.masked_fill(~present, float("-inf")))
-    opening = (ranks < opening_slots) & present
     experts = torch.where(present, ids, num_experts).long()
-    in_set = _lit_experts(experts, opening, num_experts)
+    in_set = _lit_experts(experts, opening & present, num_experts)
     if cap is not None:
         in_set = in_set | _fill_up(scores, experts, in_set, cap)
     return present & in_set[experts]

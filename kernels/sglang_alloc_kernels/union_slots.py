@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang_alloc_kernels.budgeted_slots import Rule, budget_tile
 from sglang_alloc_kernels.kept_slots import ScoredSlots, apply_rule_torch
 from sglang_alloc_kernels.kept_slots_tile import (
     finish_slots_tile,
@@ -17,8 +18,9 @@ from sglang_alloc_kernels.kept_slots_tile import (
 from sglang_alloc_kernels.kernel_launch import kernel_pointers, tokens_per_program
 from sglang_alloc_kernels.largest_keys_tile import largest_keys_tile
 from sglang_alloc_kernels.layer_rows import NO_STEP_TENSORS, LayerRows, StepTensors
+from sglang_alloc_kernels.score_threshold import score_threshold_torch
 from sglang_alloc_kernels.slot_rank import slot_rank_tile
-from sglang_alloc_kernels.union_selection import union_selection_torch
+from sglang_alloc_kernels.union_selection import opened_selection_torch
 
 # Its one program works through the tokens in this many pairs of slots: 128 tokens of top-8 at once.
 PAIRS_AT_ONCE = 8192
@@ -30,6 +32,7 @@ def union_slots_torch(
     rows: LayerRows,
     layer_index: int,
     num_experts: int,
+    rule: Rule = "quota",
     *,
     num_shared: int = 0,
     step: StepTensors = NO_STEP_TENSORS,
@@ -37,28 +40,37 @@ def union_slots_torch(
     """Return one layer's (weights, ids) with the slots dropped whose expert is not in the set.
 
     Shapes and outcome as in `budgeted_slots_torch`; routed ids are below `num_experts`.
-    `rows.limits[layer_index]` is how many of each token's best slots open the set, at least its
-    floor and at most its ceiling; `rows.caps` is as `cap` in `union_selection_torch`. A model that
-    normalises its weights keeps doing so over what was kept where `rows.references` is 1.
+    `rows.limits[layer_index]` is how many of each token's best slots open the set (`quota`) or the
+    score from which a slot does (`threshold`; the best slot of a token always does). A token opens
+    at least its floor and at most its ceiling; `rows.caps` is as `cap` in
+    `opened_selection_torch`. A model that normalises its weights keeps doing so over what was kept
+    where `rows.references` is 1.
     """
-    opening = _opening_slots(rows.limits[layer_index], len(topk_ids), step)
+    limit = rows.limits[layer_index]
     cap = None if rows.caps is None else rows.caps[layer_index]
 
     def decide(slots: ScoredSlots) -> torch.Tensor:
-        return union_selection_torch(slots.scores, slots.ids, opening, num_experts, cap=cap)
+        opening = _within_bounds(_opening(slots, limit, rule), slots.ranks, step)
+        return opened_selection_torch(slots.scores, slots.ids, opening, num_experts, cap=cap)
 
     return apply_rule_torch(
         topk_weights, topk_ids, rows, layer_index, decide, num_shared=num_shared, step=step
     )
 
 
-def _opening_slots(limit: torch.Tensor, num_tokens: int, step: StepTensors) -> torch.Tensor:
-    """Return how many best slots of each token open the set, (T, 1) float32."""
-    opening = limit.expand(num_tokens, 1)
+def _opening(slots: ScoredSlots, limit: torch.Tensor, rule: Rule) -> torch.Tensor:
+    """Return which slots open the set, (T, K) bool, before each token's own bounds."""
+    if rule == "quota":
+        return slots.ranks < limit
+    return score_threshold_torch(slots.scores, limit)
+
+
+def _within_bounds(opening: torch.Tensor, ranks: torch.Tensor, step: StepTensors) -> torch.Tensor:
+    num_tokens = len(opening)
     if step.floors is not None:
-        opening = torch.maximum(opening, step.floors[:num_tokens, None].float())
+        opening = opening | (ranks < step.floors[:num_tokens, None])
     if step.ceilings is not None:
-        opening = torch.minimum(opening, step.ceilings[:num_tokens, None].float())
+        opening = opening & (ranks < step.ceilings[:num_tokens, None])
     return opening
 
 
@@ -68,6 +80,7 @@ def union_slots(
     rows: LayerRows,
     layer_index: int,
     num_experts: int,
+    rule: Rule = "quota",
     *,
     num_shared: int = 0,
     step: StepTensors = NO_STEP_TENSORS,
@@ -87,6 +100,7 @@ def union_slots(
         *kernel_pointers(rows, step),
         *(rows.caps, mass, layer_index, num_tokens),
         NUM_EXPERTS=num_experts,
+        RULE=rule,
         TOP_K=width - num_shared,
         WIDTH=width,
         BLOCK_T=block_tokens,
@@ -117,6 +131,7 @@ def _union_slots_kernel(
     layer_index,
     num_tokens,
     NUM_EXPERTS: tl.constexpr,
+    RULE: tl.constexpr,
     TOP_K: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -136,12 +151,14 @@ def _union_slots_kernel(
         )
         scores = score_slots_tile(weights, ids, saliency_ptr, layer_index, NUM_EXPERTS, TOP_K)
         present = (tl.arange(0, BLOCK_K) < TOP_K)[None, :] & (ids >= 0)
-        opening = present & (
-            slot_rank_tile(scores)
-            < opening_slots_tile(
-                limits_ptr, layer_index, tokens, num_tokens, floors_ptr, ceilings_ptr
-            )
-        )
+        opening = present & budget_tile(scores, tl.load(limits_ptr + layer_index), RULE)
+        if (floors_ptr is not None) or (ceilings_ptr is not None):
+            ranks = slot_rank_tile(scores)
+            if floors_ptr is not None:
+                floors = load_bound_tile(floors_ptr, tokens, num_tokens)
+                opening = opening | (present & (ranks < floors))
+            if ceilings_ptr is not None:
+                opening = opening & (ranks < load_bound_tile(ceilings_ptr, tokens, num_tokens))
         needed += tl.histogram(
             tl.reshape(ids, [BLOCK_T * BLOCK_K]),
             BLOCK_EXPERTS,
@@ -175,20 +192,6 @@ def _union_slots_kernel(
         store_slots_tile(
             kept_weights_ptr, kept_ids_ptr, weights, ids, tokens, num_tokens, WIDTH, BLOCK_K
         )
-
-
-@triton.jit
-def opening_slots_tile(limits_ptr, layer_index, tokens, num_tokens, floors_ptr, ceilings_ptr):
-    """Return how many best slots of each token open the set, (T, 1) float32."""
-    opening = tl.zeros_like(tokens)[:, None] + tl.load(limits_ptr + layer_index)
-    if floors_ptr is not None:
-        opening = tl.maximum(
-            opening, load_bound_tile(floors_ptr, tokens, num_tokens).to(tl.float32)
-        )
-    if ceilings_ptr is not None:
-        ceilings = load_bound_tile(ceilings_ptr, tokens, num_tokens).to(tl.float32)
-        opening = tl.minimum(opening, ceilings)
-    return opening
 
 
 @triton.jit

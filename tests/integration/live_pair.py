@@ -81,7 +81,9 @@ def run_story(folder: Path, prometheus_binary: str) -> Evidence:
         _control_kill_resume(folder, config, controller_port, table, evidence)
         with _controller(folder, config, controller_port) as process:
             _look(evidence, server.url, controller_port, prometheus)
-            pair = Pair(server.url, server.process.pid, f"http://127.0.0.1:{controller_port}", config, table)
+            pair = Pair(
+                server.url, server.process.pid, f"http://127.0.0.1:{controller_port}", config, table
+            )
             evidence.ordeals = go_through(pair)
             evidence.records = load.result(timeout=LOAD.seconds + PATIENCE_SECONDS)
             process.popen.send_signal(signal.SIGTERM)

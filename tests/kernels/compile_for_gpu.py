@@ -77,6 +77,7 @@ def launches(target: GPUTarget) -> Iterator[str]:
             token_slots(weights, ids, now, 1, num_shared=2, step=shared)
             union_slots(weights, ids, now, 1, EXPERTS, num_shared=2, step=shared)
         capped = rows._replace(caps=torch.ones(LAYERS))
+        union_slots(weights, ids, rows, 1, EXPERTS, "threshold", num_shared=2, step=step)
         union_slots(weights, ids, capped, 1, EXPERTS, num_shared=2, step=step)
         yield from lines
         lines.clear()

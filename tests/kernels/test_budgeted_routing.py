@@ -157,6 +157,12 @@ def test_union_routing_equals_its_twin(name: str, device: str) -> None:
     _same(union_routing, union_routing_torch, logits, router, rows, device=device)
 
 
+def test_union_routing_equals_its_twin_where_a_threshold_opens_the_set(device: str) -> None:
+    logits = _logits(60)
+    rows = _rows(logits, 0.08)
+    _same(union_routing, union_routing_torch, logits, Router(6), rows, "threshold", device=device)
+
+
 def test_union_routing_gives_every_token_its_best_experts_of_the_set(device: str) -> None:
     logits = _logits(16)
     rows = _rows(logits, 2.0)

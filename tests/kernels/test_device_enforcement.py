@@ -14,7 +14,8 @@ from sglang_alloc_kernels.slot_rules import KERNELS
 LAYERS, TOP_K, EXPERTS, TOKENS = 2, 6, 60, 11
 BUDGET_MIN, FULL = LAYERS, LAYERS * TOP_K
 BUDGETS = (BUDGET_MIN, 5, 8, FULL)
-MODES = ("layer", "threshold", "token", "union")
+# In mode `union` thresholds open the set, or the best slots of each token.
+MODES = ("layer", "threshold", "token", "union", "union by quotas")
 
 
 def _make_tables(mode: str) -> EnforcementTables:
@@ -24,7 +25,13 @@ def _make_tables(mode: str) -> EnforcementTables:
     thresholds = np.linspace(0.3, 0.0, len(budgets), dtype=np.float32)[:, None]
     thresholds = thresholds * np.array([[1.0, 0.5]], np.float32)
     references = np.minimum(quotas + 2, TOP_K)
-    decode = PhaseRows(quotas, thresholds, np.full_like(thresholds, 1.25), references)
+    decode = PhaseRows(
+        quotas,
+        None if mode == "union by quotas" else thresholds,
+        np.full_like(thresholds, 1.25),
+        references,
+    )
+    mode = mode.partition(" ")[0]
     prefill = decode._replace(quotas=quotas[:, ::-1].copy(), thresholds=thresholds[:, ::-1].copy())
     saliency = np.random.default_rng(5).uniform(0.5, 1.5, (LAYERS, EXPERTS)).astype(np.float32)
     return EnforcementTables(

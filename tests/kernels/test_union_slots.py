@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from slot_cases import CASES, SlotCase, assert_same, make_rows, make_slots, on
+from slot_cases import CASES, LAYER, SlotCase, assert_same, make_rows, make_slots, on
 
 from sglang_alloc_kernels import union_slots
+from sglang_alloc_kernels.budgeted_slots import budgeted_slots
 from sglang_alloc_kernels.layer_rows import LayerRows, StepTensors
 from sglang_alloc_kernels.slot_rank import slot_rank_torch
 from sglang_alloc_kernels.union_selection import union_selection_torch
@@ -18,9 +19,12 @@ PLAIN = SlotCase("plain", "riders and outsiders are both common", 13, 6, 24)
 shapes = st.tuples(st.integers(1, 24), st.integers(1, 8), st.integers(0, 2**31 - 1))
 
 
-def _same(case: SlotCase, device: str, rows: LayerRows, bounds: bool = False) -> torch.Tensor:
+def _same(
+    case: SlotCase, device: str, rows: LayerRows, *rule: str, bounds: bool = False
+) -> torch.Tensor:
     return assert_same(
         *(union_slots.union_slots, union_slots_torch, case, device, rows, case.num_experts),
+        *rule,
         bounds=bounds,
     )[1]
 
@@ -37,6 +41,33 @@ def test_kernel_equals_its_twin_with_a_cap_and_every_correction_and_bound(
     cap = 0.7 * case.num_experts
     rows = make_rows(case, 1.0, cap=cap, gain=1.25, reference=1.0, saliency=True)
     _same(case, device, rows, bounds=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_kernel_equals_its_twin_where_a_threshold_opens_the_set(
+    case: SlotCase, device: str
+) -> None:
+    rows = make_rows(case, 0.7 / case.top_k, reference=2.0, saliency=True)
+    _same(case, device, rows, "threshold")
+
+
+def test_thresholds_obey_floors_ceilings_and_caps(device: str) -> None:
+    rows = make_rows(PLAIN, 0.12, cap=20.0, gain=1.25, reference=1.0, saliency=True)
+    _same(PLAIN, device, rows, "threshold", bounds=True)
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.1, 0.15, 0.2])
+def test_a_threshold_opens_exactly_the_experts_that_it_would_keep(
+    limit: float, device: str
+) -> None:
+    weights, ids = on(device, make_slots(PLAIN))
+    rows = on(device, make_rows(PLAIN, limit, saliency=True))
+    alone = budgeted_slots(weights, ids, rows, LAYER, "threshold")[1]
+    kept = union_slots.union_slots(weights, ids, rows, LAYER, PLAIN.num_experts, "threshold")[1]
+    assert torch.equal(kept[kept >= 0].unique(), alone[alone >= 0].unique())
+    assert torch.equal(kept[alone >= 0], alone[alone >= 0])
+    assert int((kept >= 0).sum()) >= int((alone >= 0).sum())
+    assert (kept >= 0).any(dim=1).all()
 
 
 @pytest.mark.parametrize("cap", [1.0, 12.0, 20.0, 24.0, 99.0])

@@ -52,6 +52,8 @@ def make_full_tables(num_layers: int = 3, top_k: int = 4, num_experts: int = 8) 
         prefill_threshold_loss=plain.predicted_loss / 4,
         prefill_sensitivity=random.random((num_layers, top_k)),
         union_quotas=plain.quotas,
+        union_thresholds=random.random(per_layer).astype(np.float32),
+        union_references=plain.quotas,
         union_predicted_loss=plain.predicted_loss / 5,
         references=plain.quotas,
         gains=random.random(per_layer).astype(np.float32),

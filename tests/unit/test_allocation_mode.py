@@ -102,4 +102,9 @@ def test_publish_takes_the_mode_that_the_servers_run_in(tmp_path: Path) -> None:
     save_budget_tables(npz, make_tables())
     refused = CliRunner().invoke(app, [*arguments, "union"]).exception
     assert isinstance(refused, ConfigurationError)
-    assert "holds no union_quotas" in str(refused)
+    assert "holds no union_quotas or union_thresholds" in str(refused)
+    thresholds = np.ones(FULL.quotas.shape, np.float32)
+    losses = np.zeros(len(FULL.budgets), np.float32)
+    either = make_tables(union_thresholds=thresholds, union_predicted_loss=losses)
+    save_budget_tables(npz, either)
+    assert CliRunner().invoke(app, [*arguments, "union"]).exit_code == 0

@@ -139,7 +139,17 @@ BROKEN = {
         "prefill_quotas": _with(PLAIN.quotas, (-1, 0), 3)
     },
     "prefill_quotas: expected prefill_predicted_loss beside": {"prefill_predicted_loss": None},
-    "union_predicted_loss: expected union_quotas beside": {"union_quotas": None},
+    "union_predicted_loss: expected union_quotas or union_thresholds beside": {
+        "union_quotas": None,
+        "union_thresholds": None,
+    },
+    "union_thresholds: expected union_predicted_loss beside": {
+        "union_quotas": None,
+        "union_predicted_loss": None,
+    },
+    "union_references: expected 1 to 4, found 0": {
+        "union_references": _with(PLAIN.quotas, (0, 0), 0)
+    },
     "threshold_predicted_loss: expected thresholds beside": {"thresholds": None},
     "union_quotas: expected a sum of at most 3": {"union_quotas": np.full_like(PLAIN.quotas, 4)},
     r"threshold_quotas: expected a sum of at most 3 in row 0, found 3.75": {

@@ -22,6 +22,10 @@ PROTECTED, CEILED = slice(2, 5), slice(9, 11)
 MODES: tuple[Mode, ...] = ("layer", "threshold", "token", "union")
 
 
+def _opening_by_quotas(tables: EnforcementTables) -> EnforcementTables:
+    return tables._replace(decode=tables.decode._replace(thresholds=None))
+
+
 def _tables(folder: Path, mode: Mode) -> EnforcementTables:
     publish_shared_table(folder / "full.tbl", make_full_tables(LAYERS, TOP_K, EXPERTS))
     with SharedTable.open(folder / "full.tbl") as table:
@@ -86,12 +90,27 @@ def test_the_others_get_what_they_would_get_without_it(tmp_path: Path, mode: Mod
 
 
 def test_under_union_each_opens_by_its_own_budget_and_may_ride(tmp_path: Path) -> None:
-    tables = _tables(tmp_path, "union")._replace(saliency=None)
+    tables = _opening_by_quotas(_tables(tmp_path, "union"))._replace(saliency=None)
     slots, budgets = _make_slots(1), _token_budgets()
     kept = _dropped(tables, slots, budgets).ids[:, :TOP_K]
     opening = tables.decode.quotas[budgets - BUDGET_MIN, 1]
     opened = {int(e) for row, k0 in zip(slots.ids, opening, strict=True) for e in row[:k0]}
     assert {int(expert) for expert in kept[kept >= 0]} == opened
+
+
+def test_under_union_each_opens_by_the_threshold_of_its_own_budget(tmp_path: Path) -> None:
+    tables = _tables(tmp_path, "union")._replace(saliency=None)
+    slots, budgets = _make_slots(1), _token_budgets()
+    kept = _dropped(tables, slots, budgets).ids[:, :TOP_K]
+    assert tables.decode.thresholds is not None
+    limits = tables.decode.thresholds[budgets - BUDGET_MIN, 1]
+    opened = set()
+    for token, limit in enumerate(limits):
+        keeps_all = budgets[token] == BUDGET_MAX
+        passing = [s == 0 or keeps_all or slots.weights[token, s] >= limit for s in range(TOP_K)]
+        opened |= {int(slots.ids[token, s]) for s in range(TOP_K) if passing[s]}
+    assert {int(expert) for expert in kept[kept >= 0]} == opened
+    assert len(opened) < len(slots.ids[:, :TOP_K].unique())
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -101,13 +101,13 @@ class DeviceEnforcement:
     def prepare(self, slots: RoutedSlots, max_tokens: int) -> None:
         """Compile ahead what batches up to `max_tokens` rows would wait for, slots like these.
 
-        Kernels are compiled for powers of two of rows. What this counts is forgotten when the
-        first forward begins.
+        Kernels are compiled for powers of two of rows, up to the first that holds them all. What
+        this counts is forgotten when the first forward begins.
         """
         for phase in PHASES:
             self.begin_capture(phase)
             num_tokens = 1
-            while num_tokens <= max_tokens:
+            while num_tokens < 2 * max_tokens:
                 row = (slots.weights[:1], slots.ids[:1])
                 weights, ids = (part.repeat(num_tokens, 1) for part in row)
                 self.drop(self._num_layers - 1, RoutedSlots(weights, ids, slots.num_shared))

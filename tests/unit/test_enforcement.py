@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -139,6 +141,25 @@ def test_what_a_graph_recorded_follows_the_budgets_set_later() -> None:
         enforcement.set_budgets(budget, budget)
         enforcement.begin_forward("decode")
         assert ((recorded(slots.weights) >= 0).sum(dim=1) == budget // LAYERS).all()
+
+
+@pytest.mark.parametrize(
+    ("largest", "expected"), [(1, [1]), (8, [1, 2, 4, 8]), (11, [1, 2, 4, 8, 16])]
+)
+def test_every_size_that_a_kernel_is_compiled_for_runs_before_the_first_request(
+    largest: int, expected: list[int]
+) -> None:
+    """Eleven rows are a tile of sixteen: nothing may be compiled while a graph is captured."""
+    sizes = []
+
+    def budgeted(weights: torch.Tensor, *given: Any, **named: Any) -> Any:
+        sizes.append(len(weights))
+        return TWINS.budgeted(weights, *given, **named)
+
+    rules = TWINS._replace(budgeted=budgeted)
+    enforcement = DeviceEnforcement(_make_tables("layer"), torch.device("cpu"), rules)
+    enforcement.prepare(_make_slots(), largest)
+    assert sizes == 2 * expected  # once for each phase
 
 
 def test_the_device_buffers_keep_their_addresses_through_changes() -> None:

@@ -8,28 +8,38 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from moe_bench import __main__ as bench_main
-from moe_bench import engine, facts, plan
+from moe_bench import engine, facts, plan, server_bench
 from moe_bench.budgets import FRACTIONS, MODES, make_rule
-from moe_bench.dummy_models import CONFIGS, even_tables, moe_layer_ids, write_model
+from moe_bench.dummy_models import (
+    CONFIGS,
+    even_tables,
+    moe_layer_ids,
+    threshold_tables,
+    write_model,
+)
 from moe_bench.measure import Bench, measure_layer, measure_routing
 from moe_bench.plan import Unit, gpu_units
 from moe_bench.roofline import Ceilings, Work, bytes_moved, least_seconds, operations
 from moe_bench.shapes import SHAPES, SMALL, make_experts, make_inputs
 from moe_bench.timing import Timer
 from sglang_alloc.compatibility_seams import DOWN_USES_TMA
+from sglang_alloc.demo.server_process import Server
+from sglang_alloc.shared_table import SharedTable, publish_shared_table
 from sglang_alloc.triton_experts import skip_dropped
 from sglang_alloc_kernels.layer_rows import StepTensors
+from sglang_alloc_kernels.score_threshold import score_threshold_torch
 from sglang_alloc_kernels.slot_rules import TWINS
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(bytes_per_second=1e9, flops_per_second=1e10)
-BY_NAME = {shape.name: shape for shape in SHAPES}
+BY_NAME = {shape.name: shape for shape in (*SHAPES, SMALL)}
 
 
 @pytest.fixture(scope="module")
@@ -184,15 +194,20 @@ def test_without_a_gpu_the_bench_names_what_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(facts, "driver_version", lambda: "-")
+    monkeypatch.setattr(facts, "version_of", lambda name: "-" if name == "sglang-alloc" else "1")
     assert bench_main.main(["--device", "cuda"]) == bench_main.FAILED
     said = " ".join(capsys.readouterr().err.split())
+    assert "pip install --no-deps ." in said
+    assert bench_main.main(["--device", "cuda", "--kinds", "layer"]) == bench_main.FAILED
+    said = " ".join(capsys.readouterr().err.split())
+    assert "pip install" not in said
     assert "an NVIDIA GPU with its driver" in said
     assert "a CUDA build of torch" in said
     assert "offline_bundle.py" in said
 
 
 def test_the_plan_covers_the_issue_s_batches_and_prefills() -> None:
-    units = gpu_units(plan.KINDS, tuple(BY_NAME))
+    units = gpu_units(plan.KINDS, tuple(shape.name for shape in SHAPES))
     sizes = {(unit.kind, unit.num_tokens) for unit in units}
     assert {("layer", 1), ("layer", 8), ("layer", 64), ("layer", 512)} <= sizes
     assert {("prefill", 1024), ("prefill", 16384), ("server", 0)} <= sizes
@@ -215,3 +230,69 @@ def test_a_dummy_model_has_the_bench_s_shape_and_a_table_that_fits(
     assert len(tables.layer_ids) == len(moe_layer_ids(config))
     spread = tables.quotas.max(axis=1) - tables.quotas.min(axis=1)
     assert spread.max() <= 1
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_thresholds_keep_their_quotas_where_a_router_scores_all_experts_alike(
+    name: str, tmp_path: Path
+) -> None:
+    """As dummy weights make it: weights of a slot that differ in the fifth digit."""
+    tables = threshold_tables(write_model(tmp_path / name, name))
+    tables.validate()
+    assert tables.thresholds is not None
+    assert tables.saliency is not None
+    shape, rows = BY_NAME[name], len(tables.budgets)
+    generator = torch.Generator().manual_seed(0)
+    logits = 1e-5 * torch.randn(4000, shape.num_experts, generator=generator)
+    weights, ids = logits.softmax(dim=1).topk(shape.top_k)
+    if shape.router.renormalize:
+        weights = weights / weights.sum(dim=1, keepdim=True)
+    for row in (0, rows // 3, rows // 2, rows - 1):
+        thresholds = torch.from_numpy(tables.thresholds[row])
+        saliency = torch.from_numpy(tables.saliency)
+        kept = [
+            score_threshold_torch(weights * saliency[layer][ids], thresholds[layer]).sum()
+            for layer in range(tables.num_layers)
+        ]
+        assert float(sum(kept)) / 4000 == pytest.approx(float(tables.budgets[row]), rel=0.06)
+
+
+@pytest.mark.parametrize("bias", [-3.0, 0.0, 2.5])
+def test_the_row_is_taken_that_really_keeps_what_was_asked_for(
+    bias: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model whose routing keeps more or less than its rows were made for."""
+    publish_shared_table(tmp_path / "t.tbl", threshold_tables(write_model(tmp_path / "m", "small")))
+    counted = {"tokens": 0, "activations": 0}
+    in_force: list[int] = []
+
+    with SharedTable.open(tmp_path / "t.tbl") as opened:
+        shape_of_table = opened.shape
+
+    class Table:
+        """The shared table, with counters as a worker would move them."""
+
+        shape = shape_of_table
+
+        def worker_counters(self) -> list[SimpleNamespace]:
+            names = {f"sampled_decode_{name}": value for name, value in counted.items()}
+            return [SimpleNamespace(**names, sampled_decode_steps=0, distinct_experts=0)]
+
+    def generate(*_: Any) -> float:
+        kept = min(max(0.8 * in_force[-1] + bias, 2.0), 8.0)
+        counted["tokens"] += 1000
+        counted["activations"] += round(1000 * kept)
+        return 0.0
+
+    monkeypatch.setattr(
+        server_bench,
+        "BudgetOverride",
+        lambda _: SimpleNamespace(set=lambda p, d: in_force.append(d)),
+    )
+    monkeypatch.setattr(server_bench, "_generate", generate)
+    monkeypatch.setattr(server_bench, "_settle", lambda *_: None)
+    server = Server("http://127.0.0.1:1", None, None)  # type: ignore[arg-type]
+    found = server_bench.fit_thresholds(server, Table(), 4)  # type: ignore[arg-type]
+    assert in_force[-1] == found
+    best = min(range(2, 8), key=lambda budget: abs(0.8 * budget + bias - 4.0))
+    assert found == best

@@ -21,7 +21,7 @@ from moe_bench.measure import Bench, Row, measure_layer, measure_routing
 from moe_bench.plan import KINDS, SERVER_ROWS, Unit, cpu_units, gpu_units
 from moe_bench.results import Results
 from moe_bench.roofline import Ceilings, measure_ceilings
-from moe_bench.server_bench import CONCURRENCIES, ON_GPU, measure_server
+from moe_bench.server_bench import CONCURRENCIES, ON_CPU, ON_GPU, measure_server
 from moe_bench.shapes import SHAPES
 from moe_bench.timing import Timer
 from sglang_alloc.demo.interruption import sigterm_interrupts
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(stderr=True)
     try:
         if given.device == "cuda":
-            require_gpu()
+            require_gpu(serves="server" in given.kinds)
         with sigterm_interrupts():
             _run(given, console)
     except AllocError as error:
@@ -53,7 +53,7 @@ def _run(given: argparse.Namespace, console: Console) -> None:
     device = torch.device(given.device)
     results = Results(given.out / f"moe-{device.type}.csv", machine_columns(device))
     units = cpu_units() if device.type == "cpu" else gpu_units(given.kinds, given.shapes)
-    units = [unit for unit in units if not _is_done(results, unit)]
+    units = [u for u in units if u.kind in given.kinds and not _is_done(results, u)]
     deadline = time.monotonic() + 60.0 * given.minutes
     progress = StageProgress([Stage(unit.name, unit.expected_seconds) for unit in units], console)
     prepare_engine(device)
@@ -82,7 +82,8 @@ def _rows(bench: Bench, unit: Unit, out: Path) -> Iterable[Row]:
     if unit.kind == "routing":
         return measure_routing(bench, unit.shape, unit.num_tokens)
     if unit.kind == "server":
-        return measure_server(unit.shape.name, ON_GPU, out)
+        plan = ON_GPU if bench.device.type == "cuda" else ON_CPU
+        return measure_server(unit.shape.name, plan, out)
     return measure_layer(bench, unit.shape, unit.num_tokens, unit.kind)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32768,
     },
 }
+CONFIGS["small"] = CONFIGS["Qwen3-30B-A3B"] | {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "vocab_size": 512,
+}
 _COMMON = {
     "torch_dtype": "bfloat16",
     "hidden_act": "silu",
@@ -136,3 +149,40 @@ def even_tables(folder: Path) -> BudgetTables:
         union_quotas=solution.quotas,
         union_predicted_loss=solution.predicted_loss,
     )
+
+
+def threshold_tables(folder: Path) -> BudgetTables:
+    """Return tables of a model folder with thresholds that fit dummy weights.
+
+    Such a router scores all experts nearly alike, so a token's K slots weigh the same and the
+    saliency decides: each layer draws one per expert, and its threshold is the quantile that as
+    many of a token's slots pass on average as the budget affords. That holds where a token's
+    experts are a random choice; what was really kept is measured.
+    """
+    tables = even_tables(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    layers, top_k = tables.num_layers, tables.top_k
+    saliency = np.random.default_rng(0).uniform(0.5, 1.5, (layers, tables.num_experts))
+    means = tables.budgets / layers
+    shares = np.linspace(0.0, 1.0, 10_001)
+    kept = top_k * shares + (1.0 - shares) ** top_k  # the best slot stays even below the threshold
+    passing = np.interp(means, kept, shares)
+    slot_weight = _slot_weight(config)
+    thresholds = slot_weight * np.quantile(saliency, 1.0 - passing, axis=1)
+    thresholds[-1] = 0.0  # the full budget
+    mean_quotas = np.repeat(means[:, None], layers, axis=1)
+    return replace(
+        tables,
+        thresholds=thresholds.astype(np.float32),
+        threshold_quotas=mean_quotas.astype(np.float32),
+        threshold_predicted_loss=tables.predicted_loss,
+        saliency=saliency.astype(np.float32),
+    )
+
+
+def _slot_weight(config: dict[str, Any]) -> float:
+    """Return the weight of each slot where all experts score alike."""
+    if config["norm_topk_prob"]:
+        return 1.0 / float(config["num_experts_per_tok"])
+    # Qwen's and DeepSeek's names of the same number.
+    return 1.0 / float(config.get("num_experts") or config["n_routed_experts"])

@@ -18,8 +18,11 @@ class NoGpuError(AllocError):
     """A bench for GPUs was asked for on a machine that cannot run it."""
 
 
-def require_gpu() -> None:
-    """Raise `NoGpuError` naming what is missing: a driver, a CUDA build of torch, or SGLang."""
+def require_gpu(*, serves: bool) -> None:
+    """Raise `NoGpuError` naming what is missing: a driver, a CUDA build of torch, or SGLang.
+
+    serves: whether servers are started too, which find the plugin only where we are installed.
+    """
     missing = []
     driver = driver_version()
     if driver == "-":
@@ -30,6 +33,11 @@ def require_gpu() -> None:
         missing.append(f"a driver that CUDA {torch.version.cuda} of this torch can use")
     if version_of("sglang") == "-":
         missing.append("SGLang in this Python environment")
+    if serves and version_of("sglang-alloc") == "-":
+        missing.append(
+            "this project in this Python environment, which `--kinds server` needs (`pip install "
+            "--no-deps .`, or leave that kind out)"
+        )
     if missing:
         raise NoGpuError(
             "The GPU bench was asked for, and this machine lacks "

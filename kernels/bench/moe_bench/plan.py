@@ -30,7 +30,9 @@ class Unit(NamedTuple):
 
     @property
     def expected_seconds(self) -> float:
-        return _SECONDS[self.kind] if self.shape is not SMALL else 2.0
+        if self.shape is not SMALL:
+            return _SECONDS[self.kind]
+        return 2.0 if self.kind != "server" else 300.0
 
 
 def gpu_units(kinds: tuple[str, ...], shapes: tuple[str, ...]) -> list[Unit]:
@@ -46,8 +48,9 @@ def gpu_units(kinds: tuple[str, ...], shapes: tuple[str, ...]) -> list[Unit]:
 
 
 def cpu_units() -> list[Unit]:
-    """Return what a CPU can run: the small shape's routing and layer, by the torch twins."""
-    return [Unit(kind, SMALL, n) for kind in ("routing", "layer") for n in SMALL_BATCHES]
+    """Return what a CPU can run: the small shape's routing and layer by the torch twins, served."""
+    by_size = [Unit(kind, SMALL, n) for kind in ("routing", "layer") for n in SMALL_BATCHES]
+    return [*by_size, Unit("server", SMALL, 0)]
 
 
 def _sizes(kind: str) -> Iterator[int]:

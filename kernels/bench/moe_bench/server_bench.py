@@ -16,20 +16,18 @@ from typing import Any, NamedTuple
 
 import httpx2
 
-from moe_bench.budgets import FRACTIONS
-from moe_bench.dummy_models import even_tables, write_model
+from moe_bench.budgets import FRACTIONS, MODES
+from moe_bench.dummy_models import even_tables, threshold_tables, write_model
 from moe_bench.measure import Row
 from sglang_alloc.demo.errors import DemoError
 from sglang_alloc.demo.heldout_loss import BudgetOverride
 from sglang_alloc.demo.server_process import Server, serve
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
 
-# `threshold` keeps as many slots as `layer` and costs the same per slot (see the layers' rows), and
-# a made-up model has no calibrated thresholds.
-SERVED_MODES = ("layer", "token", "union")
 CONCURRENCIES = (1, 8, 16, 32, 64, 128, 256, 512)
 PREFILL_TOKENS = (1024, 4096, 16384)
 DECODE_STEPS, PROMPT_TOKENS, REPEATS = 64, 32, 5
+FIT_REQUESTS, FIT_TOKENS, FIT_STEPS = 16, 32, 5
 READY_SECONDS = 900.0
 GPU_ARGUMENTS = (
     *("--device", "cuda"),
@@ -55,7 +53,7 @@ class ServerPlan(NamedTuple):
     arguments: Sequence[str] = GPU_ARGUMENTS
     environment: Mapping[str, str] = GPU_ENVIRONMENT
     model_changes: Mapping[str, Any] = {}
-    modes: Sequence[str] = SERVED_MODES
+    modes: Sequence[str] = MODES
     concurrencies: Sequence[int] = CONCURRENCIES
     prefill_tokens: Sequence[int] = PREFILL_TOKENS
     decode_steps: int = DECODE_STEPS
@@ -63,6 +61,8 @@ class ServerPlan(NamedTuple):
 
 
 ON_GPU = ServerPlan()
+# The small model, to see that this works: a CPU's times say nothing of a GPU's.
+ON_CPU = ServerPlan((), {}, {}, MODES, (1, 8), (256,), decode_steps=16, repeats=3)
 
 
 class Case(NamedTuple):
@@ -80,7 +80,6 @@ def measure_server(shape_name: str, plan: ServerPlan, log_folder: Path) -> Itera
     with tempfile.TemporaryDirectory(prefix="sglang-alloc-") as scratch:
         model = write_model(Path(scratch) / shape_name, shape_name, **plan.model_changes)
         table_path = Path(scratch) / "bench.tbl"
-        tables = even_tables(model)
         cases = [Case("decode", size) for size in plan.concurrencies]
         cases += [Case("prefill", size) for size in plan.prefill_tokens]
         with _served(model, None, None, plan, log_folder) as server:
@@ -88,6 +87,7 @@ def measure_server(shape_name: str, plan: ServerPlan, log_folder: Path) -> Itera
         for case in cases:
             yield _row(shape_name, case, "-", "full", "stock", stock[case], stock[case], None)
         for mode in plan.modes:
+            tables = threshold_tables(model) if mode == "threshold" else even_tables(model)
             publish_shared_table(table_path, tables, mode_note=mode)
             with (
                 _served(model, table_path, mode, plan, log_folder) as server,
@@ -96,6 +96,8 @@ def measure_server(shape_name: str, plan: ServerPlan, log_folder: Path) -> Itera
                 for budget, fraction in FRACTIONS.items():
                     activations = round(fraction * table.shape.budget_max)
                     BudgetOverride(table).set(activations, activations)
+                    if mode == "threshold" and fraction < 1.0:
+                        fit_thresholds(server, table, activations)
                     for case in cases:
                         before = table.worker_counters()[0]
                         times = _timed(server, case, plan)
@@ -125,6 +127,31 @@ def _used(before: Any, after: Any, case: Case, table: SharedTable) -> Used:
         activations / tokens / table.shape.num_layers if tokens else None,
         distinct / steps if steps and case.kind == "decode" else None,
     )
+
+
+def fit_thresholds(server: Server, table: SharedTable, activations: int) -> int:
+    """Put the budget in force whose thresholds really keep so many activations; return it.
+
+    Calibration does this for a trained model. A row that affords one activation more keeps about
+    one more, whatever the routing, so a few corrections do.
+    """
+    case, shape = Case("decode", FIT_REQUESTS), table.shape
+    tried: dict[int, float] = {}  # by budget, how far from what it should keep
+    budget = activations
+    while budget not in tried and len(tried) < FIT_STEPS:
+        BudgetOverride(table).set(budget, budget)
+        before = table.worker_counters()[0]
+        with _client(server) as client:
+            _generate(client, FIT_REQUESTS, PROMPT_TOKENS, FIT_TOKENS, random.Random(budget))
+        _settle(server, case)
+        used = _used(before, table.worker_counters()[0], case, table)
+        kept = (used.activations_per_token or 0.0) * shape.num_layers
+        tried[budget] = abs(kept - activations)
+        budget += round(activations - kept)
+        budget = min(max(budget, shape.budget_min), shape.budget_max - 1)
+    budget = min(tried, key=lambda one: tried[one])
+    BudgetOverride(table).set(budget, budget)
+    return budget
 
 
 def _settle(server: Server, case: Case) -> None:

@@ -41,6 +41,10 @@ python="${1:?usage: install.sh PYTHON (one that has torch for this GPU)}"
 "$python" -c 'import torch, sys; sys.exit(not torch.version.cuda)' ||
   { echo "install.sh: $python has no CUDA build of torch; install that first" >&2; exit 1; }
 "$python" -m venv --system-site-packages "$here/venv"
+# Where PYTHON is itself one of a virtual environment, its packages are no system packages.
+there="$("$python" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])')"
+echo "$there" >"$("$here/venv/bin/python" -c \
+  'import sysconfig; print(sysconfig.get_path("purelib"))')/beneath.pth"
 "$here/venv/bin/python" -m pip install --no-index --no-deps "$here"/wheels/*.whl
 "$here/venv/bin/python" -c 'import sglang, sglang_alloc, torch; print(torch.cuda.get_device_name())'
 """

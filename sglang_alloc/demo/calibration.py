@@ -32,6 +32,11 @@ class ClosedLoop(NamedTuple):
     mean_itl_seconds: float
 
 
+def faster(loops: Sequence[ClosedLoop]) -> ClosedLoop:
+    """Return the measurement with the most requests per second."""
+    return max(loops, key=lambda loop: loop.requests_per_second)
+
+
 def measure_closed_loop(
     url: str,
     texts: Sequence[str],

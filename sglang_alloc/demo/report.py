@@ -16,6 +16,7 @@ from sglang_alloc.demo.load_plan import (
     BURST_POSITION_RATIO,
     CALM_UTILISATION_RATIO,
     ITL_SLACK_RATIO,
+    RAISED_BURST_RATIO,
     TTFT_SLACK_RATIO,
     LoadPlan,
 )
@@ -126,8 +127,9 @@ def _load(result: DemoResult) -> dict[str, Any]:
         ),
         "rule": (
             "The load is fitted to the machine before the runs. Closed-loop clients measure the "
-            f"capacity: {plan.full.requests_per_second:.2f} requests/s at full budget, where "
-            "SGLang's own code computes the experts; "
+            "capacity, twice each, and the faster counts: "
+            f"{plan.full.requests_per_second:.2f} requests/s at full budget, where SGLang's own "
+            "code computes the experts; "
             f"{plan.one_below.requests_per_second:.2f} one activation below it, where ours does on "
             "a CPU and spares next to none; and "
             f"{plan.floor.requests_per_second:.2f} at the floor of {result.floor_budget} "
@@ -137,7 +139,7 @@ def _load(result: DemoResult) -> dict[str, Any]:
             "at their due times whether or not earlier ones were answered, and TTFT counts from "
             f"the due time. The SLOs are {TTFT_SLACK_RATIO:g} times the median TTFT and "
             f"{ITL_SLACK_RATIO:g} times the mean inter-token latency of the closed loop at full "
-            "budget, rounded up to a bucket edge of the server's histograms."
+            "budget, rounded up to a bucket edge of the server's histograms." + _raised(plan)
         ),
         "phases": [phase._asdict() for phase in plan.phases],
         "prompt_bytes": shape.prompt_bytes,
@@ -149,6 +151,16 @@ def _load(result: DemoResult) -> dict[str, Any]:
             "floor": _closed_loop(plan.floor),
         },
     }
+
+
+def _raised(plan: LoadPlan) -> str:
+    if plan.carried_ratio is None:
+        return ""
+    return (
+        f" With that burst full quality kept {plan.carried_ratio:.0%} within both SLOs: the "
+        "machine was faster in the run than when it was measured. The burst was raised by "
+        f"{RAISED_BURST_RATIO - 1:.0%} and the run at full budget repeated."
+    )
 
 
 def _closed_loop(measured: ClosedLoop) -> dict[str, Any]:

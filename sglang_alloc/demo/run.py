@@ -13,11 +13,15 @@ from sglang_alloc.budget_tables import load_budget_tables
 from sglang_alloc.demo.controller_process import controller, controller_settings
 from sglang_alloc.demo.load_plan import (
     AFTER_SECONDS,
+    BURST,
     BURST_SECONDS,
     CALM_SECONDS,
+    CARRIED_ATTAINMENT_RATIO,
     LoadPlan,
     bucket_arguments,
 )
+from sglang_alloc.demo.observation import RunRecord
+from sglang_alloc.demo.outcome import attainment_ratio
 from sglang_alloc.demo.progress import Stage, StageProgress
 from sglang_alloc.demo.report import DemoResult
 from sglang_alloc.demo.server_process import Server, free_port, serve
@@ -51,7 +55,7 @@ LOSS, WRITE = "held-out loss", "writing the report"
 _TRACE_SECONDS = CALM_SECONDS + BURST_SECONDS + AFTER_SECONDS
 STAGES = (
     Stage(START, 40.0),
-    Stage(CALIBRATE, 37.0),
+    Stage(CALIBRATE, 53.0),
     Stage(FULL, _TRACE_SECONDS + 5.0),
     Stage(CONTROLLED, _TRACE_SECONDS + 8.0),
     Stage(LOSS, 35.0),
@@ -90,11 +94,10 @@ def _measure(session: Session, options: DemoOptions, progress: StageProgress) ->
     floor_budget = max(shape.budget_min, round(FLOOR_RATIO * shape.budget_max))
     with progress.stage(CALIBRATE):
         plan = calibrate(session, floor_budget)
-    trace = make_trace(session.texts, plan.phases, **SHAPE._asdict(), seed=options.seed)
     with progress.stage(FULL):
-        full = run_trace(session, trace, options.out / "full.jsonl")
+        plan, full = _overload(session, plan, options)
     with progress.stage(CONTROLLED), _controller(options, session, plan, floor_budget):
-        controlled = run_trace(session, trace, options.out / "controlled.jsonl")
+        controlled = run_trace(session, full.trace, options.out / "controlled.jsonl")
     with progress.stage(LOSS):
         full_loss, level_losses = measure_losses(session, controlled)
     return DemoResult(
@@ -110,6 +113,22 @@ def _measure(session: Session, options: DemoOptions, progress: StageProgress) ->
         level_losses=tuple(level_losses),
         scored_tokens=WINDOWS * WINDOW_SCORED_BYTES,
     )
+
+
+def _overload(session: Session, plan: LoadPlan, options: DemoOptions) -> tuple[LoadPlan, RunRecord]:
+    """Run the trace at full budget, and once more with a heavier burst if that carried it."""
+
+    def run(plan: LoadPlan) -> RunRecord:
+        trace = make_trace(session.texts, plan.phases, **SHAPE._asdict(), seed=options.seed)
+        return run_trace(session, trace, options.out / "full.jsonl")
+
+    full = run(plan)
+    burst = [request for request in full.requests if request.phase == BURST]
+    carried_ratio = attainment_ratio(burst, plan.slo)
+    if carried_ratio < CARRIED_ATTAINMENT_RATIO:
+        return plan, full
+    heavier = plan.raised(carried_ratio)
+    return heavier, run(heavier)
 
 
 @contextlib.contextmanager

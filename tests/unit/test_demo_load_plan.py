@@ -3,12 +3,14 @@
 import pytest
 from demo_runs import make_loop
 
+from sglang_alloc.demo.calibration import faster
 from sglang_alloc.demo.errors import DemoError
 from sglang_alloc.demo.load_plan import (
     BURST_OVERLOAD_MIN_RATIO,
     BURST_POSITION_RATIO,
     CALM_UTILISATION_RATIO,
     ITL_EDGES_SECONDS,
+    RAISED_BURST_RATIO,
     TTFT_EDGES_SECONDS,
     bucket_arguments,
     next_edge,
@@ -50,3 +52,18 @@ def test_edges_ascend() -> None:
 def test_a_machine_too_slow_for_any_edge_is_told_so() -> None:
     with pytest.raises(DemoError, match="too slow or too busy"):
         plan_load(make_loop(3.0), make_loop(0.1, ttft=90.0), make_loop(7.0), make_loop(9.0))
+
+
+def test_of_two_measurements_the_faster_counts() -> None:
+    assert faster([make_loop(3.0), make_loop(3.6), make_loop(3.2)]) == make_loop(3.6)
+
+
+def test_a_burst_that_full_quality_carried_is_raised_and_the_calm_is_not() -> None:
+    plan = plan_load(make_loop(3.0), make_loop(6.0), make_loop(7.0), make_loop(9.0))
+    heavier = plan.raised(0.99)
+    ratios = [
+        after.requests_per_second / before.requests_per_second
+        for before, after in zip(plan.phases, heavier.phases, strict=True)
+    ]
+    assert ratios == pytest.approx([1.0, RAISED_BURST_RATIO, 1.0])
+    assert (heavier.carried_ratio, heavier.slo) == (0.99, plan.slo)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import random
 import statistics
@@ -10,8 +11,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import httpx2
+
 from sglang_alloc.demo.errors import DemoError
 from sglang_alloc.demo.load import RequestRecord, send_request, streaming_client
+from sglang_alloc.demo.observation import METRICS_EVERY_SECONDS
 from sglang_alloc.demo.trace import TracedRequest, cut_prompt
 
 
@@ -47,7 +51,10 @@ def measure_closed_loop(
     seed: int,
     on_tick: Callable[[], None] | None = None,
 ) -> ClosedLoop:
-    """Keep `clients` requests in the server for `seconds`; return its throughput and latencies."""
+    """Keep `clients` requests in the server for `seconds`; return its throughput and latencies.
+
+    Its /metrics are read meanwhile as by a controller: that takes time from the same cores.
+    """
     requests = _endless_requests(texts, shape, random.Random(seed))
     return asyncio.run(_closed_loop(url, requests, clients, seconds, on_tick))
 
@@ -68,13 +75,22 @@ async def _closed_loop(
             records.append(await send_request(http, request, started))
 
     async with streaming_client(url) as http:
+        reader = asyncio.create_task(_read_metrics(http))
         group = asyncio.gather(*(one_client() for _ in range(clients)))
         while not group.done():
             await asyncio.sleep(0.25)
             if on_tick is not None:
                 on_tick()
+        reader.cancel()
         await group
     return _summary(records, clients, time.monotonic() - started)
+
+
+async def _read_metrics(http: httpx2.AsyncClient) -> None:
+    while True:
+        with contextlib.suppress(httpx2.HTTPError):
+            await http.get("/metrics")
+        await asyncio.sleep(METRICS_EVERY_SECONDS)
 
 
 def _summary(records: Sequence[RequestRecord], clients: int, seconds: float) -> ClosedLoop:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from sglang_alloc.demo.load_plan import Slo
+from sglang_alloc.demo.observation import METRICS_EVERY_SECONDS
 from sglang_alloc.demo.owned_process import OwnedProcess, owned_process
 from sglang_alloc.demo.server_process import console_script, wait_until_ready
 
@@ -32,7 +33,7 @@ def controller_settings(
     """
     return {
         "table": str(table),
-        "source": {"kind": "sglang", "url": server_url, "poll_seconds": 0.5},
+        "source": {"kind": "sglang", "url": server_url, "poll_seconds": METRICS_EVERY_SECONDS},
         "slo": {
             "ttft_seconds": slo.ttft_seconds,
             "itl_seconds": slo.itl_seconds,

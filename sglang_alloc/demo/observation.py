@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import bisect
-import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx2
 
@@ -16,16 +15,16 @@ from sglang_alloc.demo.load import RequestRecord, offer_load
 from sglang_alloc.demo.trace import Trace
 from sglang_alloc.shared_table import SharedTable
 
-METRICS_EVERY_SECONDS = 1.0
+# Rendering /metrics takes SGLang some 50 ms on the cores that it serves from, and its /v1/loads
+# less than 4: the controller needs the one, this observer only the other.
+METRICS_EVERY_SECONDS, LOADS_EVERY_SECONDS = 1.0, 1.0
+LOADS_PATH = "/v1/loads?include=core"
 # The rank acknowledges a change within a scheduler iteration; reading its slot costs microseconds.
 BUDGETS_EVERY_SECONDS = 0.05
-_GAUGE_LINE = re.compile(
-    r"^sglang[:_](num_queue_reqs|num_running_reqs|gen_throughput)(?:\{[^}]*\})? (\S+)", re.MULTILINE
-)
 
 
 class GaugeSample(NamedTuple):
-    """What a scrape of the server's /metrics said, `second` after the start of the run."""
+    """What the server's /v1/loads said, `second` after the start of the run."""
 
     second: float
     queue_requests: float
@@ -99,29 +98,30 @@ async def _watch_gauges(url: str, started: float, gauges: list[GaugeSample]) -> 
     async with httpx2.AsyncClient(base_url=url, timeout=5.0, trust_env=False) as client:
         while True:
             second = time.monotonic() - started
-            text = await _scrape(client)
-            if text is not None:
-                gauges.append(parse_gauges(second, text))
-            await asyncio.sleep(
-                max(0.0, second + METRICS_EVERY_SECONDS + started - time.monotonic())
-            )
+            answer = await _loads(client)
+            if answer is not None:
+                gauges.append(sum_loads(second, answer))
+            await asyncio.sleep(max(0.0, second + LOADS_EVERY_SECONDS + started - time.monotonic()))
 
 
-async def _scrape(client: httpx2.AsyncClient) -> str | None:
-    """Return the exposition, or None: a scrape that fails is a gap in a plot, not an error."""
+async def _loads(client: httpx2.AsyncClient) -> dict[str, Any] | None:
+    """Return the answer, or None: a look that fails is a gap in a plot, not an error."""
     try:
-        response = await client.get("/metrics")
-    except httpx2.TransportError:
+        response = await client.get(LOADS_PATH)
+        answer: dict[str, Any] = response.raise_for_status().json()
+    except (httpx2.HTTPError, ValueError):
         return None
-    return response.text if response.status_code == 200 else None
+    return answer
 
 
-def parse_gauges(second: float, exposition: str) -> GaugeSample:
-    """Read the gauges out of a Prometheus exposition; a gauge that is not there yet counts 0."""
-    values = {"num_queue_reqs": 0.0, "num_running_reqs": 0.0}
-    for name, value in _GAUGE_LINE.findall(exposition):
-        values[name] = values.get(name, 0.0) + float(value)
-    return GaugeSample(second, values["num_queue_reqs"], values["num_running_reqs"])
+def sum_loads(second: float, answer: Mapping[str, Any]) -> GaugeSample:
+    """Add up the ranks of an answer of /v1/loads; one that published nothing yet counts 0."""
+    ranks = answer.get("loads", ())
+    return GaugeSample(
+        second,
+        float(sum(rank["num_waiting_reqs"] for rank in ranks)),
+        float(sum(rank["num_running_reqs"] for rank in ranks)),
+    )
 
 
 async def _watch_budgets(table: SharedTable, started: float, budgets: list[BudgetInForce]) -> None:

@@ -13,18 +13,18 @@ from table_factory import publish_and_open
 from sglang_alloc.demo.errors import DemoError
 from sglang_alloc.demo.heldout_loss import BudgetOverride, cut_windows
 from sglang_alloc.demo.machine import cpu_model, machine_facts, software_versions
-from sglang_alloc.demo.observation import observe_run, parse_gauges
+from sglang_alloc.demo.observation import observe_run, sum_loads
 from sglang_alloc.demo.progress import Stage, StageProgress, time_left_text
 from sglang_alloc.demo.trace import Phase, Trace, TracedRequest
 from sglang_alloc.shared_table import SharedTable
 
-EXPOSITION = """\
-# HELP sglang:num_queue_reqs The number of requests in the waiting queue.
-# TYPE sglang:num_queue_reqs gauge
-sglang:num_queue_reqs{engine_type="unified",model_name="m",tp_rank="0"} 7.0
-sglang:num_running_reqs{engine_type="unified",model_name="m",tp_rank="0"} 3.0
-sglang:num_running_reqs_offline_batch{model_name="m"} 99.0
-"""
+LOADS = {
+    "timestamp": "2026-01-01T00:00:00Z",
+    "loads": [
+        {"dp_rank": 0, "num_running_reqs": 3, "num_waiting_reqs": 7},
+        {"dp_rank": 1, "num_running_reqs": 2, "num_waiting_reqs": 0},
+    ],
+}
 
 
 def _acknowledge_override(table: SharedTable) -> None:
@@ -39,13 +39,12 @@ def _acknowledge(table: SharedTable, prefill_budget: int, decode_budget: int) ->
     table.worker_slot(0).update(pid=1, prefill_budget=prefill_budget, decode_budget=decode_budget)
 
 
-def test_gauges_are_read_under_either_spelling() -> None:
-    assert parse_gauges(2.0, EXPOSITION) == (2.0, 7.0, 3.0)
-    assert parse_gauges(2.0, EXPOSITION.replace("sglang:", "sglang_")) == (2.0, 7.0, 3.0)
+def test_the_loads_of_all_ranks_are_added_up() -> None:
+    assert sum_loads(2.0, LOADS) == (2.0, 7.0, 5.0)
 
 
-def test_a_gauge_that_is_not_there_yet_counts_zero() -> None:
-    assert parse_gauges(0.0, "") == (0.0, 0.0, 0.0)
+def test_a_server_whose_ranks_published_nothing_yet_counts_zero() -> None:
+    assert sum_loads(0.0, {"loads": []}) == (0.0, 0.0, 0.0)
 
 
 def test_budgets_in_force_are_those_of_the_last_change() -> None:
@@ -67,7 +66,7 @@ def test_a_run_records_requests_and_the_acknowledged_budgets(tmp_path: Path) -> 
     assert [record.error for record in run.requests] == [None]
     assert [entry[1:] for entry in run.budgets] == [(12, 11)]
     assert ticks[-1] == (1, 1)
-    assert run.gauges == ()  # the stand-in has no /metrics: a gap, not an error
+    assert run.gauges == ()  # the stand-in has no /v1/loads: a gap, not an error
 
 
 def test_an_override_returns_when_the_server_has_acknowledged_it(tmp_path: Path) -> None:

@@ -15,6 +15,22 @@ from sglang_alloc.demo.owned_process import OwnedProcess, owned_process
 from sglang_alloc.demo.server_process import console_script, wait_until_ready
 
 READY_TIMEOUT_SECONDS = 20.0
+# Every wait is about an eighth of the default, and a step is as much larger as waits are shorter.
+_QUICK_LAW = {
+    "window_seconds": 5.0,
+    "long_window_seconds": 15.0,
+    "window_max_seconds": 20.0,
+    "degrade_gain": 0.2,
+    "degrade_step_max": 0.5,
+    "degrade_hold_seconds": 2.0,
+    "restore_hold_seconds": 3.0,
+    "restore_step_max": 0.25,
+    "restore_after_degrade_seconds": 30.0,
+    "probe_seconds": 5.0,
+    "trial_seconds": 15.0,
+    "backoff_seconds": 30.0,
+    "backoff_max_seconds": 120.0,
+}
 
 
 def controller_settings(
@@ -28,8 +44,8 @@ def controller_settings(
 ) -> dict[str, Any]:
     """Return the controller's configuration for the demo.
 
-    The law's constants are its defaults except those named here: the demo's burst lasts half a
-    minute, not the quarter of an hour that the defaults are made for.
+    The law's constants are its defaults except those that hold times and steps: the demo's burst
+    lasts half a minute, not the quarter of an hour that the defaults are made for.
     """
     return {
         "table": str(table),
@@ -44,13 +60,7 @@ def controller_settings(
             "prefill_floor_budget": floor_budget,
             "decode_floor_budget": floor_budget,
         },
-        "law": {
-            "window_seconds": 5.0,
-            "degrade_step_max": 0.5,
-            "degrade_hold_seconds": 1.5,
-            "restore_hold_seconds": 4.0,
-            "restore_step_max": 0.15,
-        },
+        "law": dict(_QUICK_LAW),
         "freshness": {"warmup_seconds": 0.0},
         "http": {"host": "127.0.0.1", "port": port},
         "decision_log": {"path": str(decision_log), "every_tick": True},

@@ -41,11 +41,14 @@ def controller_settings(
     floor_budget: int,
     decision_log: Path,
     port: int,
+    max_predicted_loss: float | None = None,
 ) -> dict[str, Any]:
     """Return the controller's configuration for the demo.
 
     The law's constants are its defaults except those that hold times and steps: the demo's burst
     lasts half a minute, not the quarter of an hour that the defaults are made for.
+    Neither budget goes below `floor_budget`, nor where the tables predict more than
+    `max_predicted_loss`, in nats per token.
     """
     return {
         "table": str(table),
@@ -59,6 +62,7 @@ def controller_settings(
         "quality": {
             "prefill_floor_budget": floor_budget,
             "decode_floor_budget": floor_budget,
+            "max_predicted_loss": max_predicted_loss,
         },
         "law": dict(_QUICK_LAW),
         "freshness": {"warmup_seconds": 0.0},

@@ -46,6 +46,7 @@ class DemoResult:
     plan: LoadPlan
     full_budget: int
     floor_budget: int
+    max_predicted_loss: float
     full: RunRecord
     controlled: RunRecord
     full_loss: LevelLoss
@@ -60,7 +61,7 @@ def build_report(result: DemoResult) -> dict[str, Any]:
     controlled = summarise_run(result.controlled, slo) | _loss_of(result, result.level_losses)
     return {
         "schema_version": SCHEMA_VERSION,
-        "verdict": verdict(full, controlled),
+        "verdict": verdict(full, controlled, result.max_predicted_loss),
         "full": full,
         "controlled": controlled,
         "slo": slo._asdict() | {"itl_is": "mean inter-token latency of a request"},
@@ -69,6 +70,7 @@ def build_report(result: DemoResult) -> dict[str, Any]:
         "mode": result.mode,
         "full_budget": result.full_budget,
         "floor_budget": result.floor_budget,
+        "max_predicted_loss": result.max_predicted_loss,
         "machine": machine.machine_facts(),
         "versions": machine.software_versions(),
         "commit": machine.source_commit(),

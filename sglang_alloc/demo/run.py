@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from sglang_alloc.allocation_mode import predicted_loss
 from sglang_alloc.budget_tables import load_budget_tables
 from sglang_alloc.demo.controller_process import controller, controller_settings
 from sglang_alloc.demo.load_plan import (
@@ -36,9 +37,10 @@ from sglang_alloc.demo.stages import (
     run_trace,
 )
 from sglang_alloc.demo.trace import make_trace
+from sglang_alloc.enforcement import PHASES
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
 
-# The controller may give up at most two thirds of the activations.
+# The controller may give up as much quality as the tables predict for a third of the activations.
 FLOOR_RATIO = 1 / 3
 # float32 is several times faster than bfloat16 on CPUs without matrix extensions; chunks of 2048
 # tokens bound how long a prefill may hold up the decoding requests. SGLang prefills as long as a
@@ -81,7 +83,7 @@ def run_demo(options: DemoOptions, progress: StageProgress) -> DemoResult:
     Raises an AllocError with a sentence for the terminal when a step cannot be done.
     """
     with contextlib.ExitStack() as stack:
-        table_path = stack.enter_context(_published(options.tables))
+        table_path = stack.enter_context(_published(options))
         with progress.stage(START):
             server = stack.enter_context(_serve(options, table_path, progress))
         table = stack.enter_context(contextlib.closing(SharedTable.open(table_path)))
@@ -107,12 +109,19 @@ def _measure(session: Session, options: DemoOptions, progress: StageProgress) ->
         plan=plan,
         full_budget=session.full_budget,
         floor_budget=floor_budget,
+        max_predicted_loss=_loss_allowed(session.table, floor_budget),
         full=full,
         controlled=controlled,
         full_loss=full_loss,
         level_losses=tuple(level_losses),
         scored_tokens=WINDOWS * WINDOW_SCORED_BYTES,
     )
+
+
+def _loss_allowed(table: SharedTable, floor_budget: int) -> float:
+    """Return the largest loss, nats per token, predicted for `floor_budget` or any above it."""
+    first = floor_budget - table.shape.budget_min
+    return max(float(predicted_loss(table, phase)[first:].max()) for phase in PHASES)
 
 
 def _overload(session: Session, plan: LoadPlan, options: DemoOptions) -> tuple[LoadPlan, RunRecord]:
@@ -132,12 +141,12 @@ def _overload(session: Session, plan: LoadPlan, options: DemoOptions) -> tuple[L
 
 
 @contextlib.contextmanager
-def _published(tables: Path) -> Iterator[Path]:
+def _published(options: DemoOptions) -> Iterator[Path]:
     """Publish the tables for this demo alone, in memory where the machine has /dev/shm."""
     memory = Path("/dev/shm")
     folder = memory if memory.is_dir() else Path(tempfile.gettempdir())
     path = folder / "sglang-alloc" / f"demo-{os.getpid()}.tbl"
-    publish_shared_table(path, load_budget_tables(tables))
+    publish_shared_table(path, load_budget_tables(options.tables), mode_note=options.mode)
     try:
         yield path
     finally:
@@ -168,6 +177,7 @@ def _controller(
         server_url=session.server.url,
         slo=plan.slo,
         floor_budget=floor_budget,
+        max_predicted_loss=_loss_allowed(session.table, floor_budget),
         decision_log=decisions,
         port=free_port(),
     )

@@ -8,9 +8,13 @@ from typing import Any
 SAME_ATTAINMENT_RATIO = 0.01
 
 
-def verdict(full: dict[str, Any], controlled: dict[str, Any]) -> str:
-    """Return one honest sentence or two: attainment with and without, and what it cost."""
-    return f"{_attainment(full, controlled)} {_cost(full, controlled)}{_errors(full, controlled)}"
+def verdict(full: dict[str, Any], controlled: dict[str, Any], max_loss: float) -> str:
+    """Return one honest sentence or two: attainment with and without, and what it cost.
+
+    `max_loss`, nats per token, is what the controller was allowed to give up.
+    """
+    cost = _cost(full, controlled, max_loss)
+    return f"{_attainment(full, controlled)} {cost}{_errors(full, controlled)}"
 
 
 def _attainment(full: dict[str, Any], controlled: dict[str, Any]) -> str:
@@ -26,7 +30,7 @@ def _attainment(full: dict[str, Any], controlled: dict[str, Any]) -> str:
     )
 
 
-def _cost(full: dict[str, Any], controlled: dict[str, Any]) -> str:
+def _cost(full: dict[str, Any], controlled: dict[str, Any], max_loss: float) -> str:
     if controlled["budget_changes"] == 0:
         return "It never moved the budget, so quality was full throughout."
     increase = controlled["heldout_nll"] - controlled["heldout_nll_full"]
@@ -37,7 +41,8 @@ def _cost(full: dict[str, Any], controlled: dict[str, Any]) -> str:
         f"prefill and {controlled['mean_decode_budget']:.1f} in decode, of "
         f"{full['mean_decode_budget']:.0f} activations per token) the loss on held-out text "
         f"{_direction(increase, error)} by {abs(increase):.4f} ± {error:.4f} nats per token "
-        f"({relative:+.2%})."
+        f"({relative:+.2%}), {'within' if increase <= max_loss else 'beyond'} the {max_loss:.4f} "
+        "that it was allowed."
     )
 
 

@@ -71,6 +71,7 @@ def make_result(full: RunRecord, controlled: RunRecord, model: str = "tiny-moe")
         ),
         full_budget=FULL,
         floor_budget=13,
+        max_predicted_loss=0.15,
         full=full,
         controlled=controlled,
         full_loss=LevelLoss(Level(FULL, FULL, 1.0), (1.0, 1.2, 1.4)),

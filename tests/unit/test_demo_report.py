@@ -86,25 +86,32 @@ def test_nan_becomes_null_at_any_depth() -> None:
 
 
 def test_the_verdict_says_that_attainment_rose_and_what_it_cost() -> None:
-    text = verdict(*_runs())
+    text = verdict(*_runs(), 0.15)
     assert "raised the share of requests within both SLOs from 66.7% to 100.0%" in text
     assert "0.1000" in text
+    assert "within the 0.1500 that it was allowed" in text
     assert "No request failed." in text
 
 
 def test_the_verdict_says_when_the_controller_did_not_help() -> None:
-    assert "did not change" in verdict(*_runs(slo_attainment_ratio=2 / 3))
-    assert "lowered the share" in verdict(*_runs(slo_attainment_ratio=0.2))
+    assert "did not change" in verdict(*_runs(slo_attainment_ratio=2 / 3), 0.15)
+    assert "lowered the share" in verdict(*_runs(slo_attainment_ratio=0.2), 0.15)
 
 
 def test_the_verdict_says_when_the_budget_never_moved() -> None:
-    assert "never moved the budget" in verdict(*_runs(budget_changes=0))
+    assert "never moved the budget" in verdict(*_runs(budget_changes=0), 0.15)
 
 
 def test_the_verdict_distrusts_runs_with_errors() -> None:
-    assert "1 requests failed, so these figures are not to be trusted" in verdict(*_runs(errors=1))
+    assert "1 requests failed, so these figures are not to be trusted" in verdict(
+        *_runs(errors=1), 0.15
+    )
 
 
 def test_a_loss_within_its_error_is_not_called_a_rise() -> None:
-    text = verdict(*_runs(heldout_nll=1.201, heldout_nll_increase_standard_error=0.002))
+    text = verdict(*_runs(heldout_nll=1.201, heldout_nll_increase_standard_error=0.002), 0.15)
     assert "within what the sample can resolve" in text
+
+
+def test_the_verdict_says_when_more_was_lost_than_allowed() -> None:
+    assert "beyond the 0.0500 that it was allowed" in verdict(*_runs(), 0.05)

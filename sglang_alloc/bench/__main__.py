@@ -73,8 +73,6 @@ def _positive(text: str) -> int:
 
 
 def _facts(options: LatencyOptions) -> dict[str, object]:
-    facts = machine.machine_facts()
-    versions = machine.software_versions()
     return {
         "mode": options.mode,
         "model": options.model.name,
@@ -82,11 +80,7 @@ def _facts(options: LatencyOptions) -> dict[str, object]:
         "decode_prompt_tokens": DECODE_PROMPT_BYTES,
         "decode_steps": DECODE_STEPS,
         "server_arguments": " ".join(SERVER_ARGUMENTS),
-        "cpu_model": facts["cpu_model"],
-        "cores": facts["cores"],
-        **{name: versions.get(name, "-") for name in ("sglang-alloc", "sglang", "torch")},
-        "commit": machine.source_commit(),
-        "date": machine.today_utc(),
+        **machine.row_facts(),
     }
 
 

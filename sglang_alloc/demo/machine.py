@@ -61,3 +61,15 @@ def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     return done.stdout.strip()
+
+
+def row_facts() -> dict[str, object]:
+    """Return what every row of a bench's CSV says of where and with what it was measured."""
+    facts, versions = machine_facts(), software_versions()
+    return {
+        "cpu_model": facts["cpu_model"],
+        "cores": facts["cores"],
+        **{name: versions.get(name, "-") for name in ("sglang-alloc", "sglang", "torch")},
+        "commit": source_commit(),
+        "date": today_utc(),
+    }

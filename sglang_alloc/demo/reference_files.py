@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sglang_alloc.allocation_mode import MODES
 from sglang_alloc.demo.errors import DemoError
 
 REFERENCE = Path(__file__).resolve().parent.parent / "reference"
 MODEL = REFERENCE / "qwen3-moe-ref"
-MODES = ("layer", "token", "threshold")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -74,19 +74,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _facts(options: Options) -> dict[str, object]:
-    facts = machine.machine_facts()
-    versions = machine.software_versions()
     return {
         "mode": options.mode,
         "model": options.model.name,
         "prompt_bytes": options.shape.prompt_bytes,
         "output_tokens": options.shape.output_tokens,
         "server_arguments": " ".join(SERVER_ARGUMENTS),
-        "cpu_model": facts["cpu_model"],
-        "cores": facts["cores"],
-        **{name: versions.get(name, "-") for name in ("sglang-alloc", "sglang", "torch")},
-        "commit": machine.source_commit(),
-        "date": machine.today_utc(),
+        **machine.row_facts(),
     }
 
 

@@ -39,6 +39,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ("kernels", "controller", "sglang_alloc", "tests", "Makefile", "pyproject.toml")
 TESTING = ("pytest", "hypothesis")
 KERNELS = "sglang-kernel"
+TOOLKIT = "cuda-toolkit[nvcc,crt,nvvm,cccl]"  # torch says in which version
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +65,7 @@ def _report(given: argparse.Namespace) -> dict[str, Any]:
         return dict(json.loads(given.report.read_text(encoding="utf-8")))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     engine = (f"sglang=={given.sglang}", f"{KERNELS}=={given.kernel}")
-    wanted = (*engine, *TESTING, *project["dependencies"])
+    wanted = (*engine, *TESTING, TOOLKIT, *project["dependencies"])
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "report.json"
         target = ("--target", scratch, "--ignore-installed")

@@ -2,12 +2,18 @@
 
 Host functions are called as they are; a launch compiles instead of running. Needs no driver: Triton
 brings its assembler. The interpreter must be off, so the tests start this as a process of its own.
+With `--resources` a line also tells registers and instructions, which takes longer.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,10 +39,13 @@ TYPES = {
     torch.int64: "*i64",
 }
 LAYERS, EXPERTS, TOP_K = 2, 60, 6
+NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def compile_launch(kernel: Any, target: GPUTarget, args: tuple[Any, ...], named: Any) -> Any:
-    """Compile what `kernel[grid](*args, **named)` would have launched."""
+def compile_launch(
+    kernel: Any, target: GPUTarget, args: tuple[Any, ...], named: Any, seen: set[str]
+) -> Any:
+    """Compile what `kernel[grid](*args, **named)` would have launched; None if that was `seen`."""
     options = {key: named.pop(key) for key in ("num_warps",) if key in named}
     bound = inspect.signature(kernel.fn).bind(*args, **named).arguments
     constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
@@ -49,18 +58,48 @@ def compile_launch(kernel: Any, target: GPUTarget, args: tuple[Any, ...], named:
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
     constants = {name: bound[name] for name, kind in signature.items() if kind == "constexpr"}
+    key = repr((kernel.__name__, signature, constants, options))
+    if key in seen:
+        return None
+    seen.add(key)
     return triton.compile(ASTSource(kernel, signature, constants), target=target, options=options)
 
 
-def launches(target: GPUTarget) -> Iterator[str]:
+def resources(cubin: bytes) -> str:
+    """Return the registers of a thread and the instructions of the code, as NVIDIA's tools tell."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (
+            subprocess.run(
+                [str(NVIDIA_TOOLS / tool), option, file.name],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    instructions = [
+        line for line in re.findall(r"/\*[0-9a-f]{4,}\*/ +(.*);", code) if line != "NOP"
+    ]
+    registers = re.findall(r"REG:(\d+)", usage)
+    return f", {registers[0]} registers, {len(instructions)} instructions"
+
+
+def launches(target: GPUTarget, *, with_resources: bool) -> Iterator[str]:
     """Call every host function; yield one line per kernel that was compiled."""
     lines: list[str] = []
+    seen: set[str] = set()
 
     def compile_instead(kernel: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        compiled = compile_launch(kernel, target, args, named)
-        shared = compiled.metadata.shared
-        size = len(compiled.asm["cubin"])
-        lines.append(f"{kernel.__name__}: {size} bytes of code, {shared} of shared memory")
+        warps = named.get("num_warps", 4)
+        compiled = compile_launch(kernel, target, args, named, seen)
+        if compiled is not None:
+            cubin, shared = compiled.asm["cubin"], compiled.metadata.shared
+            line = (
+                f"{kernel.__name__}: {len(cubin)} bytes, {shared} of shared memory, {warps} warps"
+            )
+            lines.append(line + (resources(cubin) if with_resources else ""))
 
     JITFunction.run = compile_instead
     rows = LayerRows(*(torch.ones(LAYERS) for _ in range(3)), torch.ones(LAYERS, EXPERTS))
@@ -71,16 +110,22 @@ def launches(target: GPUTarget) -> Iterator[str]:
         step = StepTensors(torch.ones(1, dtype=torch.int32), bounds, bounds, sums)
         weights = torch.ones(tokens, TOP_K + 2)
         ids = torch.ones(tokens, TOP_K + 2, dtype=torch.int32)
-        for now, shared in ((rows, step), (bare, StepTensors())):
-            budgeted_slots(weights, ids, now, 1, "quota", num_shared=2, step=shared)
-            budgeted_slots(weights, ids, now, 1, "threshold", num_shared=2, step=shared)
-            token_slots(weights, ids, now, 1, num_shared=2, step=shared)
-            union_slots(weights, ids, now, 1, EXPERTS, num_shared=2, step=shared)
-        capped = rows._replace(caps=torch.ones(LAYERS))
+        # In service the step is always whole; corrections are in some tables.
+        for now in (rows, bare):
+            budgeted_slots(weights, ids, now, 1, "quota", num_shared=2, step=step)
+            budgeted_slots(weights, ids, now, 1, "threshold", num_shared=2, step=step)
+            token_slots(weights, ids, now, 1, num_shared=2, step=step)
+            union_slots(weights, ids, now, 1, EXPERTS, num_shared=2, step=step)
         union_slots(weights, ids, rows, 1, EXPERTS, "threshold", num_shared=2, step=step)
-        union_slots(weights, ids, capped, 1, EXPERTS, num_shared=2, step=step)
         yield from lines
         lines.clear()
+    capped = rows._replace(caps=torch.ones(LAYERS))
+    union_slots(weights[:33], ids[:33], capped, 1, EXPERTS, num_shared=2, step=step)
+    # As the bench times routing, and as a router may return slots.
+    valid = StepTensors(step.num_valid_tokens)
+    budgeted_slots(weights[:1], ids[:1], bare, 1, "quota", step=valid)
+    token_slots(weights[:1], ids[:1], bare, 1, step=valid)
+    budgeted_slots(weights[:16].bfloat16(), ids[:16].long(), bare, 1, "quota", step=step)
     step_statistics(sums, make_totals(LAYERS, "cpu"))
     by_phase = torch.stack([make_totals(LAYERS, "cpu")] * 2)
     step_statistics(sums, by_phase, torch.zeros(1, dtype=torch.int32))
@@ -94,7 +139,7 @@ def launches(target: GPUTarget) -> Iterator[str]:
 
 
 def main() -> None:
-    for line in launches(GPUTarget("cuda", 90, 32)):
+    for line in launches(GPUTarget("cuda", 90, 32), with_resources="--resources" in sys.argv):
         print(line)
 
 

@@ -32,6 +32,7 @@ RESOLVED = {
     "torch": "2.11.0",
     "nvidia-nccl-cu13": "2.28.9",
     "nvidia-ml-py": "13.615.71",
+    "nvidia-cuda-nvcc": "13.0.88",
     "flashinfer-python": "0.6.14",
     "numpy": "2.3.1",
     "PyYAML": "6.0.2",
@@ -63,12 +64,19 @@ def test_what_the_machine_has_in_the_needed_version_is_left_out() -> None:
     assert found["sglang"].reason == "is not there"
 
 
-def test_torch_its_libraries_and_flashinfer_are_never_brought_unless_asked_for() -> None:
+def test_torch_and_its_libraries_are_never_brought_unless_asked_for() -> None:
     found = _choices()
-    for name in ("torch", "nvidia-nccl-cu13", "flashinfer-python"):
+    for name in ("torch", "nvidia-nccl-cu13"):
         assert not found[name].is_brought
-    assert found["nvidia-ml-py"].is_brought
-    assert _choices(always=("Flashinfer_Python",))["flashinfer-python"].is_brought
+    assert _choices(always=("Nvidia_NCCL.cu13",))["nvidia-nccl-cu13"].is_brought
+
+
+def test_what_sglang_imports_and_compiles_with_is_brought() -> None:
+    """Its sampler imports FlashInfer on every GPU, whatever the backend; its kernels need nvcc."""
+    found = _choices()
+    for name in ("nvidia-ml-py", "flashinfer-python", "nvidia-cuda-nvcc"):
+        assert found[name].is_brought
+    assert not _choices("nvidia-cuda-nvcc==13.0.88")["nvidia-cuda-nvcc"].is_brought
 
 
 def test_a_local_version_or_a_path_counts_as_the_same() -> None:

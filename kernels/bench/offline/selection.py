@@ -11,16 +11,17 @@ from typing import Any, NamedTuple
 NEVER: dict[str, str] = {
     "torch": "has to be there: it fits the machine's driver",
     "triton": "comes with torch",
-    "nvidia-*": "come with torch",
-    "cuda-*": "come with torch",
-    "flashinfer*": "not needed with --attention-backend triton --sampling-backend pytorch",
+    "nvidia-*": "come with torch, or are for kernels that are not used here",
+    "cuda-*": "come with torch, or are for kernels that are not used here",
     "torchaudio": "not needed to serve text",
     "torchcodec": "not needed to serve text",
     "decord2": "not needed to serve text",
 }
 
-# What SGLang imports although the patterns above name it: how it asks for the GPU's memory.
-BROUGHT = ("nvidia-ml-py",)
+# The compiler, in torch's version of CUDA: SGLang compiles small kernels when they are first used.
+COMPILER = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl")
+# What is needed although the patterns above name it; nvidia-ml-py tells SGLang the GPU's memory.
+BROUGHT = ("nvidia-ml-py", *COMPILER)
 OLDEST_GLIBC = 17
 
 

@@ -24,8 +24,10 @@ must be there, and what was left out below), and installs the wheels of this bun
 `run.sh --test` runs the kernels' tests. Results are in `results/moe-cuda.csv`; a run that was cut
 goes on when it is started again.
 
-SGLang runs here with `--attention-backend triton --sampling-backend pytorch`, so FlashInfer is not
-needed, and of its kernel wheel only the Python files and the binary for {architecture} are here.
+SGLang runs here with `--attention-backend triton --sampling-backend pytorch`: it imports FlashInfer
+and uses nothing of it. Of its kernel wheel only the Python files and the binary for {architecture}
+are here. It compiles small kernels when they are first used: nvcc is here (`cuda` is a folder of
+links to it and to torch's CUDA, used where the machine has no nvcc), and g++ has to be there.
 
 ## What was left out, and why
 
@@ -46,6 +48,25 @@ there="$("$python" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__)
 echo "$there" >"$("$here/venv/bin/python" -c \
   'import sysconfig; print(sysconfig.get_path("purelib"))')/beneath.pth"
 "$here/venv/bin/python" -m pip install --no-index --no-deps "$here"/wheels/*.whl
+# One folder with all parts of CUDA, some of which came with torch and some in the bundle.
+"$here/venv/bin/python" - "$here/cuda" <<'END'
+import pathlib
+import sys
+
+target = pathlib.Path(sys.argv[1])
+for root in (path for entry in sys.path for path in pathlib.Path(entry).glob("nvidia/cu[0-9]*")):
+    for source in (path for path in root.rglob("*") if path.is_file()):
+        link = target / source.relative_to(root)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(source)
+(target / "lib").mkdir(parents=True, exist_ok=True)
+links = {"lib64": "lib"} | {"lib/libcudart.so": p.name for p in target.glob("lib/libcudart.so.*")}
+for link, source in links.items():
+    if not (target / link).is_symlink():
+        (target / link).symlink_to(source)
+END
+command -v g++ >/dev/null || echo "install.sh: g++ is not there, and servers will need it" >&2
 "$here/venv/bin/python" -c 'import sglang, sglang_alloc, torch; print(torch.cuda.get_device_name())'
 """
 
@@ -55,7 +76,8 @@ RUN = """\
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 cd "$here/source"
-export PYTHONPATH=.:kernels:controller:kernels/bench HF_HUB_OFFLINE=1
+export PYTHONPATH=.:kernels:controller:kernels/bench HF_HUB_OFFLINE=1 PATH="$here/venv/bin:$PATH"
+if [ -z "${CUDA_HOME:-}" ] && ! command -v nvcc >/dev/null; then export CUDA_HOME="$here/cuda"; fi
 if [ "${1:-}" = --test ]; then
   export KERNEL_TEST_DEVICE=cuda
   exec "$here/venv/bin/python" -m pytest -c kernels/bench/pytest.ini --rootdir=. tests/kernels \\

@@ -6,6 +6,7 @@ which order.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,13 +19,18 @@ from sglang_alloc.enforcement import PHASES
 from sglang_alloc.enforcement_device import DeviceEnforcement
 from sglang_alloc.enforcement_host import HostEnforcement
 from sglang_alloc.enforcement_probe import NO_RECORDERS, ProbeEnforcement, ProbeRecorders
-from sglang_alloc.errors import ConfigurationError, ModelMismatchError, UnsupportedServerError
+from sglang_alloc.errors import (
+    ConfigurationError,
+    ModelMismatchError,
+    RequestBudgetError,
+    UnsupportedServerError,
+)
 from sglang_alloc.request_budget import OwnBudgets, budgets_of_tokens
 from sglang_alloc.shared_table import Selection, SharedTable, WorkerCounters
 from sglang_alloc.step_record import StepRecord
 from sglang_alloc.threshold_drift import ThresholdDrift
 from sglang_alloc.worker_settings import CORRECT_DRIFT_VARIABLE
-from sglang_alloc.worker_statistics import WorkerStatistics
+from sglang_alloc.worker_statistics import PhaseStatistics, WorkerStatistics
 from sglang_alloc.worker_tables import choose_mode, enforcement_tables, probe_rows
 
 if TYPE_CHECKING:
@@ -36,6 +42,8 @@ if TYPE_CHECKING:
     from sglang_alloc.enforcement import Enforcement, Phase, RoutedSlots
     from sglang_alloc.worker_metrics import WorkerMetrics
     from sglang_alloc.worker_settings import Mode, WorkerSettings
+
+logger = logging.getLogger("sglang_alloc")
 
 SOURCE_CODES = {"controller": 1, "override": 2, "fallback": 3}
 REPORT_EVERY_NS = 500_000_000  # counters and metrics are for people and scrapers: twice a second
@@ -183,7 +191,13 @@ class Worker:
     ) -> npt.NDArray[np.int32] | None:
         selection = self.in_force
         in_force = selection.prefill_budget if phase == "prefill" else selection.decode_budget
-        budgets = budgets_of_tokens(own, in_force, num_tokens)
+        try:
+            budgets = budgets_of_tokens(own, in_force, num_tokens)
+        except RequestBudgetError as error:
+            if not self.own_budgets_ignored:
+                logger.warning("sglang-alloc serves a forward at the budget in force: %s", error)
+            self.count_ignored_budget()
+            return None
         if budgets is not None:
             self.own_budget_tokens["full"] += int((budgets > in_force).sum())
             self.own_budget_tokens["lower"] += int((budgets < in_force).sum())
@@ -250,8 +264,9 @@ class Worker:
 
     def _counters(self, now_ns: int) -> WorkerCounters:
         prefill, decode = (self.statistics.by_phase[phase] for phase in ("prefill", "decode"))
-        mass = prefill.mass + decode.mass
-        kept_ratio = (prefill.kept_mass + decode.kept_mass) / mass if mass else 0.0
+        masses = PhaseStatistics(
+            mass=prefill.mass + decode.mass, kept_mass=prefill.kept_mass + decode.kept_mass
+        )
         return WorkerCounters(
             pid=os.getpid(),
             rank=self.model.rank,
@@ -268,7 +283,7 @@ class Worker:
             sampled_decode_steps=decode.sampled_forwards,
             distinct_experts=decode.distinct_experts,
             last_step_ns=now_ns,
-            kept_mass_millionths=round(kept_ratio * 1e6),
+            kept_mass_millionths=round((masses.kept_mass_ratio() or 0.0) * 1e6),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,8 @@ class PhaseStatistics:
     """Sums over the sampled forwards of one phase.
 
     tokens: tokens of the sampled forwards; activations: kept routed slots, summed over layers;
-    mass and kept_mass: router weight before and after, summed over layers and tokens;
+    mass and kept_mass: router weight before and after, summed over layers and tokens, where a
+    weight that is NaN counts as 0: one broken request must not end the measuring;
     distinct_experts: experts with at least one kept slot, summed over layers.
     """
 
@@ -45,7 +47,7 @@ class PhaseStatistics:
 
     def kept_mass_ratio(self) -> float | None:
         """Return the kept share of the router's weight, or None before any sample."""
-        return self.kept_mass / self.mass if self.mass else None
+        return self.kept_mass / self.mass if math.isfinite(self.mass) and self.mass else None
 
 
 class WorkerStatistics:
@@ -97,7 +99,8 @@ class WorkerStatistics:
         kept_count = int(kept.sum())
         self._sampled.activations += kept_count
         self._slots[self._phase][layer_index] += kept_count
-        self._sampled.mass += float(before.weights[:, :width].sum())
-        self._sampled.kept_mass += float((before.weights[:, :width] * kept).sum())
+        weights = before.weights[:, :width].nan_to_num(nan=0.0)
+        self._sampled.mass += float(weights.sum())
+        self._sampled.kept_mass += float((weights * kept).sum())
         counts = ids[kept].long().bincount(minlength=self._num_experts)
         self._sampled.distinct_experts += int((counts > 0).sum())

@@ -16,6 +16,7 @@ from sglang_alloc.enforcement import RoutedSlots
 from sglang_alloc.enforcement_device import DeviceEnforcement
 from sglang_alloc.enforcement_host import HostEnforcement
 from sglang_alloc.errors import ConfigurationError, ModelMismatchError, UnsupportedServerError
+from sglang_alloc.request_budget import OwnBudget, OwnBudgets
 from sglang_alloc.shared_table import (
     Fallback,
     Selection,
@@ -170,6 +171,30 @@ def test_measured_activations_are_the_kept_slots(worker: Worker) -> None:
     assert ratio is not None
     assert 0.25 < ratio < 1.0
     assert worker.statistics.take_recent("decode").activations_per_token() is None
+
+
+def test_a_broken_request_does_not_end_the_measuring_or_the_server(
+    worker: Worker, table: SharedTable
+) -> None:
+    """A router's NaN is the matter of its own request: the counters stay numbers."""
+    weights, ids = torch.tensor([[0.6, 0.4, 0.0, 0.0], [float("nan")] * 4]), torch.zeros(2, 4).int()
+    worker.begin_forward("decode", 2)
+    for layer in range(3):
+        worker.route(layer, RoutedSlots(weights, ids, 0))
+    worker.report(time.monotonic_ns())
+    assert worker.statistics.by_phase["decode"].mass == pytest.approx(3.0)
+    assert table.worker_counters()[0].kept_mass_millionths == 1_000_000
+
+
+def test_own_budgets_that_fit_no_forward_leave_it_at_the_budget_in_force(worker: Worker) -> None:
+    """Better than a server that ends: nobody knows which of its tokens they belong to."""
+    full = OwnBudget(worker.table.shape.budget_max, protected=True)
+    worker.apply(BudgetChange(Selection("controller", 1, 3, 3), worker.rule))
+    worker.begin_forward("decode", 2, OwnBudgets([full], [5]))
+    kept = worker.route(0, RoutedSlots(torch.rand(2, 4), torch.zeros(2, 4).int(), 0))
+    assert ((kept.ids >= 0).sum(dim=1) == 1).all()
+    assert worker.own_budgets_ignored == 1
+    assert worker.own_budget_tokens == {"full": 0, "lower": 0}
 
 
 def test_only_a_sample_of_the_forwards_is_measured(worker: Worker) -> None:

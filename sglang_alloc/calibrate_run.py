@@ -71,6 +71,7 @@ def run_calibration(
     tables = _with_thresholds(tables, means, anchors, records)
     if corrections:
         tables = _with_corrections(tables, means, anchors, records)
+    tables = _with_union(tables)
     note = {"threshold_heldout_errors": [round(error, 5) for error in errors]}
     tables = replace(tables, provenance={**tables.provenance, **note})
     return Calibration(tables, max(map(abs, errors)))
@@ -125,6 +126,22 @@ def _with_corrections(
         tables = replace(tables, gains=decode, prefill_gains=prefill[0] if prefill else None)
     note = {"corrections": "mode threshold", "correction_losses": losses}
     return replace(tables, provenance={**tables.provenance, **note})
+
+
+def _with_union(tables: BudgetTables) -> BudgetTables:
+    """Let the thresholds open the sets of mode `union`, with their references.
+
+    It keeps what mode `threshold` keeps, and what rides besides, so that mode's loss bounds its
+    own. Quotas that were profiled for it give way: at as many experts read they lose more.
+    """
+    return replace(
+        tables,
+        union_quotas=None,
+        union_thresholds=tables.thresholds,
+        union_references=tables.references,
+        union_predicted_loss=tables.threshold_predicted_loss,
+        provenance={**tables.provenance, "union_predicted_loss": "that of mode threshold"},
+    )
 
 
 def _loss_by_correction(

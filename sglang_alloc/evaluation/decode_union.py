@@ -7,7 +7,7 @@ from sglang_alloc.evaluation.material import Material
 from sglang_alloc.evaluation.points import Point, measure_losses
 from sglang_alloc.evaluation.rules import Subject, build_rule
 from sglang_alloc.evaluation.text_measures import BATCH_SIZES
-from sglang_alloc.reference.union_quotas import union_allocation
+from sglang_alloc.reference.union_sets import served_union
 
 PLAIN_RULE = "uniform k"
 
@@ -39,10 +39,8 @@ def _union_job(subject: Subject, material: Material, batch: int, budget: int) ->
     name = union_name(batch)
 
     def measure() -> Point:
-        assert subject.tables.union_quotas is not None
-        quotas = subject.tables.union_quotas[subject.row(budget)].tolist()
         steps = material.windows.shape[1] - 1
-        rule = union_allocation(quotas, subject.saliency, batch, steps)
+        rule = served_union(subject.tables, budget, subject.saliency, batch, steps)
         return measure_losses(subject.model, material, name, budget, rule)
 
     return Job(name, budget, measure)

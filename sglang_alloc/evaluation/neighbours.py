@@ -21,7 +21,7 @@ from sglang_alloc.evaluation.rules import Subject, served_threshold
 from sglang_alloc.evaluation.step_rules import by_step
 from sglang_alloc.reference.allocations import layer_allocation, token_allocation
 from sglang_alloc.reference.model import Allocation, ReferenceModel
-from sglang_alloc.reference.union_quotas import union_allocation
+from sglang_alloc.reference.union_sets import served_union
 
 BATCH = 8
 STEPS, NEW_TOKENS = 192, 32
@@ -112,9 +112,7 @@ def _token(subject: Subject, budget: int) -> Allocation:
 
 
 def _union(subject: Subject, budget: int) -> Allocation:
-    assert subject.tables.union_quotas is not None
-    quotas = subject.tables.union_quotas[subject.row(budget)].tolist()
-    return union_allocation(quotas, subject.saliency.double(), BATCH, steps=1)
+    return served_union(subject.tables, budget, subject.saliency.double(), BATCH, steps=1)
 
 
 STEP_RULES: dict[str, Callable[[Subject, int], Allocation]] = {

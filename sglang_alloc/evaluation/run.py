@@ -99,7 +99,7 @@ def checked_tables(asked: Evaluation) -> BudgetTables:
             f"{asked.tables} was made for {tables.model_id}, which is another model than the one "
             f"in {asked.folder}. Pass the tables that were made for it."
         )
-    for name in ("thresholds", "threshold_quotas", "saliency", "union_quotas", "sensitivity"):
+    for name in ("thresholds", "threshold_quotas", "saliency", "union_thresholds", "sensitivity"):
         if getattr(tables, name) is None:
             raise ConfigurationError(
                 f"{asked.tables} holds no {name}, and the modes are judged with it. Make the "

@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +34,14 @@ from sglang_alloc.reference.samples import read_sample
 from sglang_alloc.reference.sensitivity import profile_sensitivity
 from sglang_alloc.reference.threshold_quotas import threshold_quotas
 from sglang_alloc.reference.thresholds import CalibratedRow, calibrate_thresholds, measure_saliency
-from sglang_alloc.reference.union_quotas import profile_union_losses
+from sglang_alloc.reference.union_sets import UnionRows, calibrate_union
 from sglang_alloc.solve import solve_all_budgets
 
 WINDOW_TOKENS = 1_024  # the trained context: beyond it losses mean nothing
 CALIBRATION_WINDOWS, HELDOUT_WINDOWS = 10, 7  # per domain
 REFERENCE_ANCHORS = 9
-UNION_BATCH = 16  # requests in a decode step
+UNION_BATCH = 8  # requests in a decode step: the smallest that shares many experts loses most
+UNION_WINDOWS = 16  # two such batches
 WORKERS = 2
 BUDGETS_HEAD = f"""# Loss by budget
 
@@ -69,12 +71,6 @@ def build_tables(
     targets = threshold_quotas(model, windows, saliency, executor)
     progress.remove_task(task)
 
-    task = progress.add_task("sets of the union", total=None)
-    together = union_windows(calibration)
-    opened = profile_union_losses(model, together, saliency, UNION_BATCH, executor)
-    union = solve_all_budgets(opened)
-    progress.remove_task(task)
-
     def calibrated(quotas: NDArray[np.float64], reference: int) -> CalibratedRow:
         return calibrate_thresholds(
             model, windows, saliency, quotas.tolist(), reference=reference, with_gains=True
@@ -85,42 +81,61 @@ def build_tables(
     progress.remove_task(task)
     found = executor.map(calibrated, targets, references)
     rows = list(progress.track(found, total=len(targets), description="thresholds"))
-    return BudgetTables(
-        model_id=folder.name,
-        fingerprint=identity.fingerprint(),
-        num_experts=model.config.num_experts,
-        top_k=model.config.top_k,
-        layer_ids=np.arange(model.config.num_layers, dtype=np.int32),
-        budgets=solution.budgets,
-        quotas=solution.quotas,
-        predicted_loss=solution.predicted_loss,
-        sensitivity=sensitivity,
-        thresholds=np.array([row.thresholds for row in rows], dtype=np.float32),
-        threshold_quotas=targets,
-        references=np.repeat(np.array(references)[:, None], targets.shape[1], axis=1),
-        # Below zero, or rising with the budget, is noise: nobody is promised to gain by it.
-        threshold_predicted_loss=falling_to_zero(
-            np.array([row.loss - rows[-1].loss for row in rows])
+    thresholds = np.array([row.thresholds for row in rows], dtype=np.float32)
+    task = progress.add_task("sets of the union", total=None)
+    together = union_windows(calibration)
+    union = calibrate_union(
+        model, together, saliency, thresholds, batch=UNION_BATCH, executor=executor
+    )
+    progress.remove_task(task)
+    return with_union(
+        BudgetTables(
+            model_id=folder.name,
+            fingerprint=identity.fingerprint(),
+            num_experts=model.config.num_experts,
+            top_k=model.config.top_k,
+            layer_ids=np.arange(model.config.num_layers, dtype=np.int32),
+            budgets=solution.budgets,
+            quotas=solution.quotas,
+            predicted_loss=solution.predicted_loss,
+            sensitivity=sensitivity,
+            thresholds=thresholds,
+            threshold_quotas=targets,
+            references=np.repeat(np.array(references)[:, None], targets.shape[1], axis=1),
+            # Below zero, or rising with the budget, is noise: nobody is promised to gain by it.
+            threshold_predicted_loss=falling_to_zero(
+                np.array([row.loss - rows[-1].loss for row in rows])
+            ),
+            gains=np.array([row.gains for row in rows], dtype=np.float32),
+            saliency=saliency.numpy(),
+            provenance={
+                "made_by": "sglang_alloc.reference.calibrate",
+                "checkpoint_sha256": _sha256(folder / "model.safetensors"),
+                "calibration_sha256": _digest(windows.numpy()),
+                "calibration_tokens": windows[:, 1:].numel(),
+                "window_tokens": windows.shape[1] - 1,
+                "domains": list(calibration),
+                "sensitivity": "isolated profile, original weights of the kept slots",
+                "threshold_score": "weight * saliency",
+                "threshold_predicted_loss": "measured on the calibration text, all layers reduced",
+                "gains": "least squares between kept and full output of each layer, mode threshold",
+                "references": "k2 of least calibration loss, one for all layers, mode threshold",
+                "torch": torch.__version__,
+            },
         ),
-        gains=np.array([row.gains for row in rows], dtype=np.float32),
-        union_quotas=union.quotas,
-        union_predicted_loss=union.predicted_loss,
-        saliency=saliency.numpy(),
-        provenance={
-            "made_by": "sglang_alloc.reference.calibrate",
-            "checkpoint_sha256": _sha256(folder / "model.safetensors"),
-            "calibration_sha256": _digest(windows.numpy()),
-            "calibration_tokens": windows[:, 1:].numel(),
-            "window_tokens": windows.shape[1] - 1,
-            "domains": list(calibration),
-            "sensitivity": "isolated profile, original weights of the kept slots",
-            "threshold_score": "weight * saliency",
-            "threshold_predicted_loss": "measured on the calibration text, all layers reduced",
-            "gains": "least squares between kept and full output of each layer, mode threshold",
-            "references": "k2 of least calibration loss, one for all layers, mode threshold",
-            "union_sensitivity": f"isolated, steps of {UNION_BATCH} windows of all domains",
-            "torch": torch.__version__,
-        },
+        union,
+    )
+
+
+def with_union(tables: BudgetTables, union: UnionRows) -> BudgetTables:
+    """Add the rows of mode `union`, whose sets are opened by the thresholds of mode `threshold`."""
+    note = f"measured on steps of {UNION_BATCH} windows of all domains, all layers reduced"
+    return replace(
+        tables,
+        union_thresholds=tables.thresholds,
+        union_references=np.repeat(np.array(union.references)[:, None], tables.num_layers, axis=1),
+        union_predicted_loss=falling_to_zero(union.losses),
+        provenance={**tables.provenance, "union_predicted_loss": note},
     )
 
 
@@ -155,14 +170,14 @@ def best_references(
 
 
 def union_windows(calibration: dict[str, Tensor]) -> Tensor:
-    """One batch of UNION_BATCH windows, which take turns between the domains, like requests do."""
+    """Batches of UNION_BATCH windows, which take turns between the domains, like requests do."""
     in_turn = [
         rows[turn]
         for turn in range(max(map(len, calibration.values())))
         for rows in calibration.values()
         if turn < len(rows)
     ]
-    return torch.stack(in_turn[:UNION_BATCH])
+    return torch.stack(in_turn[:UNION_WINDOWS])
 
 
 def _sha256(path: Path) -> str:

@@ -170,6 +170,29 @@ def test_corrections_that_lower_the_loss_are_in_the_tables(bench: Bench) -> None
     assert bench.notes == ["probe:threshold+gains"]
 
 
+def test_the_thresholds_and_references_serve_mode_union_too(bench: Bench) -> None:
+    profiled = np.linspace(0.4, 0.0, TOP_K) * np.ones((LAYERS, 1))
+    bench.write_sensitivities(union_sensitivity=profiled)
+    arrays = bench.tables().arrays()
+    assert "union_quotas" not in arrays
+    for mine, theirs in (
+        ("union_thresholds", "thresholds"),
+        ("union_references", "references"),
+        ("union_predicted_loss", "threshold_predicted_loss"),
+    ):
+        np.testing.assert_array_equal(arrays[mine], arrays[theirs])
+
+
+def test_union_quotas_stay_where_nothing_is_calibrated(bench: Bench) -> None:
+    profiled = np.linspace(0.4, 0.0, TOP_K) * np.ones((LAYERS, 1))
+    bench.write_sensitivities(
+        union_sensitivity=profiled, threshold_sensitivity=None, prefill_threshold_sensitivity=None
+    )
+    tables = bench.tables()
+    assert tables.union_quotas is not None
+    assert (tables.union_thresholds, tables.union_references) == (None, None)
+
+
 def test_a_reference_that_is_no_better_is_left_out(bench: Bench) -> None:
     bench.settings = {"best_reference": TOP_K}
     tables = bench.tables()

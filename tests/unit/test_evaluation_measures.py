@@ -25,8 +25,9 @@ from sglang_alloc.evaluation.usage import UsageCounter
 from sglang_alloc.reference.allocations import layer_allocation, token_allocation
 from sglang_alloc.reference.exact_tasks import TASKS
 from sglang_alloc.reference.heldout import token_losses
-from sglang_alloc.reference.union_quotas import union_allocation
-from sglang_alloc_kernels.union_selection import union_selection_torch
+from sglang_alloc.reference.union_sets import union_allocation
+from sglang_alloc_kernels.score_threshold import score_threshold_torch
+from sglang_alloc_kernels.union_selection import opened_selection_torch
 
 
 def test_the_full_model_agrees_with_itself_and_its_loss_is_the_held_out_loss() -> None:
@@ -133,11 +134,13 @@ def test_a_rule_by_step_sees_the_rows_of_one_position() -> None:
 def test_union_rule_is_the_serving_kernels_rule() -> None:
     x, ids, weights = routed(tokens=12)
     saliency = torch.rand(1, 8, generator=torch.Generator().manual_seed(3))
-    found = union_allocation([2], saliency, 3, 4)(0, x, ids, weights)
+    threshold = float((weights * saliency[0][ids]).median())
+    found = union_allocation([threshold], saliency, 3, 4)(0, x, ids, weights)
     for step in range(4):
         rows = slice(step, None, 4)
         scores = weights[rows] * saliency[0][ids[rows]]
-        kept = union_selection_torch(scores, ids[rows], 2, 8)
+        opening = score_threshold_torch(scores, threshold)
+        kept = opened_selection_torch(scores, ids[rows], opening, 8)
         assert torch.equal(found[rows] != 0, kept)
 
 

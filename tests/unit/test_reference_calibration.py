@@ -149,9 +149,24 @@ def test_committed_tables_belong_to_the_committed_checkpoint(family: str) -> Non
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["thresholds", "union_quotas", "references", "gains", "saliency"])
+@pytest.mark.parametrize(
+    "name", ["thresholds", "union_thresholds", "references", "gains", "saliency"]
+)
 def test_committed_tables_hold_every_mode_and_both_corrections(family: str, name: str) -> None:
     assert getattr(_committed_tables(family), name) is not None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_committed_sets_of_the_union_are_opened_by_the_thresholds(family: str) -> None:
+    arrays, top_k = _committed_tables(family).arrays(), _committed_tables(family).top_k
+    assert "union_quotas" not in arrays
+    np.testing.assert_array_equal(arrays["union_thresholds"], arrays["thresholds"])
+    assert (arrays["union_references"][-1] == top_k).all()
+    # What rides besides can only help: at half the budget and below it does so clearly.
+    half = len(arrays["budgets"]) // 2
+    assert (arrays["union_predicted_loss"] <= arrays["threshold_predicted_loss"] + 0.001).all()
+    pairs = (arrays["union_predicted_loss"][:half], arrays["threshold_predicted_loss"][:half])
+    assert (pairs[0] < pairs[1]).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,10 +1,12 @@
 """The reference model under mode `union`, and with gains."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from evaluation_factory import make_tables
 from reference_factory import make_model, make_windows
 
 from sglang_alloc.reference.allocations import layer_allocation, scores
@@ -12,12 +14,14 @@ from sglang_alloc.reference.calibrate import union_windows
 from sglang_alloc.reference.gains import GainCalibration, gained
 from sglang_alloc.reference.heldout import token_losses
 from sglang_alloc.reference.thresholds import calibrate_thresholds, measure_saliency
-from sglang_alloc.reference.union_quotas import (
+from sglang_alloc.reference.union_sets import (
+    calibrate_union,
     distinct_experts,
-    profile_union_losses,
+    served_union,
     union_allocation,
 )
-from sglang_alloc_kernels.union_selection import union_selection_torch
+from sglang_alloc_kernels.score_threshold import score_threshold_torch
+from sglang_alloc_kernels.union_selection import opened_selection_torch
 
 
 def test_the_union_of_each_step_is_what_the_serving_rule_keeps() -> None:
@@ -25,30 +29,51 @@ def test_the_union_of_each_step_is_what_the_serving_rule_keeps() -> None:
     groups, batch, steps, experts = 2, 3, 5, 12
     weights, ids = torch.rand(groups * batch * steps, experts).softmax(1).topk(4)
     saliency = torch.rand(1, experts) + 0.5
-    found = union_allocation([2], saliency, batch, steps)(0, weights, ids, weights)
+    threshold = float(scores(0, ids, weights, saliency).quantile(0.7))
+    found = union_allocation([threshold], saliency, batch, steps)(0, weights, ids, weights)
+    riding = 0
     for group in range(groups):
         for step in range(steps):
             rows = [(group * batch + i) * steps + step for i in range(batch)]
             slot_scores = scores(0, ids[rows], weights[rows], saliency)
-            kept = union_selection_torch(slot_scores, ids[rows], 2, experts)
+            opening = score_threshold_torch(slot_scores, threshold)
+            kept = opened_selection_torch(slot_scores, ids[rows], opening, experts)
             assert torch.equal(found[rows] > 0, kept)
+            riding += int((kept & ~opening).sum())
+    assert riding > 0
 
 
 def test_opening_with_every_slot_keeps_every_slot() -> None:
     model, windows = make_model(), make_windows()
     saliency = measure_saliency(model, windows)
-    rule = union_allocation([4, 4], saliency, len(windows), windows.shape[1] - 1)
+    rule = union_allocation([0.0, 0.0], saliency, len(windows), windows.shape[1] - 1)
     assert torch.equal(token_losses(model, windows, rule), token_losses(model, windows))
 
 
-def test_losses_of_the_union_fall_and_are_below_those_of_plain_k() -> None:
+def test_losses_of_the_union_are_those_of_the_tables_as_they_are_served() -> None:
     model, windows = make_model(), make_windows()
+    tables = make_tables(model)
+    assert tables.thresholds is not None
     saliency = measure_saliency(model, windows)
+    batch, steps = len(windows), windows.shape[1] - 1
     with ThreadPoolExecutor(2) as executor:
-        losses = profile_union_losses(model, windows, saliency, len(windows), executor)
-    assert losses.shape == (2, 4)
-    assert (np.diff(losses, axis=1) <= 0).all()
-    assert losses[:, -1].tolist() == [0, 0]
+        found = calibrate_union(
+            model, windows, saliency, tables.thresholds, batch=batch, executor=executor
+        )
+    assert len(found.references) == len(tables.budgets)
+    assert set(found.references[:-1]) <= {2, 3, 4}
+    assert (found.references[-1], found.losses[-1]) == (4, 0.0)
+    full = token_losses(model, windows)
+    for row in (0, 3):
+        k2 = found.references[row]
+        losses = {}
+        for reference in (2, 3, 4):
+            references = np.full(tables.quotas.shape, reference, dtype=np.int16)
+            served = replace(tables, union_references=references)
+            rule = served_union(served, int(tables.budgets[row]), saliency, batch, steps)
+            losses[reference] = float((token_losses(model, windows, rule) - full).mean())
+        assert losses[k2] == pytest.approx(float(found.losses[row]), abs=1e-5)
+        assert losses[k2] == pytest.approx(min(losses.values()), abs=1e-5)
 
 
 def test_distinct_experts_are_counted_per_step() -> None:

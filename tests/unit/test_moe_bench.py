@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import warnings
+from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ from moe_bench.roofline import Ceilings, Work, bytes_moved, least_seconds, opera
 from moe_bench.shapes import SHAPES, SMALL, make_experts, make_inputs
 from moe_bench.timing import Timer
 from sglang_alloc.compatibility_seams import DOWN_USES_TMA
-from sglang_alloc.demo.server_process import Server
+from sglang_alloc.demo.server_process import CPU_ARGUMENTS, Server
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
 from sglang_alloc.triton_experts import skip_dropped
 from sglang_alloc_kernels.layer_rows import StepTensors
@@ -136,6 +137,22 @@ def test_the_bench_puts_its_call_where_sglang_looks_it_up_and_once(
     assert getattr(fused_moe, engine.SEQUENCE) == engine.AsHooked(original)
     names = fused_moe.fused_experts_impl.__code__.co_names
     assert engine.SEQUENCE in names
+
+
+@pytest.mark.usefixtures("sglang")
+@pytest.mark.filterwarnings("ignore")
+def test_sglang_takes_the_gpu_bench_s_arguments_and_captures_every_concurrency() -> None:
+    from sglang.srt.server_args import ServerArgs
+
+    parser = ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    given = [*CPU_ARGUMENTS, *server_bench.GPU_ARGUMENTS, *server_bench.DUMMY_ARGUMENTS]
+    parsed = parser.parse_args(["--model-path", "x", *given])
+    assert parsed.device == "cuda"
+    assert parsed.attention_backend == "triton"
+    largest = max(server_bench.CONCURRENCIES)
+    assert parsed.cuda_graph_max_bs_decode == parsed.max_running_requests == largest
+    assert parsed.chunked_prefill_size == max(server_bench.PREFILL_TOKENS)
 
 
 def test_bytes_and_operations_by_hand() -> None:

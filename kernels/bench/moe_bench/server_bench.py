@@ -36,6 +36,7 @@ GPU_ARGUMENTS = (
     *("--moe-runner-backend", "triton"),
     *("--mem-fraction-static", "0.85"),
     *("--max-running-requests", "512"),
+    *("--cuda-graph-max-bs-decode", "512"),  # the default depends on the memory, and stops below
     *("--chunked-prefill-size", "16384"),
 )
 GPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "0"}

@@ -47,7 +47,7 @@ python="${1:?usage: install.sh PYTHON (one that has torch for this GPU)}"
 there="$("$python" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])')"
 echo "$there" >"$("$here/venv/bin/python" -c \
   'import sysconfig; print(sysconfig.get_path("purelib"))')/beneath.pth"
-"$here/venv/bin/python" -m pip install --no-index --no-deps "$here"/wheels/*.whl
+"$here/venv/bin/python" -m pip install --no-index --no-deps --ignore-installed "$here"/wheels/*.whl
 # One folder with all parts of CUDA, some of which came with torch and some in the bundle.
 "$here/venv/bin/python" - "$here/cuda" <<'END'
 import pathlib

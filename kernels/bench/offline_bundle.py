@@ -123,6 +123,7 @@ def _copy_source(folder: Path) -> None:
         else:
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
+    (folder / "COMMIT").write_text(f"{_commit()}\n", encoding="utf-8")
 
 
 def _shown(choices: Sequence[Choice]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import offline_bundle
+from moe_bench import facts
 from offline.parts import checksums, parse_size, split_file
 from offline.selection import (
     Choice,
@@ -25,6 +26,7 @@ from offline.selection import (
     resolved_wheels,
 )
 from offline.slim_wheel import slim_wheel
+from sglang_alloc.demo.machine import source_commit
 
 RESOLVED = {
     "sglang": "0.5.16",
@@ -220,10 +222,22 @@ def test_a_bundle_holds_wheels_source_and_how_to_use_them(
         readme = tar.extractfile("bundle/README.md")
         assert readme is not None
         assert "- torch 2.11.0: has to be there" in readme.read().decode()
+        noted = tar.extractfile(f"bundle/source/{facts.COMMIT.name}")
+        assert noted is not None
+        assert noted.read().decode().strip() == source_commit().rstrip("+")
     assert "bundle/wheels/sglang_alloc-0-py3-none-any.whl" in names
     assert "bundle/source/kernels/bench/moe_bench/__main__.py" in names
     assert "bundle/source/tests/kernels/test_device_enforcement.py" in names
     assert not [name for name in names if name.endswith(".safetensors") or "__pycache__" in name]
+
+
+def test_rows_measured_in_a_bundle_name_the_commit_that_it_was_made_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert facts.commit() == source_commit()
+    (tmp_path / "COMMIT").write_text("0123456789ab\n")
+    monkeypatch.setattr(facts, "COMMIT", tmp_path / "COMMIT")
+    assert facts.commit() == "0123456789ab"
 
 
 def test_a_broken_report_is_told_in_one_line(

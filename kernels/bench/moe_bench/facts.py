@@ -12,6 +12,8 @@ from sglang_alloc.demo.machine import cpu_model, source_commit, today_utc
 from sglang_alloc.errors import AllocError
 
 PROC_CPUINFO = "/proc/cpuinfo"
+# Only in a bundle, which is no clone: its maker's commit.
+COMMIT = Path(__file__).parents[3] / "COMMIT"
 
 
 class NoGpuError(AllocError):
@@ -57,9 +59,16 @@ def machine_columns(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": version_of("triton"),
         "sglang": version_of("sglang"),
-        "commit": source_commit(),
+        "commit": commit(),
         "date": today_utc(),
     }
+
+
+def commit() -> str:
+    """Return the commit of this source, from git or as the bundle's maker noted it."""
+    if COMMIT.exists():
+        return COMMIT.read_text(encoding="utf-8").strip()
+    return source_commit()
 
 
 def cpu_model_name() -> str:

@@ -22,6 +22,11 @@ def kernel_pointers(rows: LayerRows, step: StepTensors) -> tuple[torch.Tensor | 
     )
 
 
+def empty_rows(like: torch.Tensor) -> torch.Tensor:
+    """Allocate what a kernel writes row by row, even where `like` is a transposed tensor."""
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
 def num_experts_of(rows: LayerRows, step: StepTensors) -> int:
     """Return the row length of saliency and lit experts; 0 where neither is there."""
     for table in (rows.saliency, None if step.sums is None else step.sums.lit):

@@ -13,7 +13,7 @@ from sglang_alloc_kernels.kept_slots_tile import (
     score_slots_tile,
     store_slots_tile,
 )
-from sglang_alloc_kernels.kernel_launch import kernel_pointers, num_experts_of
+from sglang_alloc_kernels.kernel_launch import empty_rows, kernel_pointers, num_experts_of
 from sglang_alloc_kernels.largest_keys_tile import largest_keys_tile
 from sglang_alloc_kernels.layer_rows import NO_STEP_TENSORS, LayerRows, StepTensors
 from sglang_alloc_kernels.slot_rank import best_slot_tile
@@ -65,7 +65,7 @@ def token_slots(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `token_slots_torch`: one launch for decode batches, six and a clearing for more tokens."""
     num_tokens, width = topk_ids.shape
-    weights, ids = torch.empty_like(topk_weights), torch.empty_like(topk_ids)
+    weights, ids = empty_rows(topk_weights), empty_rows(topk_ids)
     if num_tokens == 0:
         return weights, ids
     block_tokens, block_k = triton.next_power_of_2(num_tokens), triton.next_power_of_2(width)

@@ -15,7 +15,7 @@ from sglang_alloc_kernels.kept_slots_tile import (
     score_slots_tile,
     store_slots_tile,
 )
-from sglang_alloc_kernels.kernel_launch import kernel_pointers, tokens_per_program
+from sglang_alloc_kernels.kernel_launch import empty_rows, kernel_pointers, tokens_per_program
 from sglang_alloc_kernels.largest_keys_tile import largest_keys_tile
 from sglang_alloc_kernels.layer_rows import NO_STEP_TENSORS, LayerRows, StepTensors
 from sglang_alloc_kernels.score_threshold import score_threshold_torch
@@ -87,7 +87,7 @@ def union_slots(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `union_slots_torch`, in one launch of one program, which suits a decode step."""
     num_tokens, width = topk_ids.shape
-    weights, ids = torch.empty_like(topk_weights), torch.empty_like(topk_ids)
+    weights, ids = empty_rows(topk_weights), empty_rows(topk_ids)
     if num_tokens == 0:
         return weights, ids
     block_k = triton.next_power_of_2(width)

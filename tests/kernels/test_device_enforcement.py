@@ -90,6 +90,21 @@ def test_device_agrees_with_host_at_every_budget_and_phase(
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_slots_in_any_layout_are_dropped_alike(mode: str, device: str) -> None:
+    """A router may return columns of a wider tensor, or a transposed one."""
+    ours, slots = _make_device(mode, device), _on(device, _make_slots())
+    ours.set_budgets(5, 5)
+    ours.begin_forward("decode", TOKENS)
+    expected = ours.drop(1, slots)
+    wide = [torch.cat([part, part], dim=1)[:, :TOP_K] for part in slots[:2]]
+    turned = [part.t().contiguous().t() for part in slots[:2]]
+    for weights, ids in (wide, turned):
+        kept = ours.drop(1, RoutedSlots(weights, ids, 0))
+        assert torch.equal(kept.ids, expected.ids)
+        assert torch.equal(kept.weights, expected.weights)
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("corrected", [True, False])
 def test_a_nan_slot_falls_alike_on_host_and_device(mode: str, corrected: bool, device: str) -> None:
     """Rows of NaN in part: among the best, among the worst, all but one; and one of NaN alone."""

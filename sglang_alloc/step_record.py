@@ -5,9 +5,13 @@ Tests prove by it that all ranks switch together, the simulator's check what a s
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from pathlib import Path
 
 from sglang_alloc.shared_table import Selection
+
+logger = logging.getLogger("sglang_alloc")
 
 COLUMNS = (
     *("step", "source", "generation", "phase"),
@@ -16,22 +20,33 @@ COLUMNS = (
 
 
 class StepRecord:
-    """Appends one line per forward: step, source, generation, phase, budgets, tokens, begin."""
+    """Appends one line per forward: step, source, generation, phase, budgets, tokens, begin.
+
+    It ends with the first line that cannot be written, as on a full disk: requests go on.
+    """
 
     def __init__(self, folder: Path, rank: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / f"rank{rank}.csv").open("w", buffering=1)
         self._file.write(f"{','.join(COLUMNS)}\n")
+        self._is_ended = False
 
     def add(
         self, step: int, selection: Selection, phase: str | None, num_tokens: int, begun_ns: int
     ) -> None:
         """Write the line of one forward, which began at `begun_ns` of the monotonic clock."""
-        self._file.write(
-            f"{step},{selection.source},{selection.generation},{phase},"
-            f"{selection.prefill_budget},{selection.decode_budget},{num_tokens},{begun_ns}\n"
-        )
+        if self._is_ended:
+            return
+        try:
+            self._file.write(
+                f"{step},{selection.source},{selection.generation},{phase},"
+                f"{selection.prefill_budget},{selection.decode_budget},{num_tokens},{begun_ns}\n"
+            )
+        except OSError as error:
+            self._is_ended = True
+            logger.warning("sglang-alloc ends the step record %s: %s", self._file.name, error)
 
     def close(self) -> None:
         """Close the log."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written
+            self._file.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from sglang_alloc.shared_table import (
     SharedTable,
     publish_shared_table,
 )
+from sglang_alloc.step_record import StepRecord
 from sglang_alloc.worker import SOURCE_CODES, ServedModel, Worker, check_fits, make_enforcement
 from sglang_alloc.worker_settings import FULL_QUALITY, WorkerSettings
 from sglang_alloc.worker_tables import choose_mode, enforcement_tables
@@ -204,6 +206,24 @@ def test_only_a_sample_of_the_forwards_is_measured(worker: Worker) -> None:
             worker.route(layer_index, _make_slots())
     assert worker.statistics.by_phase["decode"].forwards == 32
     assert worker.statistics.by_phase["decode"].sampled_forwards == 2
+
+
+def test_a_step_record_on_a_full_disk_ends_and_its_server_does_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = StepRecord(tmp_path, 0)
+    written = (tmp_path / "rank0.csv").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (written, limits[1]))
+    try:
+        for step in (1, 2):
+            record.add(step, Selection("override", 1, 5, 5), "decode", 3, 0)
+        record.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (told,) = [entry.message for entry in caplog.records]
+    assert "ends the step record" in told
+    assert (tmp_path / "rank0.csv").stat().st_size == written
 
 
 def test_the_step_record_holds_one_line_per_forward(table_path: Path, tmp_path: Path) -> None:

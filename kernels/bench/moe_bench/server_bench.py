@@ -96,10 +96,11 @@ def measure_server(shape_name: str, plan: ServerPlan, log_folder: Path) -> Itera
             ):
                 for budget, fraction in FRACTIONS.items():
                     activations = round(fraction * table.shape.budget_max)
-                    BudgetOverride(table).set(activations, activations)
                     if mode == "threshold" and fraction < 1.0:
-                        fit_thresholds(server, table, activations)
+                        activations = fit_thresholds(server, table, activations)
                     for case in cases:
+                        # Each case anew: an override ends by itself after some minutes.
+                        BudgetOverride(table).set(activations, activations)
                         before = table.worker_counters()[0]
                         times = _timed(server, case, plan)
                         _settle(server, case)
@@ -131,7 +132,7 @@ def _used(before: Any, after: Any, case: Case, table: SharedTable) -> Used:
 
 
 def fit_thresholds(server: Server, table: SharedTable, activations: int) -> int:
-    """Put the budget in force whose thresholds really keep so many activations; return it.
+    """Return the budget whose thresholds really keep so many activations.
 
     Calibration does this for a trained model. A row that affords one activation more keeps about
     one more, whatever the routing, so a few corrections do.
@@ -150,9 +151,7 @@ def fit_thresholds(server: Server, table: SharedTable, activations: int) -> int:
         tried[budget] = abs(kept - activations)
         budget += round(activations - kept)
         budget = min(max(budget, shape.budget_min), shape.budget_max - 1)
-    budget = min(tried, key=lambda one: tried[one])
-    BudgetOverride(table).set(budget, budget)
-    return budget
+    return min(tried, key=lambda one: tried[one])
 
 
 def _settle(server: Server, case: Case) -> None:

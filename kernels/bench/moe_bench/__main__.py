@@ -95,7 +95,9 @@ def _is_done(results: Results, unit: Unit) -> bool:
 
 def _ceilings(timer: Timer, device: torch.device) -> Ceilings:
     if device.type == "cuda":
-        return measure_ceilings(timer, device)
+        ceilings = measure_ceilings(timer, device)
+        torch.cuda.empty_cache()  # a server may start next, and sizes itself by what is free
+        return ceilings
     return measure_ceilings(timer, device, copy_bytes=2**24, matmul_size=256)
 
 

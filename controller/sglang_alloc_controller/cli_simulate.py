@@ -12,7 +12,13 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from sglang_alloc.atomic_file import replace_file
 from sglang_alloc.errors import ConfigurationError
-from sglang_alloc_controller.simulator.cells import Cell, CellStore, Finished, identity
+from sglang_alloc_controller.simulator.cells import (
+    Cell,
+    CellStore,
+    Finished,
+    identity,
+    identity_of_others,
+)
 from sglang_alloc_controller.simulator.deployment import Deployment
 from sglang_alloc_controller.simulator.law_names import LAW_NAMES, OURS
 from sglang_alloc_controller.simulator.pool import run_cells
@@ -81,7 +87,7 @@ def simulate(request: Request, deployment: Deployment) -> str:
             "`pip install 'sglang-alloc[report]'`, or leave --out away to print the table only."
         )
     world = deployment.world
-    store = CellStore(out, identity(world)) if out else None
+    store = CellStore(out, identity(world), identity_of_others(world)) if out else None
     workers = request.workers or os.cpu_count() or 1
     with shown_progress(Console(stderr=True)) as shown:
         cells = [*_cells(request), *_gain_cells(request)]

@@ -21,7 +21,7 @@ from sglang_alloc_controller.law_state import (
     Seen,
     initial_state,
 )
-from sglang_alloc_controller.load_history import LoadHistory
+from sglang_alloc_controller.load_history import LoadHistory, PlausibleQueue
 from sglang_alloc_controller.reading_history import ReadingHistory, Sample
 from sglang_alloc_controller.samples import PHASES, SLO_OF_PHASE, SLOS, Phase, Reading, Slo
 from sglang_alloc_controller.settings import Settings
@@ -41,6 +41,7 @@ class ControlCore:
         self._settings = settings
         self.history = ReadingHistory(settings.law, settings.freshness)
         self._load_history = LoadHistory()
+        self._queue_gauge, self._queue_requests = PlausibleQueue(), 0.0
         self.take_over(ranges, budgets, now_seconds)
 
     def take_over(
@@ -70,7 +71,8 @@ class ControlCore:
         if anew:
             self._load_history.clear()
         if self.history.newest is reading:
-            self._load_history.add(reading)
+            self._queue_requests = self._queue_gauge.take(reading.queue_requests)
+            self._load_history.add(reading, self._queue_requests)
         return anew
 
     def seen(self, now_seconds: float) -> Seen:
@@ -83,7 +85,7 @@ class ControlCore:
             samples=self._samples(law.window_seconds),
             long_samples=self._samples(law.long_window_seconds),
             event_rates={slo: self.history.event_rate(slo) for slo in SLO_OF_PHASE.values()},
-            queue_requests=newest.queue_requests if newest else 0.0,
+            queue_requests=self._queue_requests,
             reading_at_seconds=newest.taken_at_seconds if newest else -math.inf,
             running_requests=newest.running_requests if newest else 0.0,
             load_windows=self._load_history.windows(),

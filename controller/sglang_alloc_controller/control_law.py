@@ -15,7 +15,8 @@ nothing winds up while it is at a bound, overridden or not in force.
 
 Regimes, first match first:
 
-    STALE      hold for hold_seconds, then ramp to the ceiling (or go on holding)
+    STALE      hold for hold_seconds, then ramp to the ceiling in ramp_seconds for each phase, the
+               lower one first (or go on holding)
     warm-up    hold: the latencies of a starting engine say nothing
     IDLE       ramp to the ceiling within idle_ramp_seconds
     violation soon after a step up: take that step back; wait longer before the next (back-off)
@@ -202,7 +203,17 @@ def _held(state: LawState, reason: Reason, constants: LawConstants) -> tuple[Law
 def _ramping(
     state: LawState, reason: Reason, seen: Seen, constants: LawConstants
 ) -> tuple[LawState, Decision]:
-    phases = {name: ramped(name, state, seen, constants) for name in PHASES}
+    phases = dict(state.phases)
+    if reason is Reason.IDLE:
+        for name in PHASES:
+            phases[name] = ramped(name, state, seen, constants, constants.law.idle_ramp_seconds)
+    else:  # the lower phase first: nobody sees what it costs
+        lowest = min(phase.position for phase in state.phases.values())
+        for name in PHASES:
+            if state.phases[name].position == lowest:
+                phases[name] = ramped(
+                    name, state, seen, constants, constants.freshness.ramp_seconds
+                )
     return _held(replace(state, phases=phases), reason, constants)
 
 

@@ -2,28 +2,44 @@
 
 A request takes of the engine's time, at the levels i of prefill and j of decode,
 
-    work = prompt tokens * seconds per prefill token(i) + tokens * decode step(j, b) / b
+    prefill   its prompt tokens * seconds per token(i), in steps of two such prompts
+    decode    few^2 * tokens * decode step(j, b) / b
+    work      (prefill + decode) / slack
 
 where b is the largest batch that was seen: what a decode step costs each of its requests when the
-engine is busy. Utilisation is rate * work. On a simulated server the SLO breaks at the same
-utilisation whatever the budgets are (docs/simulator.md), so one number is learned: the critical
-utilisation c, at which exactly the allowed share of events misses the SLO. Misses grow by a factor
-of e for each 1/`load_slope` of utilisation:
+engine is busy. few = min(1, running / (b / 5)): prefill goes first, so decode steps delay a first
+token only where running slots are short. slack is the share of the TTFT SLO that is left after the
+prompt's own prefill: long prompts can wait less.
 
-    by load  = allowed share * exp(load_slope * (utilisation - c)) * requests
-    expected = by load + allowed share * load_stray_ratio * requests
+Utilisation is rate * work. In 79 simulated pairs of a constant load and constant budgets with 0.5
+to 20 % late answers, these follow it with a root mean square error of 12 %: they grow by a factor
+of e for each 1/`load_slope`, and one number is left to be learned, the critical utilisation c at
+which exactly the allowed share is late:
 
-where strays are answers that would be late on an idle server too. c follows the counted misses k of
-each reading as the mean of a Poisson count with a normal prior does:
+    odds of a late answer = allowed * exp(load_slope * (utilisation - c) + doubt)
+    doubt = (load_slope * work)^2 * variance of the rate / 2, at most 1.5
 
+the doubt because misses are convex in the rate. Far beyond the SLO, where everything is late, the
+share goes on growing a little with the logarithm of the odds, so that more speed is still better.
+
+    cost = loss + load_miss_price * (late - load_free_ratio * allowed)+
+                + load_violation_price * (late - allowed)+ + the same price of the insured peak
+
+c follows the counted misses k of each reading as the mean of a Poisson count with a normal prior
+does:
+
+    by load   = min(0.95, allowed * exp(load_slope * (utilisation - c))) * requests
+    expected  = by load + allowed * load_stray_ratio * requests
     precision += slope^2 * by load^2 / expected / dispersion
     c         += slope * by load * (1 - k / expected) / dispersion / precision
 
-Misses come in clumps, hence the dispersion; old evidence fades, because servers change.
+where strays are answers that would be late on an idle server too. Misses come in clumps, hence the
+dispersion; old evidence fades, because servers change.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 from sglang_alloc_controller.budget_range import BudgetRange
@@ -34,6 +50,16 @@ from sglang_alloc_controller.settings import LawSettings
 # c may move by this at once: one clump of late answers is no other server.
 _STEP_MAX = 0.01
 _BOUNDS = (0.1, 2.0)
+# Prompts that share a prefill step under load.
+_PROMPTS_PER_STEP = 2.0
+# A rate known from a handful of requests shall not ask for the floor by doubt alone.
+_DOUBT_MAX = 1.5
+# Largest share of late answers that is expected when learning.
+_SHARE_MAX = 0.95
+# From odds of e on, the share grows by this for each further factor of e.
+_BEYOND = 0.05
+# Share of the largest batch under which few requests run.
+_FEW_SHARE = 0.2
 
 
 class Levels(NamedTuple):
@@ -51,6 +77,17 @@ class Choice(NamedTuple):
     """Nats per token, of both phases."""
     work_seconds: float
     """Of the engine's time, per request."""
+
+
+class Engine(NamedTuple):
+    """What runs on the engine."""
+
+    most: float
+    """Most running requests ever seen."""
+    mean: float
+    """Running requests of the last minute."""
+    slack: float = 1.0
+    """Share of the TTFT SLO that is left after a prompt's own prefill."""
 
 
 class Critical(NamedTuple):
@@ -78,77 +115,113 @@ def learned_from(
     """Return the belief after `seconds` at this utilisation with so many requests and misses."""
     slope, dispersion = law.load_slope, law.load_dispersion
     kept = critical.precision * math.exp(-seconds / law.load_memory_seconds)
-    precision = max(_prior_precision(law), kept)
+    precision = max(min(critical.precision, _prior_precision(law)), kept)
     allowed = 1.0 - objective_ratio
     share = allowed * math.exp(min(50.0, slope * (utilisation - critical.utilisation)))
-    if share >= 1.0 or requests <= 0:
-        return critical._replace(precision=precision)  # far beyond: everything misses, as expected
+    if requests <= 0:
+        return critical._replace(precision=precision)
+    share = min(share, _SHARE_MAX)  # far beyond everything misses, as expected
     by_load, counted = share * requests, missed_ratio * requests
     expected = by_load + allowed * law.load_stray_ratio * requests
     precision += slope**2 * by_load**2 / expected / dispersion
     step = slope * by_load * (1.0 - counted / expected) / dispersion / precision
-    moved = critical.utilisation + min(_STEP_MAX, max(-_STEP_MAX, step))
+    limit = _STEP_MAX * max(1.0, math.sqrt(_prior_precision(law) / precision))
+    moved = critical.utilisation + min(limit, max(-limit, step))
     return Critical(min(_BOUNDS[1], max(_BOUNDS[0], moved)), precision)
 
 
 def choices(
-    load: Load, ranges: Mapping[Phase, BudgetRange], batch: float, law: LawSettings
+    load: Load, ranges: Mapping[Phase, BudgetRange], engine: Engine, law: LawSettings
 ) -> list[Choice]:
     """Return the pairs of levels worth taking: the smallest loss first, each faster than before."""
     prefill, decode = ranges["prefill"], ranges["decode"]
-    prefill_seconds = [
-        load.prefill_tokens * seconds / law.cost_prefill_tokens for seconds in prefill.seconds
-    ]
-    decode_seconds = [
-        load.decode_tokens * decode.step_seconds(level, batch) / batch
-        for level in range(len(decode.levels))
-    ]
-    every = sorted(
-        (prefill.losses[i] + decode.losses[j], before + after, Levels(i, j))
-        for i, before in enumerate(prefill_seconds)
-        for j, after in enumerate(decode_seconds)
-    )
+    before = [prefill_seconds(level, load, prefill, law) for level in range(len(prefill.levels))]
+    after = [decode_seconds(level, load, decode, engine) for level in range(len(decode.levels))]
     worth: list[Choice] = []
-    for loss, work_seconds, levels in every:
-        if not worth or work_seconds < worth[-1].work_seconds:
-            worth.append(Choice(levels, loss, work_seconds))
+    fastest = math.inf
+    for loss, i, j in _by_loss(tuple(prefill.losses), tuple(decode.losses)):
+        work_seconds = (before[i] + after[j]) / engine.slack
+        if work_seconds < fastest:
+            fastest = work_seconds
+            worth.append(Choice(Levels(i, j), loss, work_seconds))
     return worth
 
 
 def work_of(
-    levels: Levels, load: Load, ranges: Mapping[Phase, BudgetRange], batch: float, law: LawSettings
+    levels: Levels,
+    load: Load,
+    ranges: Mapping[Phase, BudgetRange],
+    engine: Engine,
+    law: LawSettings,
 ) -> Choice:
     """Return what these levels cost."""
     prefill, decode = ranges["prefill"], ranges["decode"]
-    seconds = load.prefill_tokens * prefill.seconds[levels.prefill] / law.cost_prefill_tokens
-    seconds += load.decode_tokens * decode.step_seconds(levels.decode, batch) / batch
-    return Choice(levels, prefill.losses[levels.prefill] + decode.losses[levels.decode], seconds)
+    seconds = prefill_seconds(levels.prefill, load, prefill, law)
+    seconds += decode_seconds(levels.decode, load, decode, engine)
+    return Choice(
+        levels,
+        prefill.losses[levels.prefill] + decode.losses[levels.decode],
+        seconds / engine.slack,
+    )
 
 
-def best(
-    found: Sequence[Choice],
-    rate_per_second: float,
-    critical: Critical,
-    objective_ratio: float,
-    law: LawSettings,
-) -> Choice:
-    """Return the choice with the smallest loss and price of late answers together.
+def prefill_seconds(level: int, load: Load, prefill: BudgetRange, law: LawSettings) -> float:
+    """Return the engine's time for the prompt of a request, in steps of two such prompts."""
+    tokens = min(float(law.cost_prefill_tokens), _PROMPTS_PER_STEP * load.prefill_tokens)
+    tokens = max(tokens, prefill.sizes[0])
+    return load.prefill_tokens * prefill.step_seconds(level, tokens) / tokens
 
-    Among those that are expected to keep the objective with some room; else the fastest.
-    """
+
+def decode_seconds(level: int, load: Load, decode: BudgetRange, engine: Engine) -> float:
+    """Return a request's share of the decode steps that it takes part in."""
+    few = min(1.0, engine.mean / (_FEW_SHARE * engine.most))
+    return few**2 * load.decode_tokens * decode.step_seconds(level, engine.most) / engine.most
+
+
+class Demand(NamedTuple):
+    """What the levels are chosen for."""
+
+    rate_per_second: float
+    variance: float = 0.0
+    """Of the rate; 0: no doubt."""
+    peak_per_second: float = 0.0
+    peak_weight: float = 0.0
+    """Share of the time in which a peak is there and not seen yet."""
+
+
+def cost(
+    one: Choice, demand: Demand, critical: float, objective_ratio: float, law: LawSettings
+) -> float:
+    """Return loss and price of late answers together, nats per token."""
     allowed = 1.0 - objective_ratio
-    burns = [expected_burn(rate_per_second * one.work_seconds, critical, law) for one in found]
-    costs = [
-        (one.loss + law.load_miss_price_nats * allowed * burn, one)
-        for one, burn in zip(found, burns, strict=True)
-        if burn <= law.load_burn_ratio
-    ]
-    return min(costs, default=(0.0, found[-1]))[1]
+    slope, price = law.load_slope, law.load_miss_price_nats
+
+    def late(rate_per_second: float, doubt: float) -> float:
+        beyond = slope * (rate_per_second * one.work_seconds - critical)
+        return late_share(math.log(allowed) + beyond + doubt)
+
+    doubt = min(_DOUBT_MAX, (slope * one.work_seconds) ** 2 * demand.variance / 2)
+    share = late(demand.rate_per_second, doubt)
+    total = one.loss + price * max(0.0, share - law.load_free_ratio * allowed)
+    total += law.load_violation_price_nats * max(0.0, share - allowed)
+    if demand.peak_weight > 0:
+        total += price * demand.peak_weight * late(demand.peak_per_second, 0.0)
+    return total
 
 
-def expected_burn(utilisation: float, critical: Critical, law: LawSettings) -> float:
-    """Return the misses that are expected at a utilisation, over those that are allowed."""
-    return math.exp(min(50.0, law.load_slope * (utilisation - critical.utilisation)))
+def late_share(log_odds: float) -> float:
+    """Return the share of late answers; it goes on growing a little where all are late."""
+    if log_odds > 0:
+        return 0.5 + 0.25 * min(1.0, log_odds) + _BEYOND * max(0.0, log_odds - 1.0)
+    odds = math.exp(log_odds)
+    return odds / (1.0 + odds)
+
+
+@lru_cache(maxsize=8)
+def _by_loss(
+    prefill: tuple[float, ...], decode: tuple[float, ...]
+) -> tuple[tuple[float, int, int], ...]:
+    return tuple(sorted((x + y, i, j) for i, x in enumerate(prefill) for j, y in enumerate(decode)))
 
 
 def _prior_precision(law: LawSettings) -> float:

@@ -1,15 +1,29 @@
 """Control story, third step, forward: budgets for the load that is measured, before it is felt.
 
-With step times by budget and the tokens of the requests known, the law does not wait for latencies:
+With step times by budget and the tokens of the requests known, the law does not wait for latencies.
+Once per reading it looks whether the load changed (law_load), what each pair of levels would cost
+under the present one, in loss and late answers (law_capacity), and takes the cheapest pair if
 
-    down   even at the rate that surely arrives at least, a larger loss is worth it: take what is
-           best at the likely rate
-    up     even at the rate that arrives at most, a smaller loss is best: take that
-    else   stay; the two rates draw nearer to each other while the load stays as it is
+    worth      the gain is at least load_worth_nats, and a share of the larger loss
+    wait       the load is known for load_wait_factor times as long as at the last change: the
+               changes under one load are ever further apart, about log(3600 s) / log(factor) of
+               them in its first hour
 
-What waits beyond the queue's SLO counts as arriving within `load_drain_seconds`. "Best" is the
-smallest loss and price of late answers together (law_capacity). Latencies teach, slowly, how much
-the server carries; the load tells, quickly, how much it has to. Pure.
+Regimes of the wait:
+
+    restless   the load is young, or loads of the last half hour kept changing: down at once, and
+               what waits beyond the queue's SLO counts as arriving within load_drain_seconds; back
+               as soon as the queue is gone
+    violation  late answers or a queue: down after a minute, or a quarter of the time known, and
+               after five minutes at most
+    easy       a deep cut of which most is needless: back after two minutes, or half the time known
+    start      without any change seen yet, nothing is given up in the first half minute
+
+Where loads came and went, the next peak is insured against: a budget is charged with the late
+answers that the peak would bring before it is seen, as often as peaks came in the last half hour.
+Late answers teach how much the server carries, but only `_LEARN_DELAY_SECONDS` later and if the
+load had not changed by then: those between a change and its detection say nothing about the
+budgets.
 """
 
 import math
@@ -19,16 +33,19 @@ from typing import NamedTuple
 from sglang_alloc_controller.law_capacity import (
     Choice,
     Critical,
+    Demand,
+    Engine,
     Levels,
-    best,
     choices,
+    cost,
     learned_from,
     prior,
     work_of,
 )
-from sglang_alloc_controller.law_load import Load, load_of
+from sglang_alloc_controller.law_load import Load, changed_window, load_of, within_age
 from sglang_alloc_controller.law_move import moved
 from sglang_alloc_controller.law_state import (
+    Evidence,
     ForwardState,
     LawConstants,
     LawState,
@@ -37,29 +54,46 @@ from sglang_alloc_controller.law_state import (
     Reason,
     Seen,
 )
-from sglang_alloc_controller.load_history import LoadWindow
 from sglang_alloc_controller.samples import PHASES, Phase
 
 Moved = tuple[LawState, dict[Phase, Reason]]
 
-# A load is young, and likely rates count, until this long after it changed; late answers teach
-# something from then on, and if the last half of that time was steady.
-_YOUNG_SECONDS, _STEADY_SECONDS = 45.0, 24.0
-# A lull within a burst is shorter than this.
-_LULL_SECONDS = 12.0
-# Standard deviations of the likely rate: a needless step down costs little and soon comes back, a
-# needless step up costs late answers.
-_DOWN_SIGMAS, _UP_SIGMAS = 0.5, 1.5
-# A move that changes the work by less than this is worth at most one change in the given times.
-_SMALL_MOVE = 0.06
-_SMALL_DOWN_SECONDS, _SMALL_UP_SECONDS = 60.0, 300.0
-# Two readings are about this far apart.
-_READING_SECONDS = 1.0
+# A change is seen within this time, even where metrics are late.
+_LEARN_DELAY_SECONDS = 15.0
+_YOUNG_SECONDS = 45.0
+# Peaks are remembered for so long; so many make the load restless; one is answered after so long.
+_PEAK_MEMORY_SECONDS, _PEAKS_RESTLESS, _REACTION_SECONDS, _PEAK_RATIO = 1800.0, 2, 8.0, 1.2
+# Variance of the work that arrives over that of the requests: their sizes differ too.
+_COMPOUND = 1.3
+# Weight of a reading in the mean of the running requests: about a minute.
+_RUNNING_READINGS = 60.0
+# The least share of the TTFT SLO that is left for waiting.
+_SLACK_MIN = 0.2
+# The smallest gain worth a change, as a share of the larger loss: of a small one, and of any.
+_WORTH_SHARE, _WORTH_SHARE_MIN = 0.4, 0.15
+_VIOLATION_WAIT_SECONDS, _DRAINED_WAIT_SECONDS, _START_SECONDS = 60.0, 10.0, 30.0
+# Longest time that a violation waits, under a load that has been the same for long.
+_PATIENCE_SECONDS = 300.0
+_EASY_LOSS, _EASY_SHARE, _EASY_WAIT_SECONDS = 0.02, 0.75, 120.0
+# After somebody else has moved the budgets the load counts as this young.
+_TAKEN_OVER_SECONDS = 3.0
 
 
-class _Move(NamedTuple):
+class _Look(NamedTuple):
+    """What one reading says of the present budgets and of others."""
+
     now: Choice
     wanted: Choice
+    gain: float
+    """What the change would save, in loss and price of late answers, nats per token."""
+    age_seconds: float
+    """Of the load."""
+    violating: bool = False
+    """Whether late answers or a queue complain."""
+
+    @property
+    def down(self) -> bool:
+        return self.wanted.loss > self.now.loss
 
 
 def goes_forward(seen: Seen, constants: LawConstants) -> bool:
@@ -72,108 +106,185 @@ def forward(
     state: LawState, asked: dict[Phase, Pressure], seen: Seen, constants: LawConstants
 ) -> Moved:
     """Return the state and the reasons after one look at the load."""
-    windows = _windows_of_this_load(state, seen, constants)
-    load = load_of(windows, constants.law)
+    belief = state.forward or first_belief(constants)
+    if seen.reading_at_seconds <= belief.learned_at_seconds:
+        return state, _reasons(state, belief.reason)
+    belief = _with_load(belief, seen, constants)
+    if belief.levels is not None and belief.levels != _levels(state, constants):
+        # Somebody else moved: staleness, idleness, a person.
+        since_seconds = seen.reading_at_seconds - _TAKEN_OVER_SECONDS
+        belief = replace(belief, load_since_seconds=since_seconds)
+    load = belief.load
     if load is None:
-        return state, dict.fromkeys(PHASES, Reason.TOO_FEW_SAMPLES)
-    if load.same_seconds < windows[-1].seconds:
-        began_seconds = seen.reading_at_seconds - load.same_seconds
-        state = replace(
-            state, forward=replace(_belief(state, constants), load_since_seconds=began_seconds)
+        belief = replace(belief, learned_at_seconds=seen.reading_at_seconds)
+        return replace(state, forward=belief), dict.fromkeys(PHASES, Reason.TOO_FEW_SAMPLES)
+    belief = _with_evidence(belief, load, state, seen, constants)
+    violating = any(one.excess > 0 for one in asked.values())
+    age_seconds = seen.reading_at_seconds - belief.load_since_seconds
+    look = _looked(belief, load, state, age_seconds, constants)._replace(violating=violating)
+    reason = _refusal(belief, look, state, seen, constants)
+    if reason is not None:
+        belief = replace(belief, reason=reason, levels=look.now.levels)
+        return replace(state, forward=belief), _reasons(state, reason)
+    draining = look.down and _is_restless(belief, look.age_seconds)
+    belief = replace(
+        belief,
+        reason=Reason.HOLD,
+        levels=look.wanted.levels,
+        draining=draining and _backlog_per_second(state, constants) > 0,
+    )
+    reason = Reason.RESTORE
+    if look.down:
+        worst = max(asked.values(), key=lambda pressure: pressure.excess)
+        reason = worst.cause if look.violating else Reason.PREDICTED_OVERLOAD
+    return _at(replace(state, forward=belief), look.wanted.levels, reason, seen, constants)
+
+
+def first_belief(constants: LawConstants) -> ForwardState:
+    """Return what is believed before anything was seen."""
+    first = prior(constants.law)
+    return ForwardState(first.utilisation, first.precision, float(constants.law.cost_batch))
+
+
+def _with_load(belief: ForwardState, seen: Seen, constants: LawConstants) -> ForwardState:
+    now = seen.reading_at_seconds
+    if belief.load_since_seconds == -math.inf:
+        belief = replace(belief, load_since_seconds=now - seen.load_windows[-1].seconds)
+    windows = within_age(seen.load_windows, now - belief.load_since_seconds)
+    age = now - belief.load_since_seconds
+    if len(belief.peaks) >= _PEAKS_RESTLESS:
+        age = 0.0
+    change = changed_window(windows, age, constants.law)
+    before = belief.load
+    peaks = tuple(one for one in belief.peaks if now - one[0] < _PEAK_MEMORY_SECONDS)
+    if change is not None:
+        since = now - change.seconds
+        rate = before.rate_per_second if before else None
+        if rate is not None and change.arrivals / change.seconds < rate:
+            peaks = (*peaks, (now, rate))
+        belief = replace(
+            belief,
+            load_since_seconds=since,
+            before_per_second=rate,
+            pending=tuple(one for one in belief.pending if one.at_seconds <= since),
         )
-    state = _with_belief(state, load, seen, constants)
-    now = _present(state, load, constants)
-    low, high = _sure_rates(state, load, asked, seen, constants)
-    if _best_at(low, state, load, constants).loss > now.loss:
-        likely = max(low, load.likely_per_second)
-        wanted = _best_at(likely, state, load, constants)
-        if wanted.work_seconds < now.work_seconds:
-            return _down(state, _Move(now, wanted), asked, seen, constants)
-        return _stay(state, now, asked)
-    wanted = _best_at(high, state, load, constants)
-    if wanted.loss < now.loss:
-        return _up(state, _Move(now, wanted), seen, constants)
-    return _stay(state, now, asked)
-
-
-def _windows_of_this_load(state: LawState, seen: Seen, constants: LawConstants) -> list[LoadWindow]:
-    """Return the windows that begin after the load became what it is; one at least."""
-    began_seconds = _belief(state, constants).load_since_seconds - _READING_SECONDS
-    return [
-        window
-        for number, window in enumerate(seen.load_windows)
-        if number == 0 or seen.reading_at_seconds - window.seconds >= began_seconds
-    ]
-
-
-def _sure_rates(
-    state: LawState, load: Load, asked: dict[Phase, Pressure], seen: Seen, constants: LawConstants
-) -> tuple[float, float]:
-    """Return the requests per second that come at least and at most, to act on.
-
-    A load that has just changed, or that latencies complain about, needs less proof: its likely
-    rate counts, but for a little.
-    """
-    age_seconds = seen.reading_at_seconds - _belief(state, constants).load_since_seconds
-    sigma = math.sqrt(load.likely_per_second / load.steady_seconds)
-    low, high = load.low_per_second, load.high_per_second
-    if age_seconds < _YOUNG_SECONDS or any(one.excess > 0 for one in asked.values()):
-        low = max(low, load.likely_per_second - _DOWN_SIGMAS * sigma)
-    if _LULL_SECONDS <= age_seconds < _YOUNG_SECONDS:
-        high = min(high, load.likely_per_second + _UP_SIGMAS * sigma)
-    return low, high
-
-
-def _best_at(rate: float, state: LawState, load: Load, constants: LawConstants) -> Choice:
-    belief = _belief(state, constants)
-    return best(
-        choices(load, constants.ranges, belief.batch, constants.law),
-        rate + _backlog_per_second(state, constants),
-        Critical(belief.critical, belief.precision),
-        constants.slo.objective_ratio,
-        constants.law,
+        windows = within_age(windows, change.seconds)
+    load = load_of(windows, belief.before_per_second, before)
+    mean = belief.running
+    mean += (seen.running_requests - mean) / _RUNNING_READINGS
+    return replace(
+        belief, load=load, peaks=peaks, batch=max(belief.batch, seen.running_requests), running=mean
     )
 
 
-def _is_too_small(move: _Move, since_seconds: float, wait_seconds: float) -> bool:
-    """Tell whether a move is small and comes so soon after the last one that it may be noise."""
-    share = abs(move.wanted.work_seconds / move.now.work_seconds - 1.0)
-    return share < _SMALL_MOVE and since_seconds < wait_seconds
+def _with_evidence(
+    belief: ForwardState, load: Load, state: LawState, seen: Seen, constants: LawConstants
+) -> ForwardState:
+    now, law, newest = seen.reading_at_seconds, constants.law, seen.newest
+    settled = now - max(belief.load_since_seconds, _changed_at(state)) >= law.load_settle_seconds
+    pending = belief.pending
+    if newest is not None and settled:
+        utilisation = load.rate_per_second * _present(belief, load, state, constants).work_seconds
+        pending = (
+            *pending,
+            Evidence(now, utilisation, newest.requests, newest.missed_ratio, newest.seconds),
+        )
+    critical = Critical(belief.critical, belief.precision)
+    while pending and now - pending[0].at_seconds >= _LEARN_DELAY_SECONDS:
+        one, pending = pending[0], pending[1:]
+        critical = learned_from(
+            critical,
+            utilisation=one.utilisation,
+            requests=one.requests,
+            missed_ratio=one.missed_ratio,
+            seconds=one.seconds,
+            objective_ratio=constants.slo.objective_ratio,
+            law=law,
+        )
+    return replace(
+        belief,
+        critical=critical.utilisation,
+        precision=critical.precision,
+        pending=pending,
+        learned_at_seconds=now,
+    )
 
 
-def _down(
+def _looked(
+    belief: ForwardState,
+    load: Load,
     state: LawState,
-    move: _Move,
-    asked: dict[Phase, Pressure],
-    seen: Seen,
+    age_seconds: float,
     constants: LawConstants,
-) -> Moved:
-    since_seconds = _since_change_seconds(state, seen)
-    if _is_too_small(move, since_seconds, _SMALL_DOWN_SECONDS):
-        return state, _reasons(state, Reason.HOLD)
-    if since_seconds < constants.law.degrade_hold_seconds:
-        return state, _reasons(state, Reason.HOLD)
-    worst = max(asked.values(), key=lambda pressure: pressure.excess)
-    reason = worst.cause if worst.excess > 0 else Reason.PREDICTED_OVERLOAD
-    return _at(state, move.wanted.levels, reason, seen, constants)
+) -> _Look:
+    law, objective = constants.law, constants.slo.objective_ratio
+    demand = _demand(belief, load, state, age_seconds, constants)
+    found = choices(load, constants.ranges, _engine(belief, load, constants), law)
+    costs = [(cost(one, demand, belief.critical, objective, law), one) for one in found]
+    wanted_cost, wanted = min(costs, key=lambda pair: pair[0])
+    now = _present(belief, load, state, constants)
+    gain = cost(now, demand, belief.critical, objective, law) - wanted_cost
+    return _Look(now, wanted, gain, age_seconds)
 
 
-def _up(state: LawState, move: _Move, seen: Seen, constants: LawConstants) -> Moved:
-    law, since_seconds = constants.law, _since_change_seconds(state, seen)
-    if _is_too_small(move, since_seconds, _SMALL_UP_SECONDS):
-        return state, _reasons(state, Reason.HOLD)
-    if since_seconds < law.restore_hold_seconds:
-        return state, _reasons(state, Reason.HOLD)
-    if (state.queue_requests or 0.0) > law.queue_restore_ratio * constants.slo.queue_requests:
-        return state, _reasons(state, Reason.DRAINING)
-    return _at(state, move.wanted.levels, Reason.RESTORE, seen, constants)
+def _demand(
+    belief: ForwardState,
+    load: Load,
+    state: LawState,
+    age_seconds: float,
+    constants: LawConstants,
+) -> Demand:
+    rate = load.rate_per_second
+    if _is_restless(belief, age_seconds):
+        rate += _backlog_per_second(state, constants)
+    peaks = [peak for _, peak in belief.peaks if peak > _PEAK_RATIO * load.rate_per_second]
+    # Before any change there is no doubt: what shows a change exaggerates it, a start does not.
+    doubt = 0.0 if belief.before_per_second is None else _COMPOUND * load.variance
+    weight = len(peaks) * _REACTION_SECONDS / _PEAK_MEMORY_SECONDS
+    return Demand(rate, doubt, max(peaks, default=0.0), weight)
 
 
-def _stay(state: LawState, now: Choice, asked: dict[Phase, Pressure]) -> Moved:
-    violating = any(pressure.excess > 0 for pressure in asked.values())
-    if violating and max(now.levels) == 0:
-        return state, dict.fromkeys(PHASES, Reason.AT_FLOOR)
-    return state, _reasons(state, Reason.DEADBAND)
+def _refusal(
+    belief: ForwardState, look: _Look, state: LawState, seen: Seen, constants: LawConstants
+) -> Reason | None:
+    """Return why the budgets stay, or None."""
+    law = constants.law
+    largest = max(look.now.loss, look.wanted.loss)
+    worth = max(min(law.load_worth_nats, _WORTH_SHARE * largest), _WORTH_SHARE_MIN * largest)
+    if look.wanted.levels == look.now.levels or look.gain < worth:
+        at_floor = look.violating and max(look.now.levels) == 0
+        return Reason.AT_FLOOR if at_floor else Reason.DEADBAND
+    at_start = belief.before_per_second is None and look.age_seconds < _START_SECONDS
+    if look.down and at_start and not look.violating:
+        return Reason.TOO_FEW_SAMPLES
+    since_seconds = seen.now_seconds - _changed_at(state)
+    if since_seconds < _wait_seconds(belief, look, since_seconds, constants):
+        return Reason.HOLD
+    waiting = (state.queue_requests or 0.0) / constants.slo.queue_requests
+    if not look.down and waiting > law.queue_restore_ratio:
+        return Reason.DRAINING
+    return None
+
+
+def _wait_seconds(
+    belief: ForwardState, look: _Look, since_seconds: float, constants: LawConstants
+) -> float:
+    """Return how long after the last change this one may come."""
+    law = constants.law
+    known_seconds = max(0.0, look.age_seconds - since_seconds)
+    wait_seconds = (law.load_wait_factor - 1.0) * known_seconds
+    if look.down:
+        if _is_restless(belief, look.age_seconds):
+            wait_seconds = 0.0
+        elif look.violating:
+            patience = min(_PATIENCE_SECONDS, max(_VIOLATION_WAIT_SECONDS, known_seconds / 4))
+            wait_seconds = min(wait_seconds, patience)
+        return max(law.degrade_hold_seconds, wait_seconds)
+    if look.now.loss >= _EASY_LOSS and look.gain >= _EASY_SHARE * look.now.loss:
+        wait_seconds = min(wait_seconds, max(_EASY_WAIT_SECONDS, known_seconds / 2))
+    if belief.draining or len(belief.peaks) >= _PEAKS_RESTLESS:
+        wait_seconds = min(wait_seconds, _DRAINED_WAIT_SECONDS)
+    return max(law.restore_hold_seconds, wait_seconds)
 
 
 def _at(
@@ -194,46 +305,37 @@ def _at(
     return replace(state, phases=phases), reasons
 
 
-def _with_belief(state: LawState, load: Load, seen: Seen, constants: LawConstants) -> LawState:
-    """Learn from the newest reading, once, unless it may speak of other budgets."""
-    belief = _belief(state, constants)
-    if seen.reading_at_seconds <= belief.learned_at_seconds:
-        return state
-    law, newest = constants.law, seen.newest
-    batch = max(belief.batch, seen.running_requests)
-    critical = Critical(belief.critical, belief.precision)
-    settled = _since_change_seconds(state, seen) >= law.load_settle_seconds
-    belief = replace(belief, batch=batch, learned_at_seconds=seen.reading_at_seconds)
-    known = load.steady_seconds >= _STEADY_SECONDS and load.same_seconds >= _YOUNG_SECONDS
-    if newest is not None and settled and known:
-        work_seconds = _present(state, load, constants, batch).work_seconds
-        critical = learned_from(
-            critical,
-            utilisation=load.mean_per_second * work_seconds,
-            requests=newest.requests,
-            missed_ratio=newest.missed_ratio,
-            seconds=newest.seconds,
-            objective_ratio=constants.slo.objective_ratio,
-            law=law,
-        )
-    return replace(
-        state, forward=replace(belief, critical=critical.utilisation, precision=critical.precision)
+def _present(belief: ForwardState, load: Load, state: LawState, constants: LawConstants) -> Choice:
+    return work_of(
+        _levels(state, constants),
+        load,
+        constants.ranges,
+        _engine(belief, load, constants),
+        constants.law,
     )
 
 
-def _present(
-    state: LawState, load: Load, constants: LawConstants, batch: float | None = None
-) -> Choice:
-    levels = (constants.ranges[phase].level(state.phases[phase].position) for phase in PHASES)
-    batch = batch or _belief(state, constants).batch
-    return work_of(Levels(*levels), load, constants.ranges, batch, constants.law)
+def _engine(belief: ForwardState, load: Load, constants: LawConstants) -> Engine:
+    slo_seconds = constants.slo.ttft_seconds
+    slack = 1.0
+    if slo_seconds is not None:
+        prefill = constants.ranges["prefill"]
+        own = prefill.step_seconds(len(prefill.levels) - 1, load.prefill_tokens)
+        slack = max(_SLACK_MIN, 1.0 - own / slo_seconds)
+    return Engine(belief.batch, belief.running, slack)
 
 
-def _belief(state: LawState, constants: LawConstants) -> ForwardState:
-    if state.forward is not None:
-        return state.forward
-    first = prior(constants.law)
-    return ForwardState(first.utilisation, first.precision, float(constants.law.cost_batch))
+def _is_restless(belief: ForwardState, age_seconds: float) -> bool:
+    """Tell whether the load is likely to change: then speed matters more than calm."""
+    changed = belief.before_per_second is not None
+    return (changed and age_seconds < _YOUNG_SECONDS) or len(belief.peaks) >= _PEAKS_RESTLESS
+
+
+def _levels(state: LawState, constants: LawConstants) -> Levels:
+    prefill, decode = (
+        constants.ranges[phase].level(state.phases[phase].position) for phase in PHASES
+    )
+    return Levels(prefill, decode)
 
 
 def _backlog_per_second(state: LawState, constants: LawConstants) -> float:
@@ -242,8 +344,8 @@ def _backlog_per_second(state: LawState, constants: LawConstants) -> float:
     return max(0.0, waiting) / constants.law.load_drain_seconds
 
 
-def _since_change_seconds(state: LawState, seen: Seen) -> float:
-    return seen.now_seconds - max(phase.changed_at_seconds for phase in state.phases.values())
+def _changed_at(state: LawState) -> float:
+    return max(phase.changed_at_seconds for phase in state.phases.values())
 
 
 def _reasons(state: LawState, reason: Reason) -> dict[Phase, Reason]:

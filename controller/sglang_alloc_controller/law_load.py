@@ -1,129 +1,132 @@
-"""Control story, third step, forward: how many requests arrive, surely and likely. Pure.
+"""Control story, third step, forward: what arrives, and since when it is that load. Pure.
 
-Arrivals count as Poisson. A window of T seconds with n arrivals says that the rate is surely within
+Arrivals count as Poisson, prompt tokens as gamma distributed with a known shape. The load that is
+believed to last since some time is divided at each window: n1 requests in the last T1 seconds, n0
+in the T0 seconds before. The evidence for a change there is the logarithm of the likelihood ratio
+of two loads to one (a GLR detector), in nats:
 
-    (n - z * sqrt(n)) / T   and   (n + z * sqrt(n) + z^2) / T
+    rate   n1 * ln(r1 / r) + n0 * ln(r0 / r),             r1 = n1 / T1, r0 = n0 / T0, r = all / all
+    size   shape * (n1 * ln(m / m1) + n0 * ln(m / m0)),    mean prompts m1, m0, m = of all
 
-with z such that this is wrong about `load_false_alarms` times an hour. From the shortest window on,
-these intervals are intersected until one contradicts the others: that window reaches back into
-another load, and so do the longer ones. A load that just changed is thus known roughly after
-seconds, and one that stays better and better.
-
-The work of a request (prompt tokens to compute, tokens to generate) is taken over the longest
-window that agreed, and over a shorter one where that differs by more than chance.
+A change needs load_change_nats + ln(age / 30 s): a load that lasted long is less likely to change
+just now. A fall needs 1.6 times as much, since a needless return brings late answers and a needless
+cut only loss. The window with most evidence beyond that dates the change: from then on only what
+came after it counts. The rate is the mean since the change (at most the last 300 s), drawn to the
+rate before as if one more second had been seen at it: what shows a change exaggerates it.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from statistics import NormalDist
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from sglang_alloc_controller.load_history import LoadWindow
 from sglang_alloc_controller.settings import LawSettings
 
-# Standard deviation of the sizes of single requests over their mean, and the sigmas by which the
-# mean of a window must differ to count as another mix.
-_SIZE_SPREAD, _SIZE_SIGMAS = 0.8, 4.0
-_REQUESTS_MIN = 4.0
-# A likely change is one by so many sigmas; a sure one is rarer than `load_false_alarms`.
-_LIKELY_SIGMAS = 2.0
-# Another mix shows in so many requests and seconds: a request's tokens come after its first one.
-_MIX_REQUESTS_MIN, _MIX_SECONDS_MIN = 24.0, 12.0
-_HOUR_SECONDS = 3600.0
+# Prompts count as gamma distributed with this shape: a standard deviation of 0.63 of their mean.
+_SIZE_SHAPE = 2.5
+_REQUESTS_MIN = 3.0
+# Neither side of a change is shorter.
+_SIDE_SECONDS_MIN = 2.5
+_BEFORE_SECONDS = 1.0
+# A needless cut costs little, a needless return late answers: a fall needs more evidence.
+_FALL_FACTOR = 1.6
+# A load that has lasted is less likely to change now: odds against it grow with its age.
+_RESTLESS_SECONDS = 30.0
+# What is longer ago than this does not count even if nothing is seen to have changed.
+_SPAN_SECONDS_MAX = 300.0
+# Windows and ages are sums of the same times; a boundary missed by rounding alone counts as met.
+_ROUNDING_SECONDS = 0.1
+# Tokens come after their request's first one: a mean over less than this would be too small.
+_OUTPUT_SECONDS = 15.0
 
 
 class Load(NamedTuple):
     """What arrives."""
 
-    low_per_second: float
-    """Requests per second that surely come at least."""
-    likely_per_second: float
-    high_per_second: float
-    mean_per_second: float
-    """Mean rate since the load is what it is."""
+    rate_per_second: float
+    """Requests per second."""
+    variance: float
+    """Of that estimate."""
     prefill_tokens: float
     """Prompt tokens to compute, per request."""
     decode_tokens: float
     """Tokens to generate after the first, per request."""
-    same_seconds: float
-    """For how long it has been this load, as far as is known."""
-    steady_seconds: float
-    """The same, with softer doubts counting."""
+    seconds: float
+    """Time over which the rate was counted."""
 
 
-def load_of(windows: Sequence[LoadWindow], law: LawSettings) -> Load | None:
-    """Return the load that the windows (shortest first) agree on; None: too few requests."""
-    if not windows:
+def within_age(windows: Sequence[LoadWindow], age_seconds: float) -> Sequence[LoadWindow]:
+    """Return the windows (shortest first) that begin after a change so long ago; one at least."""
+    count = sum(one.seconds <= age_seconds + _ROUNDING_SECONDS for one in windows)
+    return windows[: max(1, count)]
+
+
+def changed_window(
+    windows: Sequence[LoadWindow], age_seconds: float, law: LawSettings
+) -> LoadWindow | None:
+    """Return the window that begins where the load changed; None: it did not.
+
+    `windows` are of the load that is believed to last, the shortest first.
+    """
+    if len(windows) < 2:
         return None
-    low, high, agreed = _agreed(windows, law.load_false_alarms, 0.0)
-    same = windows[: max(1, agreed)]
-    known = [one for one in same if one.requests >= _REQUESTS_MIN]
-    if not known:
-        known = [one for one in windows if one.requests >= _REQUESTS_MIN][:1]
-    if not known:
+    whole = windows[-1]
+    best, most = None, 0.0
+    asked = law.load_change_nats + math.log(max(1.0, age_seconds / _RESTLESS_SECONDS))
+    for window in windows[:-1]:
+        if min(window.seconds, whole.seconds - window.seconds) < _SIDE_SECONDS_MIN:
+            continue
+        falls = window.arrivals * whole.seconds < whole.arrivals * window.seconds
+        enough = asked * (_FALL_FACTOR if falls else 1.0)
+        evidence = _rate_evidence(window, whole) + _size_evidence(window, whole) - enough
+        if evidence > most:
+            best, most = window, evidence
+    return best
+
+
+def load_of(
+    windows: Sequence[LoadWindow], before_per_second: float | None, before: "Load | None"
+) -> Load | None:
+    """Return the load of the windows since it changed; None: too few requests ever."""
+    usable = [one for one in windows if one.seconds <= _SPAN_SECONDS_MAX] or windows[:1]
+    whole = usable[-1]
+    seconds, arrivals = whole.seconds, whole.arrivals
+    if before_per_second is not None:
+        seconds, arrivals = (
+            seconds + _BEFORE_SECONDS,
+            arrivals + _BEFORE_SECONDS * before_per_second,
+        )
+    if whole.requests >= _REQUESTS_MIN:
+        sizes = whole.prefill_tokens / whole.requests, whole.decode_tokens / whole.requests
+        if before is not None and whole.seconds < _OUTPUT_SECONDS:
+            sizes = sizes[0], before.decode_tokens
+    elif before is not None:
+        sizes = before.prefill_tokens, before.decode_tokens
+    else:
         return None
-    steady = _steady(same)
-    likely = steady.arrivals / steady.seconds
-    return Load(
-        low,
-        min(high, max(low, likely)),
-        high,
-        same[-1].arrivals / same[-1].seconds,
-        _per_request(known, lambda window: window.prefill_tokens),
-        _per_request(known, lambda window: window.decode_tokens),
-        _same_seconds(windows, len(same)),
-        steady.seconds,
+    rate = arrivals / seconds
+    return Load(rate, max(arrivals, 1.0) / seconds**2, *sizes, whole.seconds)
+
+
+def _rate_evidence(window: LoadWindow, whole: LoadWindow) -> float:
+    before = max(0.0, whole.arrivals - window.arrivals)
+    rate = (window.arrivals + before) / whole.seconds
+    return _part(window.arrivals, window.seconds, rate) + _part(
+        before, whole.seconds - window.seconds, rate
     )
 
 
-def _agreed(
-    windows: Sequence[LoadWindow], false_alarms: float, sigmas: float
-) -> tuple[float, float, int]:
-    """Return the rates that all of the first windows allow, and how many windows those are."""
-    low, high, agreed = 0.0, math.inf, 0
-    for window in windows:
-        lower, upper = _bounds(window, sigmas or _sigmas(window, false_alarms))
-        if max(low, lower) > min(high, upper):
-            break
-        low, high, agreed = max(low, lower), min(high, upper), agreed + 1
-    return low, high, agreed
+def _part(arrivals: float, seconds: float, rate: float) -> float:
+    return arrivals * math.log(arrivals / (seconds * rate)) if arrivals > 0 else 0.0
 
 
-def _same_seconds(windows: Sequence[LoadWindow], agreed: int) -> float:
-    """Return for how long it has been this load: since what differs most from the one before."""
-    if agreed == len(windows):
-        return windows[-1].seconds
-    before = windows[agreed].arrivals / windows[agreed].seconds
-
-    def doubt(window: LoadWindow) -> float:
-        expected = before * window.seconds
-        return abs(window.arrivals - expected) / math.sqrt(max(1.0, expected))
-
-    return max(windows[:agreed], key=doubt).seconds
-
-
-def _steady(windows: Sequence[LoadWindow]) -> LoadWindow:
-    """Return the longest window that nothing newer speaks against, not even softly."""
-    _, _, agreed = _agreed(windows, 0.0, _LIKELY_SIGMAS)
-    return windows[max(1, agreed) - 1]
-
-
-def _sigmas(window: LoadWindow, false_alarms: float) -> float:
-    return NormalDist().inv_cdf(1.0 - min(0.4, false_alarms * window.seconds / _HOUR_SECONDS))
-
-
-def _bounds(window: LoadWindow, sigmas: float) -> tuple[float, float]:
-    middle = window.arrivals + sigmas**2 / 2
-    spread = sigmas * math.sqrt(window.arrivals + sigmas**2 / 4)
-    return (middle - spread) / window.seconds, (middle + spread) / window.seconds
-
-
-def _per_request(windows: Sequence[LoadWindow], amount: Callable[[LoadWindow], float]) -> float:
-    mean = amount(windows[-1]) / windows[-1].requests
-    for window in reversed(windows[:-1]):
-        if window.requests < _MIX_REQUESTS_MIN or window.seconds < _MIX_SECONDS_MIN:
-            break
-        found = amount(window) / window.requests
-        if abs(found - mean) > _SIZE_SIGMAS * _SIZE_SPREAD / math.sqrt(window.requests) * mean:
-            mean = found
-    return mean
+def _size_evidence(window: LoadWindow, whole: LoadWindow) -> float:
+    before = whole.requests - window.requests
+    if min(before, window.requests) < _REQUESTS_MIN:
+        return 0.0
+    mean = whole.prefill_tokens / whole.requests
+    now = window.prefill_tokens / window.requests
+    then = (whole.prefill_tokens - window.prefill_tokens) / before
+    if min(now, then) <= 0:
+        return 0.0
+    return _SIZE_SHAPE * (window.requests * math.log(mean / now) + before * math.log(mean / then))

@@ -30,11 +30,13 @@ def restore(
     return phases, reasons
 
 
-def ramped(phase: Phase, state: LawState, seen: Seen, constants: LawConstants) -> PhaseState:
-    """Go one step of the way to the ceiling that takes `idle_ramp_seconds` in all."""
+def ramped(
+    phase: Phase, state: LawState, seen: Seen, constants: LawConstants, way_seconds: float
+) -> PhaseState:
+    """Go one step of the way to the ceiling that takes `way_seconds` from the floor."""
     old = state.phases[phase]
     step = max(_RAMP_STEP, constants.ranges[phase].smallest_step)
-    wait_seconds = step * constants.law.idle_ramp_seconds
+    wait_seconds = step * way_seconds
     if old.position >= 1 or seen.now_seconds - old.changed_at_seconds < wait_seconds:
         return old
     return moved(phase, state, old.position + step, seen, constants)

@@ -7,6 +7,8 @@ from enum import Enum
 from typing import NamedTuple
 
 from sglang_alloc_controller.budget_range import BudgetRange
+from sglang_alloc_controller.law_capacity import Levels
+from sglang_alloc_controller.law_load import Load
 from sglang_alloc_controller.load_history import LoadWindow
 from sglang_alloc_controller.reading_history import Newest, Sample
 from sglang_alloc_controller.samples import InputState, Phase, Slo
@@ -107,6 +109,16 @@ class PhaseState:
     """Signed size of the last change."""
 
 
+class Evidence(NamedTuple):
+    """What one reading says of how much the server carries."""
+
+    at_seconds: float
+    utilisation: float
+    requests: float
+    missed_ratio: float
+    seconds: float
+
+
 @dataclass(frozen=True)
 class ForwardState:
     """What the law has learned of how much the server carries."""
@@ -120,6 +132,22 @@ class ForwardState:
     learned_at_seconds: float = -math.inf
     load_since_seconds: float = -math.inf
     """Since when the load is what it is."""
+    running: float = 8.0
+    """Running requests, on the average of the last minute."""
+    levels: Levels | None = None
+    """Where the law left prefill and decode."""
+    draining: bool = False
+    """Whether the last change was to work off a queue."""
+    load: Load | None = None
+    """The load at the newest reading."""
+    before_per_second: float | None = None
+    """Rate of the load before the present one."""
+    pending: tuple[Evidence, ...] = ()
+    """Evidence not learned from yet, the oldest first."""
+    peaks: tuple[tuple[float, float], ...] = ()
+    """(when it ended, requests per second) of loads that a lower one followed."""
+    reason: Reason = Reason.DEADBAND
+    """Of the last decision."""
 
 
 @dataclass(frozen=True)

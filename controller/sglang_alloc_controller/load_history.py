@@ -4,16 +4,19 @@ Kept longer than the readings themselves, because a load that does not change is
 the longer it is counted; a few numbers of each reading are enough for that.
 """
 
+import math
 from bisect import bisect_left
-from statistics import median_low
 from typing import NamedTuple
 
 from sglang_alloc_controller.samples import Reading
 
 # From "a burst has just begun" to "it has been like this for a quarter of an hour".
-WINDOWS_SECONDS = (3.0, 6.0, 12.0, 25.0, 50.0, 100.0, 200.0, 400.0, 900.0)
+WINDOWS_SECONDS = (
+    3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 13.0, 17.0, 22.0, 28.0, 36.0, 46.0, 60.0, 80.0, 100.0, 130.0,
+    170.0, 220.0, 290.0, 400.0, 600.0, 900.0,
+)  # fmt: skip
 # A window that is not much longer than the one before it says nothing new.
-_LONGER_RATIO = 1.2
+_LONGER_RATIO = 1.15
 
 
 class LoadWindow(NamedTuple):
@@ -45,26 +48,23 @@ class LoadHistory:
         """Begin without readings."""
         self._totals: list[_Totals] = []
         self._times: list[float] = []
-        self._queues: list[float] = []  # of the last three readings
         self._windows: tuple[LoadWindow, ...] | None = None
 
     def clear(self) -> None:
         """Forget everything: the engine began anew."""
-        self._totals, self._times, self._queues, self._windows = [], [], [], None
+        self._totals, self._times, self._windows = [], [], None
 
-    def add(self, reading: Reading) -> None:
-        """Take a reading in; one that does not tell the prompt tokens is left out."""
+    def add(self, reading: Reading, queue_requests: float) -> None:
+        """Take a reading in, with its queue; one that tells no prompt tokens is left out."""
         if reading.prefill_tokens is None:
             return
-        # A single absurd value of the gauge is outvoted by its neighbours.
-        self._queues = [*self._queues[-2:], reading.queue_requests]
         self._totals.append(
             _Totals(
                 reading.taken_at_seconds,
                 reading.event_count("ttft"),
                 reading.event_count("itl"),
                 reading.prefill_tokens,
-                median_low(self._queues),
+                queue_requests,
             )
         )
         self._times.append(reading.taken_at_seconds)
@@ -98,3 +98,23 @@ def _between(older: _Totals, newer: _Totals) -> LoadWindow:
         prefill_tokens=newer.prefill_tokens - older.prefill_tokens,
         decode_tokens=newer.decode_tokens - older.decode_tokens,
     )
+
+
+class PlausibleQueue:
+    """The queue gauge without single absurd values."""
+
+    # A queue does not grow by more at once than to this multiple of what it was, and by so many.
+    _GROWTH_RATIO, _GROWTH_REQUESTS = 2.0, 20.0
+
+    def __init__(self) -> None:
+        """Begin without a value."""
+        self._accepted, self._limit = 0.0, math.inf
+
+    def take(self, queue_requests: float) -> float:
+        """Return the value, or the last plausible one until the next reading confirms the jump."""
+        if queue_requests <= self._limit:
+            self._accepted = queue_requests
+            self._limit = self._GROWTH_RATIO * queue_requests + self._GROWTH_REQUESTS
+        else:
+            self._limit = math.inf
+        return self._accepted

@@ -194,24 +194,30 @@ class LawSettings(_Section):
     """Longest such wait: one try per hour under constant load."""
     relief_ratio: Share = 0.9
     """A wait ends early when the load is surely below this share of the one that was too much."""
-    load_false_alarms: Positive = 0.02
-    """How often an hour chance may look like another load, for each window it is taken over."""
-    load_critical_prior: Positive = 0.7
+    load_change_nats: Positive = 6.0
+    """Evidence from which a young load counts as another one: logarithm of a likelihood ratio."""
+    load_critical_prior: Positive = 0.82
     """First guess of the utilisation at which the SLO just holds; learned from then on."""
-    load_critical_spread: Positive = 0.05
+    load_critical_spread: Positive = 0.06
     """Standard deviation of that guess."""
-    load_slope: Positive = 22.0
+    load_slope: Positive = 14.0
     """How steeply misses grow with the utilisation: by a factor of e for each 1/load_slope."""
     load_stray_ratio: Share = 0.05
     """Share of the allowed misses that have nothing to do with the load: very long prompts."""
-    load_dispersion: Annotated[float, Field(ge=1)] = 8.0
+    load_dispersion: Annotated[float, Field(ge=1)] = 16.0
     """Misses that come together: a late answer is seldom alone."""
     load_memory_seconds: Seconds = 1800.0
     """How long what was learned of the critical utilisation counts."""
-    load_burn_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Burn rate up to which late answers may be weighed against loss; 1 is the SLO itself."""
-    load_miss_price_nats: Positive = 0.5
-    """What a miss is worth in predicted loss: 1 % more of the requests late weigh as 0.005 nats."""
+    load_free_ratio: Share = 0.5
+    """Share of the allowed misses up to which late answers cost nothing."""
+    load_miss_price_nats: Positive = 0.55
+    """What a miss is worth in predicted loss: a per cent of late requests weighs 0.0055 nats."""
+    load_violation_price_nats: Positive = 1.0
+    """What a miss beyond the objective is worth besides."""
+    load_worth_nats: Positive = 0.002
+    """A change must be worth so much, loss and price of late answers together."""
+    load_wait_factor: Annotated[float, Field(ge=1)] = 3.0
+    """How many times longer than at the last change a load must be known for the next one."""
     load_settle_seconds: SecondsOrZero = 10.0
     """Time after a change before late answers are charged to the new budgets."""
     load_drain_seconds: Seconds = 10.0
@@ -274,6 +280,8 @@ class FreshnessSettings(_Section):
     """Age of the newest reading from which the input is STALE: several polls missed."""
     hold_seconds: SecondsOrZero = 15.0
     """How long the budgets are held then, over a short hiccup."""
+    ramp_seconds: Seconds = 60.0
+    """Time of the way from floor to ceiling then: nobody sees whether the load allows it."""
     then: Literal["full", "hold"] = "full"
     """full: ramp to full quality afterwards, the fail-safe. hold: keep the budgets for ever."""
     idle_after_seconds: Seconds = 5.0

@@ -32,6 +32,7 @@ def write_config(folder: Path, url: str, **sections: Any) -> Path:
         "freshness": {
             "stale_after_seconds": 2.0,
             "hold_seconds": 1.0,
+            "ramp_seconds": 1.0,
             "warmup_seconds": 0.0,
             "idle_after_seconds": 60.0,
         },

@@ -202,6 +202,19 @@ def test_a_stale_input_is_held_for_a_while_and_then_ramped_to_full() -> None:
     assert positions_of(state) == (0.4, 0.4)
 
 
+def test_a_stale_input_brings_the_lower_phase_back_first_and_takes_its_time() -> None:
+    state, _ = decide(make_state(0.9, 0.7), make_seen(100.0, state=InputState.STALE), CONSTANTS)
+    found = []
+    for half_seconds in range(230, 280):
+        seen = make_seen(half_seconds / 2, state=InputState.STALE)
+        state, _ = decide(state, seen, CONSTANTS)
+        if not found or found[-1][1] != positions_of(state):
+            found.append((half_seconds / 2, positions_of(state)))
+    # A tenth of the way takes a tenth of freshness.ramp_seconds, 60.
+    assert found[:2] == [(115.0, (0.9, 0.8)), (121.0, (0.9, 0.9))]
+    assert found[-1] == (127.0, (1.0, 1.0))
+
+
 def test_a_stale_input_is_held_for_ever_when_asked_to() -> None:
     freshness = CONSTANTS.freshness.model_copy(update={"then": "hold"})
     constants = CONSTANTS._replace(freshness=freshness)

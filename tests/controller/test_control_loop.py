@@ -86,7 +86,7 @@ def test_a_server_that_is_not_there_yet_is_stale_and_waited_for(table: Path) -> 
 
 
 def test_a_source_that_dies_leads_to_full_quality_with_a_beating_heart(table: Path) -> None:
-    controller, engine = _controller(table)
+    controller, engine = _controller(table, freshness={"ramp_seconds": 10.0})
     budgets = _degrade(controller, engine)
     controller.source = lambda: None
     assert _run(controller, 15) == budgets

@@ -7,88 +7,169 @@ from law_views import make_constants
 
 from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.law_capacity import (
-    Critical,
+    Demand,
+    Engine,
     Levels,
-    best,
     choices,
+    cost,
+    late_share,
     learned_from,
     prior,
+    work_of,
 )
-from sglang_alloc_controller.law_load import Load, load_of
-from sglang_alloc_controller.load_history import LoadHistory, LoadWindow
+from sglang_alloc_controller.law_load import Load, changed_window, load_of, within_age
+from sglang_alloc_controller.load_history import LoadHistory, LoadWindow, PlausibleQueue
 from sglang_alloc_controller.samples import Histogram, Phase, Reading
 
 LAW = make_constants().law
 RANGES: dict[Phase, BudgetRange] = {
     "prefill": BudgetRange(
-        10, 40, (10, 40), (1.024, 2.048), (0.2, 0.0), (2048.0,), ((1.024,), (2.048,))
+        10, 40, (10, 40), (1.024, 2.048), (0.2, 0.0), (100.0, 2048.0), ((0.05, 1.024), (0.1, 2.048))
     ),
     "decode": BudgetRange(
         10, 40, (10, 40), (0.01, 0.02), (0.1, 0.0), (8.0, 16.0), ((0.01, 0.02), (0.02, 0.04))
     ),
 }
 # 100 prompt tokens of 1 ms, and 10 tokens of 0.04 / 16 s: 0.1 + 0.025 s of work at full.
-LOAD = Load(4.0, 5.0, 6.0, 5.0, 100.0, 10.0, 100.0, 100.0)
+LOAD = Load(5.0, 0.1, 100.0, 10.0, 100.0)
+BUSY = Engine(16.0, 16.0)
 
 
-def _window(seconds: float, per_second: float) -> LoadWindow:
+def _window(seconds: float, per_second: float, prompt_tokens: float = 100.0) -> LoadWindow:
     arrivals = seconds * per_second
-    return LoadWindow(seconds, arrivals, arrivals, 100 * arrivals, 10 * arrivals)
+    return LoadWindow(seconds, arrivals, arrivals, prompt_tokens * arrivals, 10 * arrivals)
+
+
+def _after(seconds: float, per_second: float, before: LoadWindow) -> LoadWindow:
+    """The window that is longer than `before` by so many seconds at this rate."""
+    added = _window(seconds, per_second)
+    return LoadWindow(*(one + other for one, other in zip(before, added, strict=True)))
 
 
 def test_a_load_that_stays_is_known_the_better_the_longer_it_is_counted() -> None:
-    short = load_of([_window(6, 5.0)], LAW)
-    long = load_of([_window(6, 5.0), _window(100, 5.0), _window(900, 5.0)], LAW)
+    short, long = (load_of([_window(seconds, 5.0)], None, None) for seconds in (6.0, 100.0))
     assert short is not None
     assert long is not None
-    assert short.low_per_second < long.low_per_second < 5.0 < long.high_per_second
-    assert long.high_per_second < 5.5 < short.high_per_second
+    assert short.rate_per_second == long.rate_per_second == 5.0
+    assert (short.variance, long.variance) == (pytest.approx(5 / 6), pytest.approx(5 / 100))
     assert (long.prefill_tokens, long.decode_tokens) == (100.0, 10.0)
 
 
-def test_a_window_that_reaches_back_into_another_load_does_not_count() -> None:
-    load = load_of([_window(6, 12.0), _window(12, 12.0), _window(100, 3.0)], LAW)
+def test_the_window_with_most_evidence_dates_a_change() -> None:
+    young = _window(6.0, 12.0)
+    windows = [_window(3.0, 12.0), young, _after(6.0, 3.0, young), _after(94.0, 3.0, young)]
+    assert changed_window(windows, 100.0, LAW) is young
+    # What is known of the load before draws the rate a little.
+    load = load_of(within_age(windows, 6.0), 3.0, None)
     assert load is not None
-    assert load.same_seconds == 12.0
-    assert load.likely_per_second == 12.0
+    assert load.rate_per_second == pytest.approx((72 + 3) / 7)
 
 
-def test_too_few_requests_say_nothing() -> None:
-    assert load_of([_window(3, 0.5)], LAW) is None
-    assert load_of([], LAW) is None
+def test_a_steady_load_has_not_changed_and_a_lull_needs_more_evidence_than_a_rush() -> None:
+    steady = [_window(seconds, 5.0) for seconds in (3.0, 10.0, 100.0)]
+    assert changed_window(steady, 100.0, LAW) is None
+    # 10 s at 8 or 2.4 per second instead of 4.6: 9.2 and 7.2 nats, of which 8.1 and 13 are asked.
+    rush, lull = _window(10.0, 9.0), _window(10.0, 2.0)
+    assert changed_window([rush, _after(240.0, 4.6, rush)], 250.0, LAW) is rush
+    assert changed_window([lull, _after(240.0, 4.6, lull)], 250.0, LAW) is None
 
 
-def test_a_queue_that_grows_counts_as_arrivals_and_one_absurd_gauge_does_not() -> None:
+def test_an_old_load_needs_more_evidence_of_a_change_than_a_young_one() -> None:
+    rush = _window(5.0, 9.6)
+    windows = [rush, _after(295.0, 4.6, rush)]
+    assert changed_window(windows, 30.0, LAW) is rush
+    assert changed_window(windows, 3600.0 * 24, LAW) is None
+
+
+def test_longer_prompts_at_the_same_rate_are_another_load() -> None:
+    young = _window(4.0, 3.0, prompt_tokens=400.0)
+    windows = [young, _after(96.0, 3.0, young)]
+    assert changed_window(windows, 100.0, LAW) is young
+    load = load_of(within_age(windows, 4.0), 3.0, LOAD)
+    assert load is not None
+    assert load.prefill_tokens == 400.0
+
+
+def test_too_few_requests_say_nothing_of_the_sizes() -> None:
+    assert load_of([_window(3, 0.5)], None, None) is None
+    load = load_of([_window(3, 0.5)], None, LOAD)
+    assert load is not None
+    assert (load.prefill_tokens, load.rate_per_second) == (100.0, 0.5)
+
+
+def test_a_queue_that_grows_counts_as_arrivals() -> None:
     history = LoadHistory()
-    for second, queue in enumerate((0.0, 0.0, 2.0, 1e6, 6.0, 8.0)):
+    for second, queue in enumerate((0.0, 0.0, 2.0, 4.0, 6.0, 8.0)):
         counts = Histogram((math.inf,), (5.0 * second,), 0.0)
-        history.add(Reading(float(second), {"m": counts}, {}, queue, 1.0, prefill_tokens=0.0))
+        history.add(
+            Reading(float(second), {"m": counts}, {}, queue, 1.0, prefill_tokens=0.0), queue
+        )
     newest = history.windows()[-1]
     assert newest.arrivals == pytest.approx(25.0 + 8.0)
     history.clear()
     assert history.windows() == ()
 
 
+def test_an_absurd_queue_is_not_believed_until_the_next_reading_says_it_again() -> None:
+    gauge = PlausibleQueue()
+    assert [gauge.take(value) for value in (3.0, 1e6, 4.0, 25.0)] == [3.0, 3.0, 4.0, 25.0]
+    assert [gauge.take(value) for value in (500.0, 510.0, 520.0)] == [25.0, 510.0, 520.0]
+
+
 def test_the_work_of_a_request_is_its_prompt_and_its_share_of_decode_steps() -> None:
-    found = choices(LOAD, RANGES, 16.0, LAW)
+    found = choices(LOAD, RANGES, BUSY, LAW)
     assert found[0].levels == Levels(1, 1)
     assert found[0].work_seconds == pytest.approx(0.1 + 0.025)
     assert [one.loss for one in found] == pytest.approx([0.0, 0.1, 0.2, 0.3])
 
 
+def test_long_prompts_and_few_running_requests_change_what_work_counts() -> None:
+    full = Levels(1, 1)
+    assert work_of(full, LOAD, RANGES, Engine(16.0, 16.0, slack=0.5), LAW).work_seconds == (
+        pytest.approx(2 * 0.125)
+    )
+    # 1.6 of 16 run, half of the fifth under which they are few: a quarter of decode counts.
+    assert work_of(full, LOAD, RANGES, Engine(16.0, 1.6), LAW).work_seconds == (
+        pytest.approx(0.1 + 0.025 / 4)
+    )
+
+
+def _best(rate: float, **demand: float) -> Levels:
+    found = choices(LOAD, RANGES, BUSY, LAW)
+    wanted = Demand(rate, **demand)
+    return min(found, key=lambda one: cost(one, wanted, 0.7, 0.95, LAW)).levels
+
+
 def test_the_smallest_loss_is_kept_while_it_carries_the_load_and_late_answers_have_a_price() -> (
     None
 ):
-    found = choices(LOAD, RANGES, 16.0, LAW)
-    critical = Critical(0.7, 1.0)
-    assert best(found, 4.0, critical, 0.95, LAW).levels == Levels(1, 1)
-    # Utilisation 0.75 at full breaks the SLO, 0.675 with decode at its floor does not.
-    assert best(found, 6.0, critical, 0.95, LAW).levels == Levels(1, 0)
-    assert best(found, 100.0, critical, 0.95, LAW).levels == Levels(0, 0)
+    assert _best(4.0) == Levels(1, 1)
+    # Utilisation 0.75 at full: 9 % late, worth 0.077 nats, and decode at its floor loses 0.1.
+    assert _best(6.0) == Levels(1, 1)
+    # 0.7875: 14 % late, worth 0.14 nats; with decode at its floor 0.709 and 5.4 %.
+    assert _best(6.3) == Levels(1, 0)
+    # 0.7875 even then, and 0.525 with prefill at its floor.
+    assert _best(7.0) == Levels(0, 1)
+    assert _best(100.0) == Levels(0, 0)
+
+
+def test_a_rate_in_doubt_and_a_peak_to_come_ask_for_more_speed() -> None:
+    assert _best(6.0) == Levels(1, 1)
+    assert _best(6.0, variance=2.0) == Levels(0, 1)
+    assert _best(4.0, peak_per_second=7.0, peak_weight=0.01) == Levels(1, 1)
+    assert _best(4.0, peak_per_second=9.0, peak_weight=0.9) == Levels(0, 1)
+
+
+def test_the_share_of_late_answers_grows_for_ever_and_without_a_jump() -> None:
+    odds = [-50.0, -3.0, -1e-9, 1e-9, 0.999, 1.001, 5.0, 100.0]
+    shares = [late_share(one) for one in odds]
+    assert shares == sorted(shares)
+    assert late_share(math.log(0.05 / 0.95)) == pytest.approx(0.05)
+    assert max(shares[3] - shares[2], shares[5] - shares[4]) < 1e-3
 
 
 def test_more_misses_than_expected_lower_the_critical_utilisation_and_fewer_raise_it() -> None:
-    def after(missed_ratio: float, utilisation: float = 0.7) -> float:
+    def after(missed_ratio: float, utilisation: float = LAW.load_critical_prior) -> float:
         return learned_from(
             prior(LAW),
             utilisation=utilisation,
@@ -99,7 +180,7 @@ def test_more_misses_than_expected_lower_the_critical_utilisation_and_fewer_rais
             law=LAW,
         ).utilisation
 
-    assert after(0.2) < 0.7 < after(0.0)
-    assert after(0.05 * 1.05) == pytest.approx(0.7)
+    assert after(0.2) < LAW.load_critical_prior < after(0.0)
+    assert after(0.05 * 1.05) == pytest.approx(LAW.load_critical_prior)
     # On a server with little to do neither says anything.
-    assert after(1.0, utilisation=0.1) == pytest.approx(0.7, abs=1e-4)
+    assert after(1.0, utilisation=0.05) == pytest.approx(LAW.load_critical_prior, abs=1e-4)

@@ -61,6 +61,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         freshness = {
             "stale_after_seconds": 5.0,
             "hold_seconds": 0.5,
+            "ramp_seconds": 1.0,
             "warmup_seconds": 0.0,
             "idle_after_seconds": 60.0,
         }

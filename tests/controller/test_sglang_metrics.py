@@ -166,3 +166,28 @@ def test_before_the_first_answer_the_inter_token_histogram_is_missing(recorded: 
         "sglang:inter_token_latency_seconds_bucket",
         "sglang:inter_token_latency_seconds_sum",
     ]
+
+
+def test_the_computed_prompt_tokens_are_those_of_the_rank_that_has_most(recorded: Path) -> None:
+    text = (recorded / "after.txt").read_text()
+    counters = "".join(
+        f'sglang:realtime_tokens_total{{mode="{mode}",tp_rank="{rank}"}} {value}\n'
+        for mode, rank, value in (
+            ("prefill_compute", 0, 700.0),
+            ("prefill_compute", 1, 900.0),
+            ("prefill_cache", 0, 5000.0),
+            ("decode", 0, 6000.0),
+            ("prefill_compute", 2, "NaN"),
+        )
+    )
+    assert _parse(_without_tokens(text) + counters).prefill_tokens == 900.0
+
+
+def test_a_server_that_does_not_tell_its_prompt_tokens_reads_as_none(recorded: Path) -> None:
+    assert _parse(_without_tokens((recorded / "after.txt").read_text())).prefill_tokens is None
+
+
+def _without_tokens(text: str) -> str:
+    return "".join(
+        line for line in text.splitlines(keepends=True) if "realtime_tokens_total" not in line
+    )

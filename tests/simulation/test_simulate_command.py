@@ -1,6 +1,7 @@
 """`sglang-alloc-controller simulate`: what it refuses, writes, keeps and goes on from."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,13 @@ from sglang_alloc.errors import ConfigurationError
 from sglang_alloc_controller.cli import app
 from sglang_alloc_controller.cli_simulate import Request, checked, simulate
 from sglang_alloc_controller.simulator import pool
-from sglang_alloc_controller.simulator.cells import Cell, CellStore, Finished, identity
+from sglang_alloc_controller.simulator.cells import (
+    Cell,
+    CellStore,
+    Finished,
+    identity,
+    identity_of_others,
+)
 from sglang_alloc_controller.simulator.deployment import Deployment, read_deployment
 from sglang_alloc_controller.simulator.law_names import LAW_NAMES
 from sglang_alloc_controller.simulator.pool import run_cells
@@ -89,6 +96,25 @@ def test_cells_of_another_plant_or_cut_off_ones_do_not_count(
     (file,) = (tmp_path / "cells").iterdir()
     file.write_bytes(file.read_bytes()[:100])
     assert CellStore(tmp_path, "another").load(cell) is None
+
+
+def test_cells_of_other_laws_outlive_a_change_of_ours(
+    tmp_path: Path, deployment: Deployment
+) -> None:
+    world = deployment.world
+    law = world.settings.law.model_copy(update={"load_miss_price_nats": 0.3})
+    changed = replace(world, settings=world.settings.model_copy(update={"law": law}))
+    assert identity(changed) != identity(world)
+    assert identity_of_others(changed) == identity_of_others(world)
+    slower = replace(world, plant=world.plant.with_gain(0.5))
+    assert identity_of_others(slower) != identity_of_others(world)
+    finished = pool.simulate(world, Cell("infeasible", "full", 3))
+    CellStore(tmp_path, identity(world), identity_of_others(world)).save(finished)
+    ours = finished._replace(cell=finished.cell._replace(law="ours"))
+    CellStore(tmp_path, identity(world), identity_of_others(world)).save(ours)
+    store = CellStore(tmp_path, identity(changed), identity_of_others(changed))
+    assert store.load(finished.cell) is not None
+    assert store.load(ours.cell) is None
 
 
 def test_all_means_every_scenario_law_and_default_seed() -> None:

@@ -1,0 +1,205 @@
+"""Whole decisions of the law that looks ahead, from views built by hand."""
+
+from dataclasses import replace
+
+import pytest
+from law_views import make_constants, make_seen, make_state, positions_of
+
+from sglang_alloc_controller.budget_range import BudgetRange
+from sglang_alloc_controller.control_law import decide
+from sglang_alloc_controller.law_state import Decision, LawConstants, LawState, Reason, Seen
+from sglang_alloc_controller.load_history import LoadWindow
+from sglang_alloc_controller.reading_history import Newest
+from sglang_alloc_controller.samples import InputState, Phase
+
+# Work of a request at full: 100 prompt tokens in 0.1 s, 10 tokens in 0.025 s. Each phase's floor
+# halves it, for 0.1 nats of prefill and 0.01 of decode.
+RANGES: dict[Phase, BudgetRange] = {
+    "prefill": BudgetRange(
+        10, 40, (10, 40), (1.024, 2.048), (0.1, 0.0), (100.0, 2048.0), ((0.05, 1.024), (0.1, 2.048))
+    ),
+    "decode": BudgetRange(
+        10, 40, (10, 40), (0.01, 0.02), (0.01, 0.0), (8.0, 16.0), ((0.01, 0.02), (0.02, 0.04))
+    ),
+}
+CONSTANTS = make_constants(RANGES)
+# Utilisation at full, over the slack of 0.9: 0.28 and 0.97; with both at their floors 0.49.
+CALM, RUSH = 2.0, 7.0
+
+
+def _windows(*pieces: tuple[float, float]) -> tuple[LoadWindow, ...]:
+    """Windows that reach back over each (seconds, requests per second), the newest first."""
+    found, seconds, arrivals = [], 0.0, 0.0
+    for length, rate in pieces:
+        seconds, arrivals = seconds + length, arrivals + length * rate
+        found.append(LoadWindow(seconds, arrivals, arrivals, 100 * arrivals, 10 * arrivals))
+    return tuple(found)
+
+
+def _steady(rate: float, seconds: float) -> tuple[LoadWindow, ...]:
+    return _windows((5.0, rate), (seconds - 5.0, rate))
+
+
+def _seen(now_seconds: float, windows: tuple[LoadWindow, ...], **fields: object) -> Seen:
+    view = make_seen(now_seconds, queue_requests=float(str(fields.pop("queue", 0.0))))
+    return view._replace(load_windows=windows, running_requests=16.0, **fields)
+
+
+def _decided(
+    state: LawState, *views: Seen, constants: LawConstants = CONSTANTS
+) -> tuple[LawState, Decision]:
+    for view in views:
+        state, decision = decide(state, view, constants)
+    return state, decision
+
+
+def test_a_load_that_full_quality_carries_keeps_it() -> None:
+    state, decision = _decided(make_state(), _seen(100.0, _steady(CALM, 100.0)))
+    assert positions_of(state) == (1.0, 1.0)
+    assert set(decision.reasons.values()) == {Reason.AT_CEILING}
+    assert decision.saturation_ratio == 0
+
+
+def test_a_rush_is_answered_before_anything_is_late() -> None:
+    state, decision = _decided(
+        make_state(),
+        _seen(100.0, _steady(CALM, 100.0)),
+        _seen(106.0, _windows((6.0, RUSH), (94.0, CALM))),
+    )
+    # 45 % would be late at full, 18 % with decode at its floor, and next to none with prefill's.
+    assert positions_of(state) == (0.0, 1.0)
+    assert decision.reasons["prefill"] is Reason.PREDICTED_OVERLOAD
+    assert state.forward is not None
+    assert state.forward.load_since_seconds == 100.0
+    assert state.forward.before_per_second == CALM
+
+
+def test_without_any_change_seen_nothing_is_given_up_in_the_first_half_minute() -> None:
+    first = _seen(20.0, _steady(RUSH, 20.0))
+    state, decision = _decided(make_state(), first)
+    assert positions_of(state) == (1.0, 1.0)
+    assert set(decision.reasons.values()) == {Reason.AT_CEILING}
+    state, _ = _decided(make_state(), first, _seen(40.0, _steady(RUSH, 40.0)))
+    assert positions_of(state) == (0.0, 1.0)
+
+
+def test_what_is_cheap_goes_first() -> None:
+    state, _ = _decided(make_state(), _seen(100.0, _steady(6.0, 100.0)))
+    assert positions_of(state) == (1.0, 0.0)
+    state, _ = _decided(make_state(), _seen(100.0, _steady(12.0, 100.0)))
+    assert positions_of(state) == (0.0, 0.0)
+
+
+def test_quality_comes_back_when_the_load_falls_and_the_queue_is_gone() -> None:
+    rush = _seen(100.0, _steady(RUSH, 100.0))
+    state, _ = _decided(make_state(), rush)
+    low = positions_of(state)
+    calm = _windows((15.0, CALM), (85.0, RUSH))
+    waiting = _seen(115.0, calm, queue=3.0)
+    _, decision = _decided(state, waiting)
+    assert decision.reasons["prefill"] is Reason.DRAINING
+    state, decision = _decided(state, _seen(115.0, calm))
+    assert positions_of(state) > low
+    assert decision.reasons["prefill"] is Reason.RESTORE
+
+
+def test_changes_under_one_load_are_ever_further_apart() -> None:
+    """The load is known for 100 s at the first change: the second may come after 200 s more."""
+    state, _ = _decided(make_state(), _seen(100.0, _steady(6.0, 100.0)))
+    changed = positions_of(state)
+    # A load that is a little smaller than it was thought to be, and no other one.
+    for now_seconds in (150.0, 299.0):
+        state, decision = _decided(state, _seen(now_seconds, _steady(4.0, now_seconds)))
+        assert positions_of(state) == changed
+    assert decision.reasons["decode"] is Reason.HOLD
+    state, decision = _decided(state, _seen(301.0, _steady(4.0, 301.0)))
+    assert positions_of(state) > changed
+
+
+def test_a_deep_cut_that_is_needless_is_not_kept_for_long() -> None:
+    state, _ = _decided(make_state(), _seen(100.0, _steady(RUSH, 100.0)))
+    assert positions_of(state) == (0.0, 1.0)
+    kept, decision = _decided(state, _seen(219.0, _steady(4.0, 219.0)))
+    assert positions_of(kept) == (0.0, 1.0)
+    assert decision.reasons["prefill"] is Reason.HOLD
+    back, _ = _decided(state, _seen(221.0, _steady(4.0, 221.0)))
+    assert positions_of(back) == (1.0, 1.0)
+
+
+def test_a_queue_counts_as_load_only_while_the_load_is_young() -> None:
+    young = _windows((6.0, 4.5), (94.0, 1.0))
+    before = _seen(100.0, _steady(1.0, 100.0))
+    kept, _ = _decided(make_state(), before, _seen(106.0, young))
+    drained, _ = _decided(make_state(), before, _seen(106.0, young, queue=40.0))
+    assert positions_of(drained) < positions_of(kept)
+    old, _ = _decided(make_state(), _seen(100.0, _steady(1.0, 100.0), queue=40.0))
+    assert positions_of(old) == (1.0, 1.0)
+
+
+def test_late_answers_teach_after_a_delay_and_not_if_the_load_changed_meanwhile() -> None:
+    late = Newest(1.0, 6.0, 0.5)
+    state, _ = _decided(make_state(), _seen(100.0, _steady(4.0, 100.0), newest=late))
+    assert state.forward is not None
+    prior = state.forward.critical
+    assert len(state.forward.pending) == 1
+    learned, _ = _decided(state, _seen(116.0, _steady(4.0, 116.0)))
+    assert learned.forward is not None
+    assert learned.forward.critical < prior
+    # Dated before the late answers: they were the other load's.
+    changed, _ = _decided(state, _seen(110.0, _windows((13.0, 12.0), (97.0, 4.0))))
+    assert changed.forward is not None
+    assert changed.forward.pending == ()
+    assert changed.forward.critical == prior
+
+
+def test_loads_that_came_and_went_are_insured_against() -> None:
+    constants = make_constants(RANGES, load_miss_price_nats=5.0)
+    state, _ = _decided(make_state(), _seen(100.0, _steady(CALM, 100.0)), constants=constants)
+    assert positions_of(state) == (1.0, 1.0)
+    assert state.forward is not None
+    peaks = tuple((90.0, RUSH) for _ in range(5))
+    state = replace(state, forward=replace(state.forward, peaks=peaks))
+    insured, _ = _decided(state, _seen(120.0, _steady(CALM, 120.0)), constants=constants)
+    assert positions_of(insured) == (1.0, 0.0)
+    # Half an hour later they are forgotten.
+    later, _ = _decided(state, _seen(2000.0, _steady(CALM, 900.0)), constants=constants)
+    assert positions_of(later) == (1.0, 1.0)
+
+
+def test_after_somebody_else_moved_the_budgets_the_law_does_not_wait() -> None:
+    state, _ = _decided(make_state(), _seen(100.0, _steady(RUSH, 100.0)))
+    low = positions_of(state)
+    for now_seconds in (120.0, 136.0, 142.0, 148.0, 200.0):
+        stale = make_seen(now_seconds, state=InputState.STALE)
+        state, _ = _decided(state, stale)
+    assert positions_of(state) > low
+    state, _ = _decided(
+        state, _seen(204.0, _steady(RUSH, 204.0)), _seen(240.0, _steady(RUSH, 36.0))
+    )
+    assert positions_of(state) == low
+
+
+def test_a_load_beyond_the_floor_is_at_the_floor_and_infeasible_after_a_while() -> None:
+    state = make_state()
+    for now_seconds in (100.0, 110.0, 120.0, 150.0):
+        view = _seen(now_seconds, _steady(40.0, now_seconds), queue=40.0)
+        state, decision = _decided(state, view)
+    assert positions_of(state) == (0.0, 0.0)
+    assert set(decision.reasons.values()) == {Reason.INFEASIBLE}
+    assert decision.saturation_ratio == 1.0
+
+
+def test_a_reading_is_judged_once_and_budgets_stay_within_their_bounds() -> None:
+    view = _seen(106.0, _windows((6.0, RUSH), (94.0, CALM)))
+    state, _ = _decided(make_state(), _seen(100.0, _steady(CALM, 100.0)), view)
+    again, _ = decide(state, view._replace(now_seconds=106.5), CONSTANTS)
+    assert again.phases == state.phases
+    assert again.forward == state.forward
+    for phase in ("prefill", "decode"):
+        assert 0.0 <= state.phases[phase].position <= 1.0
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-6, 1e6])
+def test_an_impossible_rate_breaks_nothing(rate: float) -> None:
+    state, _ = _decided(make_state(), _seen(100.0, _steady(rate, 100.0)))
+    assert all(0.0 <= position <= 1.0 for position in positions_of(state))

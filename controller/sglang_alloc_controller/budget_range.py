@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from sglang_alloc_controller.step_times import Line, PhaseTimes
+from sglang_alloc_controller.step_times import PhaseTimes, times_at
 
 
 class BudgetRange(NamedTuple):
@@ -46,7 +46,11 @@ class BudgetRange(NamedTuple):
 
     def step_seconds(self, level: int, size: float) -> float:
         """Return the time of a step of this size at a level."""
-        return Line(tuple(self.sizes), tuple(self.step_times[level])).at(size)
+        return times_at(self.sizes, (self.step_times[level],), size)[0]
+
+    def steps_seconds(self, size: float) -> list[float]:
+        """Return the time of a step of this size at every level."""
+        return times_at(self.sizes, self.step_times, size)
 
     def position(self, budget: int) -> float:
         """Return where `budget` lies; one outside counts as the nearer end, or level."""

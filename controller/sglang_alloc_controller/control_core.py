@@ -23,7 +23,15 @@ from sglang_alloc_controller.law_state import (
 )
 from sglang_alloc_controller.load_history import LoadHistory, PlausibleQueue
 from sglang_alloc_controller.reading_history import ReadingHistory, Sample
-from sglang_alloc_controller.samples import PHASES, SLO_OF_PHASE, SLOS, Phase, Reading, Slo
+from sglang_alloc_controller.samples import (
+    PHASES,
+    SLO_OF_PHASE,
+    SLOS,
+    InputState,
+    Phase,
+    Reading,
+    Slo,
+)
 from sglang_alloc_controller.settings import Settings
 
 
@@ -42,6 +50,7 @@ class ControlCore:
         self.history = ReadingHistory(settings.law, settings.freshness)
         self._load_history = LoadHistory()
         self._queue_gauge, self._queue_requests = PlausibleQueue(), 0.0
+        self._seen: tuple[float, Seen] | None = None
         self.take_over(ranges, budgets, now_seconds)
 
     def take_over(
@@ -59,7 +68,7 @@ class ControlCore:
 
     def take_settings(self, settings: Settings) -> None:
         """Go on under other settings, with the readings and the law's memory as they are."""
-        self._settings = settings
+        self._settings, self._seen = settings, None
         self.history.take_settings(settings.law, settings.freshness)
         self._constants = LawConstants(
             settings.slo, settings.law, settings.freshness, self._constants.ranges
@@ -67,7 +76,7 @@ class ControlCore:
 
     def take_in(self, reading: Reading, *, after_failure: bool) -> bool:
         """Take a reading in; return True when the engine started anew before it."""
-        anew = self.history.add(reading, after_failure=after_failure)
+        anew, self._seen = self.history.add(reading, after_failure=after_failure), None
         if anew:
             self._load_history.clear()
         if self.history.newest is reading:
@@ -77,13 +86,25 @@ class ControlCore:
 
     def seen(self, now_seconds: float) -> Seen:
         """Return what the law sees at `now_seconds`."""
-        newest, law = self.history.newest, self._settings.law
-        return Seen(
+        # Several ticks see the same reading; what it says of a window does not change between them.
+        since_seconds = window_start_seconds(self.state, self._constants)
+        if self._seen is None or self._seen[0] != since_seconds:
+            self._seen = since_seconds, self._seen_since(since_seconds)
+        return self._seen[1]._replace(
             now_seconds=now_seconds,
             input_state=self.history.input_state(now_seconds),
             warming_up=self.history.is_warming_up(now_seconds),
-            samples=self._samples(law.window_seconds),
-            long_samples=self._samples(law.long_window_seconds),
+        )
+
+    def _seen_since(self, since_seconds: float) -> Seen:
+        """Return what the newest reading says of the budgets in force since then."""
+        newest, law = self.history.newest, self._settings.law
+        return Seen(
+            now_seconds=math.nan,
+            input_state=InputState.STALE,
+            warming_up=False,
+            samples=self._samples(since_seconds, law.window_seconds),
+            long_samples=self._samples(since_seconds, law.long_window_seconds),
             event_rates={slo: self.history.event_rate(slo) for slo in SLO_OF_PHASE.values()},
             queue_requests=self._queue_requests,
             reading_at_seconds=newest.taken_at_seconds if newest else -math.inf,
@@ -124,13 +145,8 @@ class ControlCore:
             deficit_saturation(in_force),
         )
 
-    def _samples(self, window_seconds: float) -> dict[Slo, Sample | None]:
+    def _samples(self, since_seconds: float, window_seconds: float) -> dict[Slo, Sample | None]:
         return {
-            slo: self.history.sample(
-                slo,
-                self._settings.slo,
-                window_start_seconds(self.state, self._constants),
-                window_seconds,
-            )
+            slo: self.history.sample(slo, self._settings.slo, since_seconds, window_seconds)
             for slo in SLOS
         }

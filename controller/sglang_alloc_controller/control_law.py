@@ -61,7 +61,8 @@ def decide(state: LawState, seen: Seen, constants: LawConstants) -> tuple[LawSta
     """Return the next state and the decision of one tick."""
     if seen.input_state is InputState.STALE:
         return _decide_stale(state, seen, constants)
-    state = replace(state, stale_since_seconds=None)
+    if state.stale_since_seconds is not None:
+        state = replace(state, stale_since_seconds=None)
     if seen.warming_up:
         return _held(_without_error(state), Reason.WARMUP, constants)
     if seen.input_state is InputState.IDLE:
@@ -147,7 +148,9 @@ def _decide_forward(
     state, reasons = forward(state, asked, seen, constants)
     if any(pressure.excess > 0 for pressure in asked.values()):
         return _decided(*_saturation(state, reasons, seen, constants), asked, constants)
-    return _decided(replace(state, saturated_since_seconds=None), reasons, asked, constants)
+    if state.saturated_since_seconds is not None:
+        state = replace(state, saturated_since_seconds=None)
+    return _decided(state, reasons, asked, constants)
 
 
 def _saturation(

@@ -2,6 +2,9 @@
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
+from itertools import accumulate, starmap
+from operator import sub
 
 from sglang_alloc_controller.samples import Histogram
 
@@ -57,10 +60,8 @@ def within_ratio(events: Histogram, slo_seconds: float) -> float | None:
     total = events.counts[-1]
     if total <= 0:
         return None
-    for edge, count in zip(events.edges, events.counts, strict=True):
-        if _same_edge(edge, slo_seconds):
-            return count / total
-    return None
+    at = _edge_at(events.edges, slo_seconds)
+    return None if at is None else events.counts[at] / total
 
 
 def mean_seconds(events: Histogram) -> float | None:
@@ -95,16 +96,20 @@ def _difference(older: Histogram | None, newer: Histogram) -> Histogram:
         return newer
     # A scrape may fall between SGLang's update of one bucket and of the next, so a difference can
     # shrink from one edge to the next by an event; a running maximum keeps it cumulative.
-    counts, reached = [], 0.0
-    for before, after in zip(older.counts, newer.counts, strict=True):
-        reached = max(reached, after - before)
-        counts.append(reached)
+    changes = starmap(sub, zip(newer.counts, older.counts, strict=True))
+    _, *counts = accumulate(changes, max, initial=0.0)
     sum_seconds = max(0.0, newer.sum_seconds - older.sum_seconds)
     return Histogram(newer.edges, tuple(counts), sum_seconds)
 
 
 def _count_at(histogram: Histogram, edge: float) -> float:
     return histogram.counts[histogram.edges.index(edge)]
+
+
+@lru_cache(maxsize=64)
+def _edge_at(edges: tuple[float, ...], seconds: float) -> int | None:
+    """Return which of the edges is at `seconds`, or None; every look at a window asks for it."""
+    return next((at for at, edge in enumerate(edges) if _same_edge(edge, seconds)), None)
 
 
 def _same_edge(edge: float, seconds: float) -> bool:

@@ -38,7 +38,7 @@ dispersion; old evidence fades, because servers change.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -132,19 +132,17 @@ def learned_from(
 
 def choices(
     load: Load, ranges: Mapping[Phase, BudgetRange], engine: Engine, law: LawSettings
-) -> list[Choice]:
-    """Return the pairs of levels worth taking: the smallest loss first, each faster than before."""
+) -> Iterator[Choice]:
+    """Yield the pairs of levels worth taking: the smallest loss first, each faster than before."""
     prefill, decode = ranges["prefill"], ranges["decode"]
-    before = [prefill_seconds(level, load, prefill, law) for level in range(len(prefill.levels))]
-    after = [decode_seconds(level, load, decode, engine) for level in range(len(decode.levels))]
-    worth: list[Choice] = []
+    before = _prefill_seconds(load, prefill, law)
+    after = _decode_seconds(load, decode, engine)
     fastest = math.inf
     for loss, i, j in _by_loss(tuple(prefill.losses), tuple(decode.losses)):
         work_seconds = (before[i] + after[j]) / engine.slack
         if work_seconds < fastest:
             fastest = work_seconds
-            worth.append(Choice(Levels(i, j), loss, work_seconds))
-    return worth
+            yield Choice(Levels(i, j), loss, work_seconds)
 
 
 def work_of(
@@ -156,8 +154,8 @@ def work_of(
 ) -> Choice:
     """Return what these levels cost."""
     prefill, decode = ranges["prefill"], ranges["decode"]
-    seconds = prefill_seconds(levels.prefill, load, prefill, law)
-    seconds += decode_seconds(levels.decode, load, decode, engine)
+    seconds = _prefill_seconds(load, prefill, law)[levels.prefill]
+    seconds += _decode_seconds(load, decode, engine)[levels.decode]
     return Choice(
         levels,
         prefill.losses[levels.prefill] + decode.losses[levels.decode],
@@ -165,17 +163,17 @@ def work_of(
     )
 
 
-def prefill_seconds(level: int, load: Load, prefill: BudgetRange, law: LawSettings) -> float:
-    """Return the engine's time for the prompt of a request, in steps of two such prompts."""
+def _prefill_seconds(load: Load, prefill: BudgetRange, law: LawSettings) -> list[float]:
+    """Return the engine's time for the prompt of a request, in steps of two such, by level."""
     tokens = min(float(law.cost_prefill_tokens), _PROMPTS_PER_STEP * load.prefill_tokens)
     tokens = max(tokens, prefill.sizes[0])
-    return load.prefill_tokens * prefill.step_seconds(level, tokens) / tokens
+    return [load.prefill_tokens * step / tokens for step in prefill.steps_seconds(tokens)]
 
 
-def decode_seconds(level: int, load: Load, decode: BudgetRange, engine: Engine) -> float:
-    """Return a request's share of the decode steps that it takes part in."""
-    few = min(1.0, engine.mean / (_FEW_SHARE * engine.most))
-    return few**2 * load.decode_tokens * decode.step_seconds(level, engine.most) / engine.most
+def _decode_seconds(load: Load, decode: BudgetRange, engine: Engine) -> list[float]:
+    """Return a request's share of the decode steps that it takes part in, by level."""
+    tokens = min(1.0, engine.mean / (_FEW_SHARE * engine.most)) ** 2 * load.decode_tokens
+    return [tokens * step / engine.most for step in decode.steps_seconds(engine.most)]
 
 
 class Demand(NamedTuple):
@@ -194,18 +192,15 @@ def cost(
 ) -> float:
     """Return loss and price of late answers together, nats per token."""
     allowed = 1.0 - objective_ratio
-    slope, price = law.load_slope, law.load_miss_price_nats
-
-    def late(rate_per_second: float, doubt: float) -> float:
-        beyond = slope * (rate_per_second * one.work_seconds - critical)
-        return late_share(math.log(allowed) + beyond + doubt)
-
+    slope, price, at_critical = law.load_slope, law.load_miss_price_nats, math.log(allowed)
     doubt = min(_DOUBT_MAX, (slope * one.work_seconds) ** 2 * demand.variance / 2)
-    share = late(demand.rate_per_second, doubt)
+    beyond = slope * (demand.rate_per_second * one.work_seconds - critical)
+    share = late_share(at_critical + beyond + doubt)
     total = one.loss + price * max(0.0, share - law.load_free_ratio * allowed)
     total += law.load_violation_price_nats * max(0.0, share - allowed)
     if demand.peak_weight > 0:
-        total += price * demand.peak_weight * late(demand.peak_per_second, 0.0)
+        beyond = slope * (demand.peak_per_second * one.work_seconds - critical)
+        total += price * demand.peak_weight * late_share(at_critical + beyond)
     return total
 
 

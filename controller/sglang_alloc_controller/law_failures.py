@@ -56,7 +56,7 @@ def with_present_load(phase: PhaseState, seen: Seen, constants: LawConstants) ->
             for one in failures
             if one.position > phase.position + _ROUNDING or one.rate_per_second >= borne
         )
-    return replace(phase, failures=failures)
+    return phase if failures == phase.failures else replace(phase, failures=failures)
 
 
 def is_blocked(

@@ -27,6 +27,7 @@ budgets.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -113,22 +114,26 @@ def forward(
     if belief.levels is not None and belief.levels != _levels(state, constants):
         # Somebody else moved: staleness, idleness, a person.
         since_seconds = seen.reading_at_seconds - _TAKEN_OVER_SECONDS
-        belief = replace(belief, load_since_seconds=since_seconds)
+        belief = belief._replace(load_since_seconds=since_seconds)
     load = belief.load
     if load is None:
-        belief = replace(belief, learned_at_seconds=seen.reading_at_seconds)
+        belief = belief._replace(learned_at_seconds=seen.reading_at_seconds)
         return replace(state, forward=belief), dict.fromkeys(PHASES, Reason.TOO_FEW_SAMPLES)
-    belief = _with_evidence(belief, load, state, seen, constants)
+    engine = _engine(belief, load, constants)
+    now = work_of(_levels(state, constants), load, constants.ranges, engine, constants.law)
+    belief = _with_evidence(belief, load.rate_per_second * now.work_seconds, state, seen, constants)
     violating = any(one.excess > 0 for one in asked.values())
     age_seconds = seen.reading_at_seconds - belief.load_since_seconds
-    look = _looked(belief, load, state, age_seconds, constants)._replace(violating=violating)
+    demand = _demand(belief, load, state, age_seconds, constants)
+    found = choices(load, constants.ranges, engine, constants.law)
+    wanted, gain = _cheapest(now, found, demand, belief.critical, constants)
+    look = _Look(now, wanted, gain, age_seconds, violating)
     reason = _refusal(belief, look, state, seen, constants)
     if reason is not None:
-        belief = replace(belief, reason=reason, levels=look.now.levels)
+        belief = belief._replace(reason=reason, levels=look.now.levels)
         return replace(state, forward=belief), _reasons(state, reason)
     draining = look.down and _is_restless(belief, look.age_seconds)
-    belief = replace(
-        belief,
+    belief = belief._replace(
         reason=Reason.HOLD,
         levels=look.wanted.levels,
         draining=draining and _backlog_per_second(state, constants) > 0,
@@ -149,7 +154,7 @@ def first_belief(constants: LawConstants) -> ForwardState:
 def _with_load(belief: ForwardState, seen: Seen, constants: LawConstants) -> ForwardState:
     now = seen.reading_at_seconds
     if belief.load_since_seconds == -math.inf:
-        belief = replace(belief, load_since_seconds=now - seen.load_windows[-1].seconds)
+        belief = belief._replace(load_since_seconds=now - seen.load_windows[-1].seconds)
     windows = within_age(seen.load_windows, now - belief.load_since_seconds)
     age = now - belief.load_since_seconds
     if len(belief.peaks) >= _PEAKS_RESTLESS:
@@ -162,8 +167,7 @@ def _with_load(belief: ForwardState, seen: Seen, constants: LawConstants) -> For
         rate = before.rate_per_second if before else None
         if rate is not None and change.arrivals / change.seconds < rate:
             peaks = (*peaks, (now, rate))
-        belief = replace(
-            belief,
+        belief = belief._replace(
             load_since_seconds=since,
             before_per_second=rate,
             pending=tuple(one for one in belief.pending if one.at_seconds <= since),
@@ -172,23 +176,26 @@ def _with_load(belief: ForwardState, seen: Seen, constants: LawConstants) -> For
     load = load_of(windows, belief.before_per_second, before)
     mean = belief.running
     mean += (seen.running_requests - mean) / _RUNNING_READINGS
-    return replace(
-        belief, load=load, peaks=peaks, batch=max(belief.batch, seen.running_requests), running=mean
+    return belief._replace(
+        load=load, peaks=peaks, batch=max(belief.batch, seen.running_requests), running=mean
     )
 
 
 def _with_evidence(
-    belief: ForwardState, load: Load, state: LawState, seen: Seen, constants: LawConstants
+    belief: ForwardState,
+    utilisation: float,
+    state: LawState,
+    seen: Seen,
+    constants: LawConstants,
 ) -> ForwardState:
     now, law, newest = seen.reading_at_seconds, constants.law, seen.newest
     settled = now - max(belief.load_since_seconds, _changed_at(state)) >= law.load_settle_seconds
     pending = belief.pending
     if newest is not None and settled:
-        utilisation = load.rate_per_second * _present(belief, load, state, constants).work_seconds
-        pending = (
-            *pending,
-            Evidence(now, utilisation, newest.requests, newest.missed_ratio, newest.seconds),
-        )
+        evidence = Evidence(
+            now, utilisation, newest.requests, newest.missed_ratio, newest.seconds
+        )  # fmt: skip
+        pending = (*pending, evidence)
     critical = Critical(belief.critical, belief.precision)
     while pending and now - pending[0].at_seconds >= _LEARN_DELAY_SECONDS:
         one, pending = pending[0], pending[1:]
@@ -201,8 +208,7 @@ def _with_evidence(
             objective_ratio=constants.slo.objective_ratio,
             law=law,
         )
-    return replace(
-        belief,
+    return belief._replace(
         critical=critical.utilisation,
         precision=critical.precision,
         pending=pending,
@@ -210,21 +216,23 @@ def _with_evidence(
     )
 
 
-def _looked(
-    belief: ForwardState,
-    load: Load,
-    state: LawState,
-    age_seconds: float,
+def _cheapest(
+    now: Choice,
+    found: Iterable[Choice],
+    demand: Demand,
+    critical: float,
     constants: LawConstants,
-) -> _Look:
+) -> tuple[Choice, float]:
+    """Return the cheapest of `found`, the smallest loss first, and what it saves."""
     law, objective = constants.law, constants.slo.objective_ratio
-    demand = _demand(belief, load, state, age_seconds, constants)
-    found = choices(load, constants.ranges, _engine(belief, load, constants), law)
-    costs = [(cost(one, demand, belief.critical, objective, law), one) for one in found]
-    wanted_cost, wanted = min(costs, key=lambda pair: pair[0])
-    now = _present(belief, load, state, constants)
-    gain = cost(now, demand, belief.critical, objective, law) - wanted_cost
-    return _Look(now, wanted, gain, age_seconds)
+    cheapest, least = now, math.inf
+    for one in found:
+        if one.loss >= least:
+            break  # late answers only add to the loss, and that of the rest is larger still
+        this = cost(one, demand, critical, objective, law)
+        if this < least:
+            cheapest, least = one, this
+    return cheapest, cost(now, demand, critical, objective, law) - least
 
 
 def _demand(
@@ -303,16 +311,6 @@ def _at(
             phases[phase] = moved(phase, state, budgets.level_position(level), seen, constants)
             reasons[phase] = reason
     return replace(state, phases=phases), reasons
-
-
-def _present(belief: ForwardState, load: Load, state: LawState, constants: LawConstants) -> Choice:
-    return work_of(
-        _levels(state, constants),
-        load,
-        constants.ranges,
-        _engine(belief, load, constants),
-        constants.law,
-    )
 
 
 def _engine(belief: ForwardState, load: Load, constants: LawConstants) -> Engine:

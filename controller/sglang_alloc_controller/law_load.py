@@ -16,7 +16,9 @@ rate before as if one more second had been seen at it: what shows a change exagg
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from sglang_alloc_controller.load_history import LoadWindow
@@ -39,6 +41,8 @@ _ROUNDING_SECONDS = 0.1
 # Tokens come after their request's first one: a mean over less than this would be too small.
 _OUTPUT_SECONDS = 15.0
 
+_seconds = attrgetter("seconds")
+
 
 class Load(NamedTuple):
     """What arrives."""
@@ -57,7 +61,7 @@ class Load(NamedTuple):
 
 def within_age(windows: Sequence[LoadWindow], age_seconds: float) -> Sequence[LoadWindow]:
     """Return the windows (shortest first) that begin after a change so long ago; one at least."""
-    count = sum(one.seconds <= age_seconds + _ROUNDING_SECONDS for one in windows)
+    count = bisect_right(windows, age_seconds + _ROUNDING_SECONDS, key=_seconds)
     return windows[: max(1, count)]
 
 
@@ -88,8 +92,7 @@ def load_of(
     windows: Sequence[LoadWindow], before_per_second: float | None, before: "Load | None"
 ) -> Load | None:
     """Return the load of the windows since it changed; None: too few requests ever."""
-    usable = [one for one in windows if one.seconds <= _SPAN_SECONDS_MAX] or windows[:1]
-    whole = usable[-1]
+    whole = windows[max(0, bisect_right(windows, _SPAN_SECONDS_MAX, key=_seconds) - 1)]
     seconds, arrivals = whole.seconds, whole.arrivals
     if before_per_second is not None:
         seconds, arrivals = (
@@ -109,11 +112,10 @@ def load_of(
 
 
 def _rate_evidence(window: LoadWindow, whole: LoadWindow) -> float:
-    before = max(0.0, whole.arrivals - window.arrivals)
-    rate = (window.arrivals + before) / whole.seconds
-    return _part(window.arrivals, window.seconds, rate) + _part(
-        before, whole.seconds - window.seconds, rate
-    )
+    arrivals, seconds, whole_seconds = window.arrivals, window.seconds, whole.seconds
+    before = max(0.0, whole.arrivals - arrivals)
+    rate = (arrivals + before) / whole_seconds
+    return _part(arrivals, seconds, rate) + _part(before, whole_seconds - seconds, rate)
 
 
 def _part(arrivals: float, seconds: float, rate: float) -> float:
@@ -121,12 +123,13 @@ def _part(arrivals: float, seconds: float, rate: float) -> float:
 
 
 def _size_evidence(window: LoadWindow, whole: LoadWindow) -> float:
-    before = whole.requests - window.requests
-    if min(before, window.requests) < _REQUESTS_MIN:
+    requests, whole_requests = window.requests, whole.requests
+    before = whole_requests - requests
+    if before < _REQUESTS_MIN or requests < _REQUESTS_MIN:
         return 0.0
-    mean = whole.prefill_tokens / whole.requests
-    now = window.prefill_tokens / window.requests
+    mean = whole.prefill_tokens / whole_requests
+    now = window.prefill_tokens / requests
     then = (whole.prefill_tokens - window.prefill_tokens) / before
-    if min(now, then) <= 0:
+    if now <= 0 or then <= 0:
         return 0.0
-    return _SIZE_SHAPE * (window.requests * math.log(mean / now) + before * math.log(mean / then))
+    return _SIZE_SHAPE * (requests * math.log(mean / now) + before * math.log(mean / then))

@@ -119,8 +119,7 @@ class Evidence(NamedTuple):
     seconds: float
 
 
-@dataclass(frozen=True)
-class ForwardState:
+class ForwardState(NamedTuple):
     """What the law has learned of how much the server carries."""
 
     critical: float

@@ -90,13 +90,12 @@ class LoadHistory:
 
 
 def _between(older: _Totals, newer: _Totals) -> LoadWindow:
-    requests = newer.requests - older.requests
+    then, requests_then, decode_then, prefill_then, queue_then = older
+    now, requests_now, decode_now, prefill_now, queue_now = newer
+    requests = requests_now - requests_then
+    arrivals = max(0.0, requests + queue_now - queue_then)
     return LoadWindow(
-        seconds=newer.at_seconds - older.at_seconds,
-        arrivals=max(0.0, requests + newer.queue - older.queue),
-        requests=requests,
-        prefill_tokens=newer.prefill_tokens - older.prefill_tokens,
-        decode_tokens=newer.decode_tokens - older.decode_tokens,
+        now - then, arrivals, requests, prefill_now - prefill_then, decode_now - decode_then
     )
 
 

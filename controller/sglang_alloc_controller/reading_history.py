@@ -123,16 +123,13 @@ class ReadingHistory:
         """
         threshold = settings.ttft_seconds if slo == "ttft" else settings.itl_seconds
         objective = settings.objective_ratio
-        # Several ticks see the same reading; what it says does not change between them.
-        asked = (slo, threshold, objective, since_seconds, window_seconds)
+        newest, older = self.newest, self._window_start(slo, since_seconds, window_seconds)
+        if newest is None or older is None or threshold is None:
+            return None
+        # Soon after a change, windows of every length begin at the same reading.
+        asked = (slo, threshold, objective, older.taken_at_seconds)
         if asked not in self._found:
-            older = self._window_start(slo, since_seconds, window_seconds)
-            newest = self.newest
-            self._found[asked] = (
-                None
-                if newest is None or older is None or threshold is None
-                else _sample(slo, older, newest, threshold, objective)
-            )
+            self._found[asked] = _sample(slo, older, newest, threshold, objective)
         return self._found[asked]
 
     def between_last_two(self, settings: SloSettings) -> Newest | None:

@@ -53,15 +53,24 @@ class Line(NamedTuple):
     seconds: tuple[float, ...]
 
     def at(self, size: float) -> float:
-        """Return the seconds of a step; beyond the measured sizes the nearest slope goes on."""
-        sizes, seconds = self.sizes, self.seconds
-        if len(sizes) == 1:
-            return seconds[0]
-        right = min(max(bisect_right(sizes, size), 1), len(sizes) - 1)
-        low, high = sizes[right - 1], sizes[right]
-        slope = (seconds[right] - seconds[right - 1]) / (high - low)
-        value = seconds[right - 1] + slope * (size - low)
-        return max(value, _SMALLEST_SHARE * seconds[0])
+        """Return the seconds of a step of this size."""
+        return times_at(self.sizes, (self.seconds,), size)[0]
+
+
+def times_at(sizes: Sequence[float], rows: Sequence[Sequence[float]], size: float) -> list[float]:
+    """Return the seconds of a step at each budget; a row has the times of one, by size.
+
+    Beyond the measured sizes the nearest slope goes on.
+    """
+    if len(sizes) == 1:
+        return [row[0] for row in rows]
+    right = min(max(bisect_right(sizes, size), 1), len(sizes) - 1)
+    left = right - 1
+    width, beyond = sizes[right] - sizes[left], size - sizes[left]
+    return [
+        max(row[left] + (row[right] - row[left]) / width * beyond, _SMALLEST_SHARE * row[0])
+        for row in rows
+    ]
 
 
 @dataclass(frozen=True)

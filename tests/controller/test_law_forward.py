@@ -158,7 +158,7 @@ def test_loads_that_came_and_went_are_insured_against() -> None:
     assert positions_of(state) == (1.0, 1.0)
     assert state.forward is not None
     peaks = tuple((90.0, RUSH) for _ in range(5))
-    state = replace(state, forward=replace(state.forward, peaks=peaks))
+    state = replace(state, forward=state.forward._replace(peaks=peaks))
     insured, _ = _decided(state, _seen(120.0, _steady(CALM, 120.0)), constants=constants)
     assert positions_of(insured) == (1.0, 0.0)
     # Half an hour later they are forgotten.

@@ -117,7 +117,7 @@ def test_an_absurd_queue_is_not_believed_until_the_next_reading_says_it_again() 
 
 
 def test_the_work_of_a_request_is_its_prompt_and_its_share_of_decode_steps() -> None:
-    found = choices(LOAD, RANGES, BUSY, LAW)
+    found = list(choices(LOAD, RANGES, BUSY, LAW))
     assert found[0].levels == Levels(1, 1)
     assert found[0].work_seconds == pytest.approx(0.1 + 0.025)
     assert [one.loss for one in found] == pytest.approx([0.0, 0.1, 0.2, 0.3])

@@ -64,7 +64,7 @@ class Engine:
         self._step_end = _NEVER
         self._prefilled: tuple[int, ...] | None = None  # whom the prefill step under way completes
         self._decode_seconds = self._decode_loss = 0.0  # of the decode step under way
-        self._decode_line: dict[int, Line] = {}
+        self._decode_step: dict[tuple[int, int], float] = {}  # seconds by batch and budget
         self._prefill_line: dict[int, Line] = {}
         self.now_seconds = 0.0
         self.slowdown_ratio = 1.0
@@ -225,10 +225,11 @@ class Engine:
 
     def _begin_decode(self, until_seconds: float) -> None:
         batch, budget = len(self._running), self.decode_budget
-        line = self._decode_line.get(budget)
-        if line is None:
-            line = self._decode_line[budget] = self._plant.times.decode.line(budget)
-        seconds = line.at(batch) * self.slowdown_ratio
+        seconds = self._decode_step.get((batch, budget), 0.0)
+        if not seconds:
+            seconds = self._plant.times.decode.at(batch, budget)
+            self._decode_step[batch, budget] = seconds
+        seconds *= self.slowdown_ratio
         steps = self._running[0][0] - self._steps
         # A request that waits now waits for a running one to end; one that comes may start at once.
         if self._head == self._tail and batch < self._plant.max_running_requests:

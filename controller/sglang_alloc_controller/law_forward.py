@@ -17,6 +17,8 @@ Regimes of the wait:
     violation  late answers or a queue: down after a minute, or a quarter of the time known, and
                after five minutes at most
     easy       a deep cut of which most is needless: back after two minutes, or half the time known
+    drift      the rate has moved surely away from that of the last change, too slowly for a jump:
+               after two minutes
     start      without any change seen yet, nothing is given up in the first half minute
 
 Where loads came and went, the next peak is insured against: a budget is charged with the late
@@ -76,6 +78,8 @@ _VIOLATION_WAIT_SECONDS, _DRAINED_WAIT_SECONDS, _START_SECONDS = 60.0, 10.0, 30.
 # Longest time that a violation waits, under a load that has been the same for long.
 _PATIENCE_SECONDS = 300.0
 _EASY_LOSS, _EASY_SHARE, _EASY_WAIT_SECONDS = 0.02, 0.75, 120.0
+# A slow load counts as another one from so many standard deviations on; it is followed so often.
+_DRIFT_SIGMAS, _DRIFT_WAIT_SECONDS = 4.0, 120.0
 # After somebody else has moved the budgets the load counts as this young.
 _TAKEN_OVER_SECONDS = 3.0
 
@@ -136,6 +140,7 @@ def forward(
     belief = belief._replace(
         reason=Reason.HOLD,
         levels=look.wanted.levels,
+        chosen_for=load,
         draining=draining and _backlog_per_second(state, constants) > 0,
     )
     reason = Reason.RESTORE
@@ -281,6 +286,8 @@ def _wait_seconds(
     law = constants.law
     known_seconds = max(0.0, look.age_seconds - since_seconds)
     wait_seconds = (law.load_wait_factor - 1.0) * known_seconds
+    if _drifted(belief):
+        wait_seconds = min(wait_seconds, _DRIFT_WAIT_SECONDS)
     if look.down:
         if _is_restless(belief, look.age_seconds):
             wait_seconds = 0.0
@@ -327,6 +334,15 @@ def _is_restless(belief: ForwardState, age_seconds: float) -> bool:
     """Tell whether the load is likely to change: then speed matters more than calm."""
     changed = belief.before_per_second is not None
     return (changed and age_seconds < _YOUNG_SECONDS) or len(belief.peaks) >= _PEAKS_RESTLESS
+
+
+def _drifted(belief: ForwardState) -> bool:
+    """Tell whether the rate is surely another than at the last change, though it did not jump."""
+    now, then = belief.load, belief.chosen_for
+    if now is None or then is None:
+        return False
+    moved_by = abs(now.rate_per_second - then.rate_per_second)
+    return moved_by > _DRIFT_SIGMAS * math.sqrt(now.variance + then.variance)
 
 
 def _levels(state: LawState, constants: LawConstants) -> Levels:

@@ -139,6 +139,8 @@ class ForwardState(NamedTuple):
     """Whether the last change was to work off a queue."""
     load: Load | None = None
     """The load at the newest reading."""
+    chosen_for: Load | None = None
+    """The load at the last change of the budgets."""
     before_per_second: float | None = None
     """Rate of the load before the present one."""
     pending: tuple[Evidence, ...] = ()

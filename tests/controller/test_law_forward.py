@@ -109,10 +109,10 @@ def test_changes_under_one_load_are_ever_further_apart() -> None:
     changed = positions_of(state)
     # A load that is a little smaller than it was thought to be, and no other one.
     for now_seconds in (150.0, 299.0):
-        state, decision = _decided(state, _seen(now_seconds, _steady(4.0, now_seconds)))
+        state, decision = _decided(state, _seen(now_seconds, _steady(5.3, now_seconds)))
         assert positions_of(state) == changed
     assert decision.reasons["decode"] is Reason.HOLD
-    state, decision = _decided(state, _seen(301.0, _steady(4.0, 301.0)))
+    state, decision = _decided(state, _seen(301.0, _steady(5.3, 301.0)))
     assert positions_of(state) > changed
 
 
@@ -164,6 +164,22 @@ def test_loads_that_came_and_went_are_insured_against() -> None:
     # Half an hour later they are forgotten.
     later, _ = _decided(state, _seen(2000.0, _steady(CALM, 900.0)), constants=constants)
     assert positions_of(later) == (1.0, 1.0)
+
+
+def test_a_rate_that_drifted_away_without_a_jump_is_followed_after_two_minutes() -> None:
+    start = _seen(100.0, _steady(RUSH, 100.0))
+    state, _ = _decided(make_state(), start)
+    low = positions_of(state)
+    assert min(low) < 1
+    # No jump in the windows; without the drift a change would have to wait until 300 s.
+    slow = RUSH - 1.5
+    held, _ = _decided(state, _seen(210.0, _steady(slow, 210.0)))
+    assert positions_of(held) == low
+    followed, _ = _decided(state, _seen(221.0, _steady(slow, 221.0)))
+    assert positions_of(followed) > low
+    # The same rate again is no reason to move, and one that chance explains has to wait.
+    near, _ = _decided(state, _seen(221.0, _steady(RUSH - 0.3, 221.0)))
+    assert positions_of(near) == low
 
 
 def test_after_somebody_else_moved_the_budgets_the_law_does_not_wait() -> None:

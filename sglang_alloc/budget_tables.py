@@ -20,6 +20,7 @@ from sglang_alloc.budget_tables_format import (
     refuse,
 )
 from sglang_alloc.errors import TableFormatError
+from sglang_alloc.npz_file import parse_npz
 
 __all__ = ["ARRAYS", "FORMAT_VERSION", "BudgetTables", "load_budget_tables", "save_budget_tables"]
 
@@ -74,11 +75,7 @@ def load_budget_tables(path: Path) -> BudgetTables:
 
 def _read_arrays(path: Path) -> dict[str, Array]:
     try:
-        # np.load leaves a damaged file open, so it gets bytes.
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("a single array")
-            return {name: archive[name] for name in archive.files}
+        return parse_npz(path.read_bytes())
     except FileNotFoundError as error:
         raise TableFormatError(
             f"There is no budget table at {path}. Check the path, or make one by profiling."

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from sglang_alloc.atomic_file import replace_file
 from sglang_alloc.errors import TableFormatError
+from sglang_alloc.npz_file import parse_npz
 
 Array = npt.NDArray[Any]
 
@@ -122,10 +123,7 @@ def read_npz(path: Path, what: str) -> dict[str, Array]:
         TableFormatError: the file is missing or damaged.
     """
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("a single array, saved by numpy.save instead of numpy.savez")
-            return {name: archive[name] for name in archive.files}
+        return parse_npz(path.read_bytes())
     except OSError as error:
         raise TableFormatError(f"Cannot read {what} from {path}: {error.strerror}.") from error
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:

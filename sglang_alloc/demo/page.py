@@ -61,8 +61,8 @@ time, and a mean inter-token latency of at most {1000 * slo["itl_seconds"]:g} ms
 <h2>What happened when</h2>
 <figure>{timeline_svg}
 <figcaption>Both runs got the same requests at the same seconds, from the same server process.
-Top: the budgets that the server acknowledged. Middle: the server's own count of waiting requests, once a second.
-Bottom: what each request waited for its first token.</figcaption></figure>
+Top: the budgets that the server acknowledged. Middle: the server's own count of waiting requests,
+once a second. Bottom: what each request waited for its first token.</figcaption></figure>
 <h2>Distributions</h2>
 <figure>{distribution_svg}
 <figcaption>Share of requests (left) and of tokens (right) at or below a latency.</figcaption>

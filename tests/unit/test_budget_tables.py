@@ -1,5 +1,8 @@
 """Budget tables: what is saved is loaded, and what breaks the format is refused by name."""
 
+import itertools
+import re
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,26 @@ def test_a_damaged_byte_is_refused_or_harmless(folder: Path, data: st.DataObject
     except TableFormatError:
         return
     _assert_same(loaded, tables)
+
+
+@pytest.mark.parametrize("field", [30, 32], ids=["length of extra field", "length of comment"])
+def test_an_entry_that_swallows_those_behind_it_is_refused(folder: Path, field: int) -> None:
+    tables = make_full_tables()
+    save_budget_tables(folder / "whole.npz", tables)
+    content = (folder / "whole.npz").read_bytes()
+    entries = [match.start() for match in re.finditer(b"PK\x01\x02", content)]
+    for entry, behind in itertools.pairwise(entries):
+        damaged = bytearray(content)
+        (length,) = struct.unpack_from("<H", content, entry + field)
+        # Just so much that the entry behind is a part of this one.
+        struct.pack_into("<H", damaged, entry + field, length + _entry_bytes(content, behind))
+        (folder / "damaged.npz").write_bytes(damaged)
+        with pytest.raises(TableFormatError, match="not an intact"):
+            load_budget_tables(folder / "damaged.npz")
+
+
+def _entry_bytes(content: bytes, entry: int) -> int:
+    return 46 + sum(struct.unpack_from("<HHH", content, entry + 28))
 
 
 def test_a_member_that_a_flipped_bit_marks_as_encrypted_is_refused(folder: Path) -> None:

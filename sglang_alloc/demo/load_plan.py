@@ -16,13 +16,15 @@ BURST = "burst"
 # Calm leaves half of the capacity free, so that full quality meets its SLOs there.
 CALM_UTILISATION_RATIO = 0.5
 # The burst lies this far between the capacities at full and at floor: full quality cannot follow,
-# the floor can, and has some left to work off what piled up before the controller acted.
-BURST_POSITION_RATIO = 0.6
+# the floor can, and has some left to work off what piled up before the controller acted. Less than
+# half-way, because arrivals one by one are prefilled one by one: at the floor, a server that closed
+# loops drove to 8.9 requests/s carried no more than 7 to 7.7 of them.
+BURST_POSITION_RATIO = 0.45
 # Where the floor gains next to nothing, the burst still overloads full quality by this much.
-BURST_OVERLOAD_MIN_RATIO = 1.08
+BURST_OVERLOAD_MIN_RATIO = 1.12
 # A shared machine may be faster in the run than when it was measured: a burst that full quality
 # carries (its share of requests within the SLOs) is raised by this much once, and the run repeated.
-CARRIED_ATTAINMENT_RATIO, RAISED_BURST_RATIO = 0.95, 1.2
+CARRIED_ATTAINMENT_RATIO, RAISED_BURST_RATIO = 0.95, 1.12
 # An SLO is this many times what a request gets in a full batch without a queue.
 TTFT_SLACK_RATIO, ITL_SLACK_RATIO = 3.0, 4.0
 
@@ -78,7 +80,7 @@ def plan_load(
     `idle` is one client at full budget, `full` and `floor` a full batch at full budget and at the
     smallest budget that the controller may use; `one_below`, one activation below full, is only
     reported: there our code computes the experts and spares next to none of them. Calm arrives at
-    half of the full capacity, the burst half-way between full and floor. Raises DemoError when an
+    half of the full capacity, the burst a little less than half-way between full and floor. Raises DemoError when an
     SLO would lie above the largest edge: the machine is too slow or too busy for the demo.
     """
     capacity = full.requests_per_second

@@ -26,7 +26,7 @@ BURST_OVERLOAD_MIN_RATIO = 1.12
 # carries (its share of requests within the SLOs) is raised by this much once, and the run repeated.
 CARRIED_ATTAINMENT_RATIO, RAISED_BURST_RATIO = 0.95, 1.12
 # An SLO is this many times what a request gets in a full batch without a queue.
-TTFT_SLACK_RATIO, ITL_SLACK_RATIO = 3.0, 4.0
+TTFT_SLACK_RATIO, ITL_SLACK_RATIO = 4.0, 4.0
 
 # Edges of SGLang's latency histograms, ten per decade as in the R10 series: an SLO must be an edge,
 # because only then does the histogram say exactly how many requests kept it.
@@ -80,8 +80,9 @@ def plan_load(
     `idle` is one client at full budget, `full` and `floor` a full batch at full budget and at the
     smallest budget that the controller may use; `one_below`, one activation below full, is only
     reported: there our code computes the experts and spares next to none of them. Calm arrives at
-    half of the full capacity, the burst a little less than half-way between full and floor. Raises DemoError when an
-    SLO would lie above the largest edge: the machine is too slow or too busy for the demo.
+    half of the full capacity, the burst a little less than half-way between full and floor. Raises
+    DemoError when an SLO would lie above the largest edge: the machine is too slow or too busy for
+    the demo.
     """
     capacity = full.requests_per_second
     between = capacity + BURST_POSITION_RATIO * (floor.requests_per_second - capacity)

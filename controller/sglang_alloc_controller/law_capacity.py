@@ -44,8 +44,8 @@ from typing import NamedTuple
 
 from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.law_load import Load
+from sglang_alloc_controller.law_settings import LawSettings
 from sglang_alloc_controller.samples import Phase
-from sglang_alloc_controller.settings import LawSettings
 
 # c may move by this at once: one clump of late answers is no other server.
 _STEP_MAX = 0.01

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
+from sglang_alloc_controller.law_settings import LawSettings
 from sglang_alloc_controller.load_history import LoadWindow
-from sglang_alloc_controller.settings import LawSettings
 
 # Prompts count as gamma distributed with this shape: a standard deviation of 0.63 of their mean.
 _SIZE_SHAPE = 2.5

@@ -9,10 +9,11 @@ from typing import NamedTuple
 from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.law_capacity import Levels
 from sglang_alloc_controller.law_load import Load
+from sglang_alloc_controller.law_settings import LawSettings
 from sglang_alloc_controller.load_history import LoadWindow
 from sglang_alloc_controller.reading_history import Newest, Sample
 from sglang_alloc_controller.samples import InputState, Phase, Slo
-from sglang_alloc_controller.settings import FreshnessSettings, LawSettings, SloSettings
+from sglang_alloc_controller.settings import FreshnessSettings, SloSettings
 
 
 class Reason(Enum):

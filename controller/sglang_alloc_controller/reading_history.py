@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from sglang_alloc_controller import histogram_window
+from sglang_alloc_controller.law_settings import LawSettings
 from sglang_alloc_controller.samples import SLOS, InputState, Reading, Slo
-from sglang_alloc_controller.settings import FreshnessSettings, LawSettings, SloSettings
+from sglang_alloc_controller.settings import FreshnessSettings, SloSettings
 
 
 class Sample(NamedTuple):

@@ -10,10 +10,11 @@ objective, so that a single slow request of a handful does not move the budget.
 import math
 
 from sglang_alloc_controller.law_order import first_down
+from sglang_alloc_controller.law_settings import LawSettings
 from sglang_alloc_controller.law_state import LawConstants, LawState, Pressure, Reason, Seen
 from sglang_alloc_controller.reading_history import Sample
 from sglang_alloc_controller.samples import SLO_OF_PHASE, Phase
-from sglang_alloc_controller.settings import LawSettings, SloSettings
+from sglang_alloc_controller.settings import SloSettings
 
 # With very few events the alarm would rise above the clamp of the burn rate and never sound.
 _ALARM_CAP_OF_CLAMP = 0.8

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from sglang_alloc_controller.budget_range import BudgetRange
+from sglang_alloc_controller.law_settings import LawSettings
 from sglang_alloc_controller.law_state import LawConstants, LawState, Seen, initial_state
 from sglang_alloc_controller.reading_history import Sample
 from sglang_alloc_controller.samples import PHASES, InputState, Phase, Slo
-from sglang_alloc_controller.settings import FreshnessSettings, LawSettings, SloSettings
+from sglang_alloc_controller.settings import FreshnessSettings, SloSettings
 
 # Round numbers, without chance and smoothing, so that the tests can be computed by hand.
 _BY_HAND: dict[str, Any] = {

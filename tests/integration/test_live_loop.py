@@ -11,7 +11,7 @@ from live_ordeals import Ordeals, in_control
 from live_pair import Evidence, run_story
 
 from sglang_alloc.worker import SOURCE_CODES
-from sglang_alloc_controller.settings import LawSettings
+from sglang_alloc_controller.law_settings import LawSettings
 from sglang_alloc_controller.sglang_loads import missing_fields, parse_loads
 from sglang_alloc_controller.sglang_metrics import missing_series
 

@@ -58,6 +58,7 @@ def installed_version() -> str:
     return importlib.metadata.version("sglang")
 
 
+@cache
 def is_before(version: str, release: tuple[int, int, int]) -> bool:
     """Return whether a supported SGLang version is older than a release."""
     match = _FINAL_RELEASE.fullmatch(version)

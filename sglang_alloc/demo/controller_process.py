@@ -15,7 +15,8 @@ from sglang_alloc.demo.owned_process import OwnedProcess, owned_process
 from sglang_alloc.demo.server_process import console_script, wait_until_ready
 
 READY_TIMEOUT_SECONDS = 20.0
-# Every wait is about an eighth of the default, and a step is as much larger as waits are shorter.
+# Waits of minutes are shorter by five to twenty times than the defaults, those of seconds by up to
+# four; steps are larger to match.
 _QUICK_LAW = {
     "window_seconds": 5.0,
     "long_window_seconds": 15.0,

@@ -113,11 +113,11 @@ def _draw_ttft(axes: Axes, full: RunRecord, controlled: RunRecord, slo: Slo) -> 
     axes.axhline(slo.ttft_seconds, color=SLO_COLOUR, lw=1.2)
     axes.annotate(
         f"SLO {slo.ttft_seconds:g} s",
-        (1.0, slo.ttft_seconds),
+        (0.0, slo.ttft_seconds),  # the legend is at the other end, and may be as high
         xycoords=("axes fraction", "data"),
-        xytext=(-4, 4),
+        xytext=(4, 4),
         textcoords="offset points",
-        ha="right",
+        ha="left",
         color=SLO_COLOUR,
     )
     axes.set_yscale("log")

@@ -94,11 +94,12 @@ def run_demo(options: DemoOptions, progress: StageProgress) -> DemoResult:
 def _measure(session: Session, options: DemoOptions, progress: StageProgress) -> DemoResult:
     shape = session.table.shape
     floor_budget = max(shape.budget_min, round(FLOOR_RATIO * shape.budget_max))
+    max_loss = _loss_allowed(session.table, floor_budget)
     with progress.stage(CALIBRATE):
         plan = calibrate(session, floor_budget)
     with progress.stage(FULL):
         plan, full = _overload(session, plan, options)
-    with progress.stage(CONTROLLED), _controller(options, session, plan, floor_budget):
+    with progress.stage(CONTROLLED), _controller(options, session, plan, floor_budget, max_loss):
         controlled = run_trace(session, full.trace, options.out / "controlled.jsonl")
     with progress.stage(LOSS):
         full_loss, level_losses = measure_losses(session, controlled)
@@ -109,7 +110,7 @@ def _measure(session: Session, options: DemoOptions, progress: StageProgress) ->
         plan=plan,
         full_budget=session.full_budget,
         floor_budget=floor_budget,
-        max_predicted_loss=_loss_allowed(session.table, floor_budget),
+        max_predicted_loss=max_loss,
         full=full,
         controlled=controlled,
         full_loss=full_loss,
@@ -168,7 +169,7 @@ def _serve(
 
 
 def _controller(
-    options: DemoOptions, session: Session, plan: LoadPlan, floor_budget: int
+    options: DemoOptions, session: Session, plan: LoadPlan, floor_budget: int, max_loss: float
 ) -> contextlib.AbstractContextManager[object]:
     decisions = options.out / "decisions.jsonl"
     decisions.unlink(missing_ok=True)
@@ -177,7 +178,7 @@ def _controller(
         server_url=session.server.url,
         slo=plan.slo,
         floor_budget=floor_budget,
-        max_predicted_loss=_loss_allowed(session.table, floor_budget),
+        max_predicted_loss=max_loss,
         decision_log=decisions,
         port=free_port(),
     )

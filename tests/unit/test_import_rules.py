@@ -13,6 +13,7 @@ _CONTRACTS = (
     "budget_tables",
     "errors",
     "model_identity",
+    "npz_file",
     "shared_table",
 )
 _STANDARD_LIBRARY = sys.stdlib_module_names | {"__future__"}

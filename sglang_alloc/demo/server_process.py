@@ -44,6 +44,11 @@ class Server:
     process: OwnedProcess
     table: Path | None
 
+    @property
+    def health_url(self) -> str:
+        """What answers 200 as soon as requests are served."""
+        return f"{self.url}/health"
+
 
 @contextlib.contextmanager
 def serve(
@@ -58,20 +63,45 @@ def serve(
     ready_timeout_seconds: float = READY_TIMEOUT_SECONDS,
     on_wait: OnWait | None = None,
 ) -> Iterator[Server]:
-    """Start SGLang for `model_path`, wait until it answers, stop its process group at the end.
+    """Start SGLang as `started_server` does, and wait until it answers.
+
+    `on_wait` is called several times a second with a line about the wait.
+    Raises ProcessDiedError or NotReadyError, both with the last lines of `log_path`.
+    """
+    with started_server(
+        model_path,
+        log_path=log_path,
+        table=table,
+        mode=mode,
+        extra_args=extra_args,
+        env=env,
+        port=port,
+    ) as server:
+        wait_until_ready(server.process, server.health_url, ready_timeout_seconds, on_wait)
+        yield server
+
+
+@contextlib.contextmanager
+def started_server(
+    model_path: Path,
+    *,
+    log_path: Path,
+    table: Path | None = None,
+    mode: str | None = None,
+    extra_args: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    port: int | None = None,
+) -> Iterator[Server]:
+    """Start SGLang for `model_path` without waiting; stop its process group at the end.
 
     With a `table` it is started by `sglang-alloc serve`, else it is stock SGLang and the plugin
     stays inert. `extra_args` are SGLang's own and may repeat a default (the last one counts).
-    `on_wait` is called several times a second with a line about the wait.
-    Raises ProcessDiedError or NotReadyError, both with the last lines of `log_path`.
     """
     chosen_port = free_port() if port is None else port
     command = server_command(model_path, chosen_port, table=table, mode=mode, extra_args=extra_args)
     environment = {**CPU_ENVIRONMENT, **(env or {})}
-    url = f"http://127.0.0.1:{chosen_port}"
     with owned_process("SGLang", command, log_path=log_path, env=environment) as process:
-        wait_until_ready(process, f"{url}/health", ready_timeout_seconds, on_wait)
-        yield Server(url, process, table)
+        yield Server(f"http://127.0.0.1:{chosen_port}", process, table)
 
 
 def server_command(

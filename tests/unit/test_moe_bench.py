@@ -146,13 +146,15 @@ def test_sglang_takes_the_gpu_bench_s_arguments_and_captures_every_concurrency()
 
     parser = ArgumentParser()
     ServerArgs.add_cli_args(parser)
-    given = [*CPU_ARGUMENTS, *server_bench.GPU_ARGUMENTS, *server_bench.DUMMY_ARGUMENTS]
+    plan = server_bench.ON_GPU
+    given = [*CPU_ARGUMENTS, *plan.server_arguments()]
     parsed = parser.parse_args(["--model-path", "x", *given])
     assert parsed.device == "cuda"
     assert parsed.attention_backend == "triton"
-    largest = max(server_bench.CONCURRENCIES)
-    assert parsed.cuda_graph_max_bs_decode == parsed.max_running_requests == largest
-    assert parsed.chunked_prefill_size == max(server_bench.PREFILL_TOKENS)
+    assert parsed.cuda_graph_bs_decode == sorted(plan.concurrencies)
+    assert parsed.max_running_requests == max(plan.concurrencies)
+    assert parsed.cuda_graph_bs_prefill == sorted(plan.prefill_tokens)
+    assert parsed.chunked_prefill_size == max(plan.prefill_tokens)
 
 
 def test_bytes_and_operations_by_hand() -> None:

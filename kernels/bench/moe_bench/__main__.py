@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from moe_bench.budgets import FRACTIONS, MODES
 from moe_bench.engine import prepare_engine
 from moe_bench.facts import machine_columns, require_gpu
 from moe_bench.measure import Bench, Row, measure_layer, measure_routing
-from moe_bench.plan import KINDS, SERVER_ROWS, Unit, cpu_units, gpu_units
+from moe_bench.plan import KINDS, Unit, cpu_units, gpu_units
 from moe_bench.results import Results
 from moe_bench.roofline import Ceilings, measure_ceilings
-from moe_bench.server_bench import CONCURRENCIES, ON_CPU, ON_GPU, measure_server
+from moe_bench.server_bench import ON_CPU, ON_GPU, ServerPlan, measure_server
 from moe_bench.shapes import SHAPES
 from moe_bench.timing import Timer
 from sglang_alloc.demo.interruption import sigterm_interrupts
@@ -53,7 +54,8 @@ def _run(given: argparse.Namespace, console: Console) -> None:
     device = torch.device(given.device)
     results = Results(given.out / f"moe-{device.type}.csv", machine_columns(device))
     units = cpu_units() if device.type == "cpu" else gpu_units(given.kinds, given.shapes)
-    units = [u for u in units if u.kind in given.kinds and not _is_done(results, u)]
+    wanted = [u for u in units if u.kind in given.kinds and _has_size(u, given.tokens)]
+    units = [u for u in wanted if not _is_done(results, u, given.server)]
     deadline = time.monotonic() + 60.0 * given.minutes
     progress = StageProgress([Stage(unit.name, unit.expected_seconds) for unit in units], console)
     prepare_engine(device)
@@ -72,24 +74,29 @@ def _run(given: argparse.Namespace, console: Console) -> None:
                 )
                 break
             with progress.stage(unit.name):
-                results.add(list(_rows(bench, unit, given.out)), columns)
+                results.add(list(_rows(bench, unit, given)), columns)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     console.print(f"Results: {(given.out / f'moe-{device.type}.csv').resolve()}", soft_wrap=True)
 
 
-def _rows(bench: Bench, unit: Unit, out: Path) -> Iterable[Row]:
+def _rows(bench: Bench, unit: Unit, given: argparse.Namespace) -> Iterable[Row]:
     if unit.kind == "routing":
         return measure_routing(bench, unit.shape, unit.num_tokens)
     if unit.kind == "server":
-        plan = ON_GPU if bench.device.type == "cuda" else ON_CPU
-        return measure_server(unit.shape.name, plan, out)
+        return measure_server(unit.shape.name, given.server, given.out)
     return measure_layer(bench, unit.shape, unit.num_tokens, unit.kind)
 
 
-def _is_done(results: Results, unit: Unit) -> bool:
+def _has_size(unit: Unit, tokens: Sequence[int]) -> bool:
+    return unit.kind == "server" or not tokens or unit.num_tokens in tokens
+
+
+def _is_done(results: Results, unit: Unit, server: ServerPlan) -> bool:
     if unit.kind == "server":
-        return results.has(SERVER_ROWS, unit.shape.name, CONCURRENCIES[0])
+        return results.has(
+            f"server {server.cases()[0].kind}", unit.shape.name, server.cases()[0].size
+        )
     return results.has(unit.kind, unit.shape.name, unit.num_tokens)
 
 
@@ -109,9 +116,31 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     names = tuple(shape.name for shape in SHAPES)
     parser.add_argument("--shapes", nargs="+", choices=names, default=names)
+    parser.add_argument(
+        "--tokens", nargs="+", type=int, help="of all but servers, these sizes alone"
+    )
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="modes that are served")
+    parser.add_argument("--budgets", nargs="+", choices=FRACTIONS, help="budgets that are served")
+    parser.add_argument("--concurrencies", nargs="+", type=int, help="requests at once at servers")
+    parser.add_argument("--prefills", nargs="+", type=int, help="tokens of prompts at servers")
+    parser.add_argument("--beside", type=int, help="modes served at once beside stock (1)")
     given = parser.parse_args(arguments)
     given.kinds, given.shapes = tuple(given.kinds), tuple(given.shapes)
+    given.server = _server_plan(given)
     return given
+
+
+def _server_plan(given: argparse.Namespace) -> ServerPlan:
+    """Return what to serve: the device's plan, with what was asked for in its place."""
+    asked = {
+        "modes": given.modes,
+        "fractions": given.budgets and {name: FRACTIONS[name] for name in given.budgets},
+        "concurrencies": given.concurrencies,
+        "prefill_tokens": given.prefills,
+        "beside": given.beside,
+    }
+    plan = ON_GPU if given.device == "cuda" else ON_CPU
+    return plan._replace(**{name: value for name, value in asked.items() if value is not None})
 
 
 if __name__ == "__main__":

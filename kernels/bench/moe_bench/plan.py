@@ -12,7 +12,6 @@ ROUTING_BATCHES = (1, 8, 64, 512, 16384)
 PREFILLS = (1024, 2048, 4096, 8192, 16384)
 SMALL_BATCHES = (1, 8, 64)
 KINDS = ("routing", "layer", "prefill", "server")
-SERVER_ROWS = "server decode"  # the first of a server's rows stand for all of them
 _SECONDS = {"routing": 15.0, "layer": 20.0, "prefill": 40.0, "server": 900.0}
 
 

@@ -1,16 +1,19 @@
-"""Bench, whole steps: a real SGLang server with dummy weights, stock and with budgets, over HTTP.
+"""Bench, whole steps: real SGLang servers with dummy weights, stock beside modes, over HTTP.
 
-Requests carry token ids, drawn anew for each batch. A decode step is the difference between long
-and short answers, so that HTTP and prefill cancel; prefill is the time until the first tokens.
+All servers of a round hold their weights at once and are measured in turn, so that what changes on
+the machine meets them alike. Requests carry token ids, drawn anew for each batch. A decode step is
+the difference between long and short answers, so that HTTP and prefill cancel; prefill is the time
+until the first tokens.
 """
 
 from __future__ import annotations
 
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +24,7 @@ from moe_bench.dummy_models import even_tables, threshold_tables, write_model
 from moe_bench.measure import Row
 from sglang_alloc.demo.errors import DemoError
 from sglang_alloc.demo.heldout_loss import BudgetOverride
-from sglang_alloc.demo.server_process import Server, serve
+from sglang_alloc.demo.server_process import Server, started_server, wait_until_ready
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
 
 CONCURRENCIES = (1, 8, 16, 32, 64, 128, 256, 512)
@@ -34,36 +37,62 @@ GPU_ARGUMENTS = (
     *("--attention-backend", "triton"),
     *("--sampling-backend", "pytorch"),
     *("--moe-runner-backend", "triton"),
-    *("--mem-fraction-static", "0.85"),
-    *("--max-running-requests", "512"),
-    *("--cuda-graph-max-bs-decode", "512"),  # the default depends on the memory, and stops below
-    *("--chunked-prefill-size", "16384"),
+    *("--mem-fraction-static", "0.95"),
 )
 GPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "0"}
 DUMMY_ARGUMENTS = (
     *("--load-format", "dummy"),
+    *("--grammar-backend", "none"),
     "--skip-tokenizer-init",
     "--disable-radix-cache",
     "--skip-server-warmup",
+    "--sleep-on-idle",  # the servers beside it leave the cores to the one that is measured
 )
 
 
 class ServerPlan(NamedTuple):
-    """What to serve and how much to measure; the defaults are for a GPU."""
+    """What to serve and how much to measure; the defaults are for a GPU.
+
+    `beside` modes are served at once beside stock: each holds the model's weights once more.
+    """
 
     arguments: Sequence[str] = GPU_ARGUMENTS
     environment: Mapping[str, str] = GPU_ENVIRONMENT
     model_changes: Mapping[str, Any] = {}
     modes: Sequence[str] = MODES
+    fractions: Mapping[str, float] = FRACTIONS
     concurrencies: Sequence[int] = CONCURRENCIES
     prefill_tokens: Sequence[int] = PREFILL_TOKENS
     decode_steps: int = DECODE_STEPS
     repeats: int = REPEATS
+    beside: int = 1
 
+    def cases(self) -> list[Case]:
+        """Return what is timed."""
+        decode = [Case("decode", size) for size in self.concurrencies]
+        return [*decode, *(Case("prefill", size) for size in self.prefill_tokens)]
 
-ON_GPU = ServerPlan()
-# The small model, to see that this works: a CPU's times say nothing of a GPU's.
-ON_CPU = ServerPlan((), {}, {}, MODES, (1, 8), (256,), decode_steps=16, repeats=3)
+    def server_arguments(self) -> list[str]:
+        """Return SGLang's arguments: room and captured graphs for just what is timed."""
+        given = [*self.arguments, *DUMMY_ARGUMENTS]
+        largest = max(self.concurrencies, default=1)
+        tokens = max(self.prefill_tokens, default=0)
+        answers = largest * (PROMPT_TOKENS + self.decode_steps + 1)
+        given += ["--max-running-requests", str(largest)]
+        given += ["--max-total-tokens", str(4096 + 2 * max(answers, tokens))]
+        if self.environment != GPU_ENVIRONMENT:
+            return given
+        given += ["--chunked-prefill-size", str(max(tokens, 8192))]
+        given += [
+            "--cuda-graph-bs-decode",
+            *(str(size) for size in sorted({1, *self.concurrencies})),
+        ]
+        if self.prefill_tokens:
+            given += [
+                "--cuda-graph-bs-prefill",
+                *(str(size) for size in sorted(self.prefill_tokens)),
+            ]
+        return given
 
 
 class Case(NamedTuple):
@@ -73,41 +102,114 @@ class Case(NamedTuple):
     size: int
 
 
-def measure_server(shape_name: str, plan: ServerPlan, log_folder: Path) -> Iterator[Row]:
-    """Serve the model stock, then once per mode; yield decode and prefill rows of every budget.
+ON_GPU = ServerPlan()
+# The small model, to see that this works: a CPU's times say nothing of a GPU's.
+ON_CPU = ServerPlan(
+    (), {}, {}, concurrencies=(1, 8), prefill_tokens=(256,), decode_steps=16, repeats=3
+)
 
-    `server decode` has a row's time per step, `server prefill` per batch of one prompt.
+
+class Budgeted(NamedTuple):
+    """A server of a mode, and the shared table that its budgets are set in."""
+
+    mode: str
+    server: Server
+    table: SharedTable
+
+
+class Times(NamedTuple):
+    """Seconds of each repeat: of stock, and of each mode in turn with it."""
+
+    stock: list[float]
+    modes: dict[str, list[float]]
+
+
+def measure_server(shape_name: str, plan: ServerPlan, log_folder: Path) -> Iterator[Row]:
+    """Serve the model stock beside its modes; yield decode and prefill rows of every budget.
+
+    `server decode` has a row's time per step, `server prefill` per batch of one prompt. Each row's
+    speedup is over stock in turn with it; the row of stock itself has all of its repeats.
     """
     with tempfile.TemporaryDirectory(prefix="sglang-alloc-") as scratch:
         model = write_model(Path(scratch) / shape_name, shape_name, **plan.model_changes)
-        table_path = Path(scratch) / "bench.tbl"
-        cases = [Case("decode", size) for size in plan.concurrencies]
-        cases += [Case("prefill", size) for size in plan.prefill_tokens]
-        with _served(model, None, None, plan, log_folder) as server:
-            stock = {case: _timed(server, case, plan) for case in cases}
-        for case in cases:
-            yield _row(shape_name, case, "-", "full", "stock", stock[case], stock[case], None)
-        for mode in plan.modes:
-            tables = threshold_tables(model) if mode == "threshold" else even_tables(model)
-            publish_shared_table(table_path, tables, mode_note=mode)
-            with (
-                _served(model, table_path, mode, plan, log_folder) as server,
-                closing(SharedTable.open(table_path)) as table,
-            ):
-                for budget, fraction in FRACTIONS.items():
-                    activations = round(fraction * table.shape.budget_max)
-                    if mode == "threshold" and fraction < 1.0:
-                        activations = fit_thresholds(server, table, activations)
-                    for case in cases:
-                        # Each case anew: an override ends by itself after some minutes.
-                        BudgetOverride(table).set(activations, activations)
-                        before = table.worker_counters()[0]
-                        times = _timed(server, case, plan)
-                        _settle(server, case)
-                        used = _used(before, table.worker_counters()[0], case, table)
-                        yield _row(
-                            *(shape_name, case, mode, budget, "plugin", times, stock[case], used)
-                        )
+        for start in range(0, len(plan.modes), plan.beside):
+            modes = plan.modes[start : start + plan.beside]
+            with ExitStack() as stack:
+                stock, budgeted = _served_together(stack, model, modes, plan, log_folder)
+                for case in plan.cases():
+                    yield from _rows_of_case(shape_name, case, stock, budgeted, plan)
+
+
+def _served_together(
+    stack: ExitStack, model: Path, modes: Sequence[str], plan: ServerPlan, log_folder: Path
+) -> tuple[Server, list[Budgeted]]:
+    """Start stock and one server per mode, and wait for all of them."""
+
+    def start(table: Path | None, mode: str | None) -> Server:
+        server: Server = stack.enter_context(
+            started_server(
+                model,
+                log_path=log_folder / f"{model.name}-{mode or 'stock'}.log",
+                table=table,
+                mode=mode,
+                extra_args=plan.server_arguments(),
+                env=plan.environment,
+            )
+        )
+        return server
+
+    stock = start(None, None)
+    budgeted = []
+    for mode in modes:
+        path = model.parent / f"{mode}.tbl"
+        tables = threshold_tables(model) if mode == "threshold" else even_tables(model)
+        publish_shared_table(path, tables, mode_note=mode)
+        server = start(path, mode)
+        budgeted.append(
+            Budgeted(mode, server, stack.enter_context(closing(SharedTable.open(path))))
+        )
+    for one in (stock, *(served.server for served in budgeted)):
+        wait_until_ready(one.process, one.health_url, READY_SECONDS)
+    return stock, budgeted
+
+
+def _rows_of_case(
+    shape_name: str, case: Case, stock: Server, budgeted: Sequence[Budgeted], plan: ServerPlan
+) -> Iterator[Row]:
+    """Yield the rows of a case: stock, then every budget of every mode."""
+    stock_times: list[float] = []
+    rows = []
+    for budget, fraction in plan.fractions.items():
+        before = {}
+        for mode, server, table in budgeted:
+            activations = round(fraction * table.shape.budget_max)
+            if mode == "threshold" and fraction < 1.0:
+                activations = fit_thresholds(server, table, activations)
+            # Each budget anew: an override ends by itself after some minutes.
+            BudgetOverride(table).set(activations, activations)
+            before[mode] = table.worker_counters()[0]
+        times = _timed_in_turn(case, stock, budgeted, plan)
+        stock_times += times.stock
+        for mode, server, table in budgeted:
+            _settle(server, case)
+            used = _used(before[mode], table.worker_counters()[0], case, table)
+            names = (shape_name, case, mode, budget, "plugin")
+            rows.append(_row(*names, times.modes[mode], times.stock, used))
+    yield _row(shape_name, case, "-", "full", "stock", stock_times, stock_times, None)
+    yield from rows
+
+
+def _timed_in_turn(
+    case: Case, stock: Server, budgeted: Sequence[Budgeted], plan: ServerPlan
+) -> Times:
+    """Time the case on each server in turn, once per repeat, after a turn that is not counted."""
+    times = Times([], {mode: [] for mode, _, _ in budgeted})
+    for repeat in range(-1, plan.repeats):
+        for mode, server in ((None, stock), *((mode, server) for mode, server, _ in budgeted)):
+            seconds = _timed(server, case, plan, random.Random(1000 * case.size + repeat))
+            if repeat >= 0:
+                (times.stock if mode is None else times.modes[mode]).append(seconds)
+    return times
 
 
 class Used(NamedTuple):
@@ -162,36 +264,14 @@ def _settle(server: Server, case: Case) -> None:
             _generate(client, 1, 4, 2 if case.kind == "decode" else 1, random.Random(0))
 
 
-def _served(
-    model: Path, table: Path | None, mode: str | None, plan: ServerPlan, log_folder: Path
-) -> Any:
-    return serve(
-        model,
-        log_path=log_folder / f"{model.name}-{mode or 'stock'}.log",
-        table=table,
-        mode=mode,
-        extra_args=(*plan.arguments, *DUMMY_ARGUMENTS),
-        env=plan.environment,
-        ready_timeout_seconds=READY_SECONDS,
-    )
-
-
-def _timed(server: Server, case: Case, plan: ServerPlan) -> list[float]:
-    """Return seconds per decode step, or per prefill, of each repeat, in ascending order."""
-    generator = random.Random(case.size)
+def _timed(server: Server, case: Case, plan: ServerPlan, generator: random.Random) -> float:
+    """Return the seconds of a decode step, or of a prefill."""
     with _client(server) as client:
         if case.kind == "prefill":
-            _generate(client, 1, case.size, 1, generator)
-            return sorted(
-                _generate(client, 1, case.size, 1, generator) for _ in range(plan.repeats)
-            )
-        _generate(client, case.size, PROMPT_TOKENS, 4, generator)
-        times = []
-        for _ in range(plan.repeats):
-            short = _generate(client, case.size, PROMPT_TOKENS, 1, generator)
-            long = _generate(client, case.size, PROMPT_TOKENS, 1 + plan.decode_steps, generator)
-            times.append((long - short) / plan.decode_steps)
-        return sorted(times)
+            return _generate(client, 1, case.size, 1, generator)
+        short = _generate(client, case.size, PROMPT_TOKENS, 1, generator)
+        long = _generate(client, case.size, PROMPT_TOKENS, 1 + plan.decode_steps, generator)
+        return (long - short) / plan.decode_steps
 
 
 def _generate(
@@ -225,12 +305,12 @@ def _row(
     stock: Sequence[float],
     used: Used | None,
 ) -> Row:
-    middle, stock_middle = times[len(times) // 2], stock[len(stock) // 2]
+    middle, stock_middle = statistics.median(times), statistics.median(stock)
     return Row(
         *(f"server {case.kind}", shape, case.size, mode, budget, variant),
         median_us=1e6 * middle,
-        low_us=1e6 * times[0],
-        high_us=1e6 * times[-1],
+        low_us=1e6 * min(times),
+        high_us=1e6 * max(times),
         stock_us=1e6 * stock_middle,
         speedup=stock_middle / middle,
         activations_per_token=None if used is None else used.activations_per_token,

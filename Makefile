@@ -49,7 +49,7 @@ bench-gpu: ## Routing, MoE layers and whole steps on a GPU, in the environment o
 	@$(ON_GPU) -m moe_bench $(BENCH_ARGS)
 
 test-gpu: ## The kernels' tests on a GPU, in the environment of GPU_PYTHON
-	@KERNEL_TEST_DEVICE=cuda $(ON_GPU) -m pytest -c kernels/bench/pytest.ini --rootdir=. tests/kernels $(PYTEST_ARGS)
+	@KERNEL_TEST_DEVICE=cuda $(ON_GPU) -m pytest -c kernels/bench/pytest.ini --rootdir=. tests/kernels tests/gpu $(PYTEST_ARGS)
 
 venv: $(INSTALLED) ## Create or update .venv
 

@@ -20,6 +20,7 @@ from sglang_alloc_kernels.kernel_launch import (
     kernel_pointers,
     num_experts_of,
     tokens_per_program,
+    warps_of,
 )
 from sglang_alloc_kernels.layer_quota import layer_quota_torch
 from sglang_alloc_kernels.layer_rows import NO_STEP_TENSORS, LayerRows, StepTensors
@@ -87,6 +88,7 @@ def budgeted_slots(
         WIDTH=width,
         BLOCK_T=block_tokens,
         BLOCK_K=block_k,
+        num_warps=warps_of(block_tokens * block_k**2),
     )
     return weights, ids
 

@@ -17,13 +17,16 @@ def load_slots_tile(
     weights_ptr, ids_ptr, tokens, num_tokens, num_valid_ptr, WIDTH, BLOCK_K: tl.constexpr
 ):
     """Load the rows `tokens` (T,) of (num_tokens, WIDTH); padding has weight 0 and id -1."""
-    if num_valid_ptr is not None:
-        num_tokens = tl.minimum(num_tokens, tl.load(num_valid_ptr))
     columns = tl.arange(0, BLOCK_K)
     inside = (tokens < num_tokens)[:, None] & (columns < WIDTH)[None, :]
     places = tokens[:, None].to(tl.int64) * WIDTH + columns[None, :]
     weights = tl.load(weights_ptr + places, mask=inside, other=0.0).to(tl.float32)
-    return weights, tl.load(ids_ptr + places, mask=inside, other=-1).to(tl.int32)
+    ids = tl.load(ids_ptr + places, mask=inside, other=-1).to(tl.int32)
+    if num_valid_ptr is not None:
+        # Behind the loads, which would otherwise begin only when this number has arrived.
+        valid = (tokens < tl.load(num_valid_ptr))[:, None]
+        weights, ids = tl.where(valid, weights, 0.0), tl.where(valid, ids, -1)
+    return weights, ids
 
 
 @triton.jit

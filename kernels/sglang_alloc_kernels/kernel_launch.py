@@ -12,6 +12,14 @@ from sglang_alloc_kernels.layer_rows import LayerRows, StepTensors
 PAIRS_PER_PROGRAM = 1024
 
 
+def warps_of(pairs: int) -> int:
+    """Return the warps of a program of so many pairs of slots.
+
+    One warp needs no barrier to add up its tile, and is the fastest as long as its code is short.
+    """
+    return 1 if pairs <= PAIRS_PER_PROGRAM else 4 if pairs <= 4 * PAIRS_PER_PROGRAM else 8
+
+
 def kernel_pointers(rows: LayerRows, step: StepTensors) -> tuple[torch.Tensor | None, ...]:
     """Return limits, gains, references, saliency, num_valid, floors, ceilings, sums and lit."""
     sums = (None, None) if step.sums is None else step.sums

@@ -94,11 +94,14 @@ def add_to_sums_tile(sums_ptr, lit_ptr, layer_index, weights, ids, kept, routed,
     present = routed & (ids >= 0)
     tokens = tl.sum((tl.sum(present.to(tl.int32), axis=1) > 0).to(tl.float32))
     mass = tl.where(present & (weights == weights), weights, 0.0)
-    sums_ptr += layer_index * 4
-    tl.atomic_add(sums_ptr, tokens)
-    tl.atomic_add(sums_ptr + 1, tl.sum(tl.sum(kept.to(tl.float32), axis=1)))
-    tl.atomic_add(sums_ptr + 2, tl.sum(tl.sum(mass, axis=1)))
-    tl.atomic_add(sums_ptr + 3, tl.sum(tl.sum(tl.where(kept, mass, 0.0), axis=1)))
+    activations = tl.sum(tl.sum(kept.to(tl.float32), axis=1))
+    kept_mass = tl.sum(tl.sum(tl.where(kept, mass, 0.0), axis=1))
+    mass = tl.sum(tl.sum(mass, axis=1))
+    column = tl.arange(0, 4)
+    counts = tl.where(column == 0, tokens, activations)
+    added = tl.where(column < 2, counts, tl.where(column == 2, mass, kept_mass))
+    # Read by a later launch alone, so nothing has to be ordered with them.
+    tl.atomic_add(sums_ptr + layer_index * 4 + column, added, sem="relaxed")
     # Many slots may store the same 1.
     tl.store(lit_ptr + layer_index * NUM_EXPERTS + ids, 1, mask=kept)
 

@@ -1,7 +1,8 @@
 """Mode `token` for more tokens than one program holds: a radix selection over several programs.
 
 Every launch needs what all programs of the one before counted, so the launches are the barriers.
-The counts are integers: their sums, and so the selection, do not depend on the programs' order.
+The counts are integers: their sums, and so the selection, do not depend on the programs' order, and
+only a later launch reads them.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def add_digits_tile(counts_ptr, keys, prefix, PASSES: tl.constexpr):
     digits = ((keys >> (24 - 8 * PASSES)) & 255).to(tl.int32)
     counts = tl.histogram(digits, 256, mask=matching)
     counts_ptr += 1 + PASSES * 256 + tl.arange(0, 256)
-    tl.atomic_add(counts_ptr, counts, mask=counts > 0)
+    tl.atomic_add(counts_ptr, counts, mask=counts > 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["layer_index", "num_tokens"])
@@ -115,7 +116,7 @@ def _contest_keys_kernel(
     keys = tl.reshape(keys, [BLOCK_T * BLOCK_K])
     places = tl.program_id(0) * BLOCK_T * BLOCK_K + tl.arange(0, BLOCK_T * BLOCK_K)
     tl.store(keys_ptr + places, keys)
-    tl.atomic_add(counts_ptr, tl.sum(contending.to(tl.int32)))
+    tl.atomic_add(counts_ptr, tl.sum(contending.to(tl.int32)), sem="relaxed")
     add_digits_tile(counts_ptr, keys, 0, 0)
 
 

@@ -84,11 +84,15 @@ def token_slots(
     if slots > ONE_PROGRAM_SLOTS:
         token_contest(arguments, constants, num_tokens)
     else:
-        num_warps = 4 if slots <= 1024 else 16
         _token_slots_kernel[(1,)](
-            *arguments, **constants, BLOCK_T=block_tokens, num_warps=num_warps
+            *arguments, **constants, BLOCK_T=block_tokens, num_warps=token_warps(slots)
         )
     return weights, ids
+
+
+def token_warps(slots: int) -> int:
+    """Return the warps of the program that holds so many slots."""
+    return 4 if slots <= 1024 else 16
 
 
 @triton.jit(do_not_specialize=["layer_index", "num_tokens"])

@@ -15,7 +15,12 @@ from sglang_alloc_kernels.kept_slots_tile import (
     score_slots_tile,
     store_slots_tile,
 )
-from sglang_alloc_kernels.kernel_launch import empty_rows, kernel_pointers, tokens_per_program
+from sglang_alloc_kernels.kernel_launch import (
+    empty_rows,
+    kernel_pointers,
+    tokens_per_program,
+    warps_of,
+)
 from sglang_alloc_kernels.largest_keys_tile import largest_keys_tile
 from sglang_alloc_kernels.layer_rows import NO_STEP_TENSORS, LayerRows, StepTensors
 from sglang_alloc_kernels.score_threshold import score_threshold_torch
@@ -106,7 +111,7 @@ def union_slots(
         BLOCK_T=block_tokens,
         BLOCK_K=block_k,
         BLOCK_EXPERTS=triton.next_power_of_2(num_experts),
-        num_warps=4 if block_tokens * block_k**2 <= PAIRS_AT_ONCE // 4 else 8,
+        num_warps=warps_of(block_tokens * block_k**2),
     )
     return weights, ids
 
@@ -159,11 +164,10 @@ def _union_slots_kernel(
                 opening = opening | (present & (ranks < floors))
             if ceilings_ptr is not None:
                 opening = opening & (ranks < load_bound_tile(ceilings_ptr, tokens, num_tokens))
-        needed += tl.histogram(
-            tl.reshape(ids, [BLOCK_T * BLOCK_K]),
-            BLOCK_EXPERTS,
-            mask=tl.reshape(opening, [BLOCK_T * BLOCK_K]),
-        )
+        # One tensor is reshaped, not ids and mask: before a histogram Triton (3.6, 3.9) takes the
+        # order of elements to be free, and two of different layouts lose what belongs together.
+        opened = tl.reshape(tl.where(opening, ids, -1), [BLOCK_T * BLOCK_K])
+        needed += tl.histogram(opened, BLOCK_EXPERTS, mask=opened >= 0)
         if caps_ptr is not None:
             tl.atomic_add(mass_ptr + ids, score_steps_tile(scores), mask=present)
     in_set = needed > 0

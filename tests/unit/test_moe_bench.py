@@ -309,7 +309,7 @@ def test_the_row_is_taken_that_really_keeps_what_was_asked_for(
         lambda _: SimpleNamespace(set=lambda p, d: in_force.append(d)),
     )
     monkeypatch.setattr(server_bench, "_generate", generate)
-    monkeypatch.setattr(server_bench, "_settle", lambda *_: None)
+    monkeypatch.setattr(server_bench, "settle", lambda *_: None)
     server = Server("http://127.0.0.1:1", None, None)  # type: ignore[arg-type]
     found = server_bench.fit_thresholds(server, Table(), 4)  # type: ignore[arg-type]
     best = min(range(2, 8), key=lambda budget: abs(0.8 * budget + bias - 4.0))

@@ -135,12 +135,12 @@ def measure_server(shape_name: str, plan: ServerPlan, log_folder: Path) -> Itera
         for start in range(0, len(plan.modes), plan.beside):
             modes = plan.modes[start : start + plan.beside]
             with ExitStack() as stack:
-                stock, budgeted = _served_together(stack, model, modes, plan, log_folder)
+                stock, budgeted = serve_together(stack, model, modes, plan, log_folder)
                 for case in plan.cases():
                     yield from _rows_of_case(shape_name, case, stock, budgeted, plan)
 
 
-def _served_together(
+def serve_together(
     stack: ExitStack, model: Path, modes: Sequence[str], plan: ServerPlan, log_folder: Path
 ) -> tuple[Server, list[Budgeted]]:
     """Start stock and one server per mode, and wait for all of them."""
@@ -191,8 +191,8 @@ def _rows_of_case(
         times = _timed_in_turn(case, stock, budgeted, plan)
         stock_times += times.stock
         for mode, server, table in budgeted:
-            _settle(server, case)
-            used = _used(before[mode], table.worker_counters()[0], case, table)
+            settle(server, case)
+            used = used_since(before[mode], table.worker_counters()[0], case, table)
             names = (shape_name, case, mode, budget, "plugin")
             rows.append(_row(*names, times.modes[mode], times.stock, used))
     yield _row(shape_name, case, "-", "full", "stock", stock_times, stock_times, None)
@@ -219,7 +219,7 @@ class Used(NamedTuple):
     distinct_experts: float | None
 
 
-def _used(before: Any, after: Any, case: Case, table: SharedTable) -> Used:
+def used_since(before: Any, after: Any, case: Case, table: SharedTable) -> Used:
     def added(name: str) -> int:
         return int(getattr(after, name) - getattr(before, name))
 
@@ -247,8 +247,8 @@ def fit_thresholds(server: Server, table: SharedTable, activations: int) -> int:
         before = table.worker_counters()[0]
         with _client(server) as client:
             _generate(client, FIT_REQUESTS, PROMPT_TOKENS, FIT_TOKENS, random.Random(budget))
-        _settle(server, case)
-        used = _used(before, table.worker_counters()[0], case, table)
+        settle(server, case)
+        used = used_since(before, table.worker_counters()[0], case, table)
         kept = (used.activations_per_token or 0.0) * shape.num_layers
         tried[budget] = abs(kept - activations)
         budget += round(activations - kept)
@@ -256,7 +256,7 @@ def fit_thresholds(server: Server, table: SharedTable, activations: int) -> int:
     return min(tried, key=lambda one: tried[one])
 
 
-def _settle(server: Server, case: Case) -> None:
+def settle(server: Server, case: Case) -> None:
     """Let the worker report: it does so twice a second, with what it had fetched before."""
     with _client(server) as client:
         for _ in range(3):

@@ -80,8 +80,8 @@ export PYTHONPATH=.:kernels:controller:kernels/bench HF_HUB_OFFLINE=1 PATH="$her
 if [ -z "${CUDA_HOME:-}" ] && ! command -v nvcc >/dev/null; then export CUDA_HOME="$here/cuda"; fi
 if [ "${1:-}" = --test ]; then
   export KERNEL_TEST_DEVICE=cuda
-  exec "$here/venv/bin/python" -m pytest -c kernels/bench/pytest.ini --rootdir=. tests/kernels \\
-    "${@:2}"
+  exec "$here/venv/bin/python" -m pytest -c kernels/bench/pytest.ini --rootdir=. \\
+    tests/kernels tests/gpu "${@:2}"
 fi
 exec "$here/venv/bin/python" -m moe_bench --out "$here/results" "$@"
 """

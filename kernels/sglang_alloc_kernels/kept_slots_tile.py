@@ -95,7 +95,8 @@ def finish_slots_tile(
         inside = kept | (ranks < tl.load(references_ptr + layer_index))
         reference = tl.sum(tl.where(inside, mass, 0.0), axis=1)
         safe = tl.where(reference > 0, reference, 1.0)
-        ratio = tl.where(reference > 0, tl.sum(mass, axis=1) / safe, 1.0)
+        # Rounded: `/` is so nearly right on a GPU that a number over itself need not be 1.
+        ratio = tl.where(reference > 0, tl.div_rn(tl.sum(mass, axis=1), safe), 1.0)
         scaled *= ratio[:, None]
     if gains_ptr is not None:
         gain = tl.load(gains_ptr + layer_index)

@@ -91,8 +91,8 @@ def token_slots(
 
 
 def token_warps(slots: int) -> int:
-    """Return the warps of the program that holds so many slots."""
-    return 4 if slots <= 1024 else 16
+    """Return the warps of the program that holds so many slots, as was fastest on an H200."""
+    return 2 if slots <= 128 else 4 if slots <= 1024 else 16
 
 
 @triton.jit(do_not_specialize=["layer_index", "num_tokens"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from moe_bench.measure import Bench, Row, measure_layer, measure_routing
 from moe_bench.plan import KINDS, Unit, cpu_units, gpu_units
 from moe_bench.results import Results
 from moe_bench.roofline import Ceilings, measure_ceilings
-from moe_bench.server_bench import ON_CPU, ON_GPU, ServerPlan, measure_server
+from moe_bench.server_bench import ON_CPU, ON_GPU, Case, ServerPlan, measure_server
 from moe_bench.shapes import SHAPES
 from moe_bench.timing import Timer
 from sglang_alloc.demo.interruption import sigterm_interrupts
@@ -74,18 +74,37 @@ def _run(given: argparse.Namespace, console: Console) -> None:
                 )
                 break
             with progress.stage(unit.name):
-                results.add(list(_rows(bench, unit, given)), columns)
+                for rows in _measured(bench, unit, given, results):
+                    results.add(rows, columns)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     console.print(f"Results: {(given.out / f'moe-{device.type}.csv').resolve()}", soft_wrap=True)
 
 
-def _rows(bench: Bench, unit: Unit, given: argparse.Namespace) -> Iterable[Row]:
-    if unit.kind == "routing":
-        return measure_routing(bench, unit.shape, unit.num_tokens)
+def _measured(
+    bench: Bench, unit: Unit, given: argparse.Namespace, results: Results
+) -> Iterator[list[Row]]:
+    """Yield rows that are kept together: all of a unit, or one case of its servers."""
     if unit.kind == "server":
-        return measure_server(unit.shape.name, given.server, given.out)
-    return measure_layer(bench, unit.shape, unit.num_tokens, unit.kind)
+        cases = _cases_left(results, unit, given.server)
+        yield from measure_server(unit.shape.name, given.server, cases, given.out)
+    elif unit.kind == "routing":
+        yield list(measure_routing(bench, unit.shape, unit.num_tokens))
+    else:
+        yield list(measure_layer(bench, unit.shape, unit.num_tokens, unit.kind))
+
+
+def _cases_left(results: Results, unit: Unit, server: ServerPlan) -> Callable[[str], list[Case]]:
+    """Return what tells the cases that a mode has no rows of."""
+
+    def left(mode: str) -> list[Case]:
+        return [
+            case
+            for case in server.cases()
+            if not results.has(f"server {case.kind}", unit.shape.name, case.size, mode)
+        ]
+
+    return left
 
 
 def _has_size(unit: Unit, tokens: Sequence[int]) -> bool:
@@ -94,9 +113,8 @@ def _has_size(unit: Unit, tokens: Sequence[int]) -> bool:
 
 def _is_done(results: Results, unit: Unit, server: ServerPlan) -> bool:
     if unit.kind == "server":
-        return results.has(
-            f"server {server.cases()[0].kind}", unit.shape.name, server.cases()[0].size
-        )
+        left = _cases_left(results, unit, server)
+        return not any(left(mode) for mode in server.modes)
     return results.has(unit.kind, unit.shape.name, unit.num_tokens)
 
 

@@ -12,7 +12,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,20 +124,26 @@ class Times(NamedTuple):
     modes: dict[str, list[float]]
 
 
-def measure_server(shape_name: str, plan: ServerPlan, log_folder: Path) -> Iterator[Row]:
-    """Serve the model stock beside its modes; yield decode and prefill rows of every budget.
+def measure_server(
+    shape_name: str, plan: ServerPlan, cases_left: Callable[[str], list[Case]], log_folder: Path
+) -> Iterator[list[Row]]:
+    """Serve the model stock beside its modes; yield each case's rows of every budget.
 
     `server decode` has a row's time per step, `server prefill` per batch of one prompt. Each row's
     speedup is over stock in turn with it; the row of stock itself has all of its repeats.
+    cases_left: the cases of a mode that are wanted.
     """
     with tempfile.TemporaryDirectory(prefix="sglang-alloc-") as scratch:
         model = write_model(Path(scratch) / shape_name, shape_name, **plan.model_changes)
         for start in range(0, len(plan.modes), plan.beside):
             modes = plan.modes[start : start + plan.beside]
+            cases = [case for case in plan.cases() if any(case in cases_left(m) for m in modes)]
+            if not cases:
+                continue
             with ExitStack() as stack:
                 stock, budgeted = serve_together(stack, model, modes, plan, log_folder)
-                for case in plan.cases():
-                    yield from _rows_of_case(shape_name, case, stock, budgeted, plan)
+                for case in cases:
+                    yield list(_rows_of_case(shape_name, case, stock, budgeted, plan))
 
 
 def serve_together(

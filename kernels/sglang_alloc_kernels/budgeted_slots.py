@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from sglang_alloc_kernels.kept_slots import ScoredSlots, apply_rule_torch
 from sglang_alloc_kernels.kept_slots_tile import (
@@ -18,6 +19,7 @@ from sglang_alloc_kernels.kept_slots_tile import (
 from sglang_alloc_kernels.kernel_launch import (
     empty_rows,
     kernel_pointers,
+    launches_early,
     num_experts_of,
     tokens_per_program,
     warps_of,
@@ -78,6 +80,7 @@ def budgeted_slots(
         return weights, ids
     block_k = triton.next_power_of_2(width)
     block_tokens = tokens_per_program(num_tokens, block_k)
+    early = launches_early(topk_ids.device)
     _budgeted_slots_kernel[(triton.cdiv(num_tokens, block_tokens),)](
         *(topk_weights.contiguous(), topk_ids.contiguous(), weights, ids),
         *kernel_pointers(rows, step),
@@ -88,7 +91,9 @@ def budgeted_slots(
         WIDTH=width,
         BLOCK_T=block_tokens,
         BLOCK_K=block_k,
+        EARLY=early,
         num_warps=warps_of(block_tokens * block_k**2),
+        launch_pdl=early,
     )
     return weights, ids
 
@@ -116,8 +121,11 @@ def _budgeted_slots_kernel(
     WIDTH: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """One program per BLOCK_T tokens."""
+    """One program per BLOCK_T tokens; launched EARLY, it waits for what comes before it."""
+    if EARLY:
+        gdc_wait()
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     weights, ids = load_slots_tile(
         weights_ptr, ids_ptr, tokens, num_tokens, num_valid_ptr, WIDTH, BLOCK_K

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 
@@ -18,6 +20,16 @@ def warps_of(pairs: int) -> int:
         if pairs <= most:
             return warps
     return 8
+
+
+@cache
+def launches_early(device: torch.device) -> bool:
+    """Return whether kernels on the device may be launched while the one before them still runs.
+
+    Programmatic dependent launch, from compute capability 9.0 on, hides most of a small launch. The
+    kernel must wait (`gdc_wait`) before it touches memory.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def kernel_pointers(rows: LayerRows, step: StepTensors) -> tuple[torch.Tensor | None, ...]:

@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+import sglang_alloc_kernels.budgeted_slots
 from sglang_alloc_kernels.budgeted_routing import Router, budgeted_routing
 from sglang_alloc_kernels.budgeted_slots import budgeted_slots
 from sglang_alloc_kernels.layer_rows import LayerRows, StepTensors
@@ -46,7 +47,7 @@ def compile_launch(
     kernel: Any, target: GPUTarget, args: tuple[Any, ...], named: Any, seen: set[str]
 ) -> Any:
     """Compile what `kernel[grid](*args, **named)` would have launched; None if that was `seen`."""
-    options = {key: named.pop(key) for key in ("num_warps",) if key in named}
+    options = {key: named.pop(key) for key in ("num_warps", "launch_pdl") if key in named}
     bound = inspect.signature(kernel.fn).bind(*args, **named).arguments
     constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
     signature: dict[str, str] = {}
@@ -62,7 +63,15 @@ def compile_launch(
     if key in seen:
         return None
     seen.add(key)
-    return triton.compile(ASTSource(kernel, signature, constants), target=target, options=options)
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants), target=target, options=options
+    )
+    for operands in re.findall(r"tt\.histogram (%\S+), (%\S+) ", compiled.asm["ttgir"]):
+        for operand in operands:
+            if re.search(rf"{operand} = tt\.reshape .*allow_reorder", compiled.asm["ttgir"]):
+                # Triton permutes the elements of ids and mask, and of each in its own way.
+                raise AssertionError(f"{kernel.__name__}: {operand} of a masked histogram")
+    return compiled
 
 
 def resources(cubin: bytes) -> str:
@@ -102,6 +111,7 @@ def launches(target: GPUTarget, *, with_resources: bool) -> Iterator[str]:
             lines.append(line + (resources(cubin) if with_resources else ""))
 
     JITFunction.run = compile_instead
+    sglang_alloc_kernels.budgeted_slots.launches_early = lambda _device: True
     rows = LayerRows(*(torch.ones(LAYERS) for _ in range(3)), torch.ones(LAYERS, EXPERTS))
     bare = LayerRows(torch.ones(LAYERS))
     for tokens in (33, 1024):

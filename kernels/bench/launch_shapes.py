@@ -1,0 +1,83 @@
+"""Find the launch that suits each rule: warps per program, with and without the step's sums.
+
+    PYTHONPATH=.:kernels:kernels/bench python kernels/bench/launch_shapes.py >out/launch-shapes.csv
+
+Each row times SGLang's routing and the drop behind it, as a captured CUDA graph. `warps_of` and
+`token_warps` in the kernels were chosen by docs/results/gpu/launch-shapes.csv.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import ModuleType
+
+import torch
+
+from moe_bench.budgets import Rule, Slots, make_rule
+from moe_bench.engine import prepare_engine, stock_routing
+from moe_bench.facts import machine_columns, require_gpu
+from moe_bench.shapes import SHAPES, MoEShape, make_inputs
+from moe_bench.timing import Timer
+from sglang_alloc_kernels import budgeted_slots, token_slots, union_slots
+from sglang_alloc_kernels.layer_rows import StepTensors
+from sglang_alloc_kernels.slot_rules import KERNELS
+from sglang_alloc_kernels.step_statistics import make_step_sums
+
+# Where each mode asks how many warps a program gets.
+ASKED: dict[str, tuple[ModuleType, str]] = {
+    "layer": (budgeted_slots, "warps_of"),
+    "threshold": (budgeted_slots, "warps_of"),
+    "union": (union_slots, "warps_of"),
+    "token": (token_slots, "token_warps"),
+}
+TOKENS, WARPS = (8, 64, 512), (1, 2, 4, 8, 16)
+
+
+def rows(shape: MoEShape, num_tokens: int, timer: Timer) -> Iterator[dict[str, object]]:
+    """Yield a row for stock SGLang, then for each mode and number of warps."""
+    device = torch.device("cuda")
+    route = stock_routing(shape, make_inputs(shape, num_tokens, device, torch.bfloat16))
+    slots = tuple(part.clone() for part in route())
+    names = {"shape": shape.name, "num_tokens": num_tokens}
+    yield names | {"mode": "-", "median_us": 1e6 * timer.seconds(route).median}
+    valid = torch.tensor([num_tokens], dtype=torch.int32, device=device)
+    sums = make_step_sums(1, shape.num_experts, device)
+    for mode, (module, name) in ASKED.items():
+        rule = make_rule(shape, mode, 0.5, (slots[0], slots[1]), KERNELS)
+        chosen = getattr(module, name)
+        for warps in WARPS:
+            setattr(module, name, lambda _size, warps=warps: warps)
+            for step in (StepTensors(valid), StepTensors(valid, sums=sums)):
+                timing = timer.seconds(partial(_routed, route, rule, step))
+                counted = "no" if step.sums is None else "yes"
+                median = 1e6 * timing.median
+                yield names | {"mode": mode, "warps": warps, "sums": counted, "median_us": median}
+        setattr(module, name, chosen)
+
+
+def _routed(route: Callable[[], Slots], rule: Rule, step: StepTensors) -> Slots:
+    return rule.drop(*route(), step)
+
+
+def main() -> None:
+    """Print the CSV."""
+    require_gpu(serves=False)
+    device = torch.device("cuda")
+    prepare_engine(device)
+    machine = machine_columns(device)
+    fields = ["shape", "num_tokens", "mode", "warps", "sums", "median_us", *machine]
+    writer = csv.DictWriter(sys.stdout, fields)
+    writer.writeheader()
+    timer = Timer(device, repeats=9, window_seconds=0.004)
+    for shape in SHAPES:
+        for num_tokens in TOKENS:
+            for row in rows(shape, num_tokens, timer):
+                writer.writerow(row | machine)
+                sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

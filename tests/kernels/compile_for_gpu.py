@@ -66,12 +66,21 @@ def compile_launch(
     compiled = triton.compile(
         ASTSource(kernel, signature, constants), target=target, options=options
     )
-    for operands in re.findall(r"tt\.histogram (%\S+), (%\S+) ", compiled.asm["ttgir"]):
-        for operand in operands:
-            if re.search(rf"{operand} = tt\.reshape .*allow_reorder", compiled.asm["ttgir"]):
-                # Triton permutes the elements of ids and mask, and of each in its own way.
-                raise AssertionError(f"{kernel.__name__}: {operand} of a masked histogram")
+    require_sound(kernel.__name__, compiled.asm["ttgir"], compiled.asm["ptx"], options)
     return compiled
+
+
+def require_sound(name: str, ttgir: str, ptx: str, options: dict[str, Any]) -> None:
+    """Raise AssertionError for what went wrong on a GPU once, or would."""
+    for operands in re.findall(r"tt\.histogram (%\S+), (%\S+) ", ttgir):
+        for operand in operands:
+            if re.search(rf"{operand} = tt\.reshape .*allow_reorder", ttgir):
+                # Triton permutes the elements of ids and mask, and of each in its own way.
+                raise AssertionError(f"{name}: {operand} of a masked histogram may be permuted")
+    if options.get("launch_pdl"):
+        before_wait = ptx.partition("griddepcontrol.wait")[0]
+        if before_wait == ptx or re.search(r"\b(ld|st|atom|red)\.global", before_wait):
+            raise AssertionError(f"{name} is launched early and does not wait before its memory")
 
 
 def resources(cubin: bytes) -> str:

@@ -80,7 +80,7 @@ class ServerPlan(NamedTuple):
         answers = largest * (PROMPT_TOKENS + self.decode_steps + 1)
         given += ["--max-running-requests", str(largest)]
         given += ["--max-total-tokens", str(4096 + 2 * max(answers, tokens))]
-        if self.environment != GPU_ENVIRONMENT:
+        if "cuda" not in self.arguments:
             return given
         given += ["--chunked-prefill-size", str(max(tokens, 8192))]
         given += [

@@ -24,6 +24,7 @@ def publish(
     mode: Annotated[
         Literal["layer", "token", "threshold", "union"] | None,
         typer.Option(
+            "--mode",
             metavar="MODE",
             help="The one mode that servers of this table run in, whose predicted loss the "
             "controller then takes. Default: any, and the largest loss of the table's modes.",

@@ -29,6 +29,7 @@ def serve(
     mode: Annotated[
         Literal["layer", "token", "threshold", "union"] | None,
         typer.Option(
+            "--mode",
             metavar="MODE",
             help="How a layer spends its quota: layer, token, threshold or union. Default: "
             "threshold if the table has thresholds, else layer.",

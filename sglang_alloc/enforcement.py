@@ -69,6 +69,17 @@ class EnforcementTables(NamedTuple):
         """Return the mode that a phase obeys."""
         return self.mode if phase == "decode" else self.prefill_mode or self.mode
 
+    def quotas_of(self, phase: Phase) -> np.ndarray:
+        """Return the slots per token that each layer is meant to keep, (N, L).
+
+        In mode `threshold` that is the mean its thresholds were calibrated to; in `union` the
+        slots that open the set, on which others ride.
+        """
+        rows = self.decode if phase == "decode" else self.prefill
+        if self.mode_of(phase) == "threshold" and rows.mean_quotas is not None:
+            return rows.mean_quotas
+        return rows.quotas
+
     def ranks_by_saliency(self, phase: Phase) -> bool:
         """Return whether a phase ranks a token's slots by weight times saliency, not by weight.
 

@@ -225,11 +225,11 @@ class Worker:
             self.statistics.observe(layer_index, slots, kept)
         return kept
 
-    def quotas(self, phase: Phase, budget: int) -> list[int]:
-        """Return the table's quota of each MoE layer at `budget`."""
-        rows = enforcement_tables(self.table, self.mode)
-        quotas = rows.prefill.quotas if phase == "prefill" else rows.decode.quotas
-        return [int(quota) for quota in quotas[budget - rows.budget_min]]
+    def quotas(self, phase: Phase, budget: int) -> list[float]:
+        """Return what the table means each MoE layer to keep per token at `budget`."""
+        tables = enforcement_tables(self.table, self.mode)
+        row = tables.quotas_of(phase)[budget - tables.budget_min]
+        return [float(quota) for quota in row]
 
     def watch_layers(self) -> None:
         """From now on a forward in which a layer does not route here is noticed."""

@@ -34,7 +34,10 @@ class WorkerMetrics:
             "budget_activations", "Activation budget in force, per token.", "phase"
         )
         self._quota = _gauge(
-            "quota_activations", "Quota in force of one MoE layer, per token.", "phase", "layer"
+            "quota_activations",
+            "Slots per token that one MoE layer is meant to keep, a mean in mode threshold.",
+            "phase",
+            "layer",
         )
         self._activations = _gauge(
             "activations_per_token",

@@ -9,11 +9,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
 
 import httpx2
 
 from sglang_alloc.demo.errors import DemoError, NotReadyError
 from sglang_alloc.demo.owned_process import OwnedProcess, owned_process
+
+if TYPE_CHECKING:
+    from typing import Required, Unpack  # Python 3.11; annotations here are not evaluated
 
 # SGLang on a machine without a GPU; more KV memory than this only makes the start longer.
 CPU_ARGUMENTS = (
@@ -50,58 +54,55 @@ class Server:
         return f"{self.url}/health"
 
 
+class ServerOptions(TypedDict, total=False):
+    """How a server is started.
+
+    With a `table` it is started by `sglang-alloc serve`, else it is stock SGLang and the plugin
+    stays inert. `extra_args` are SGLang's own and may repeat a default (the last one counts); `env`
+    is added to the environment; without a `port` one is chosen.
+    """
+
+    log_path: Required[Path]
+    table: Path | None
+    mode: str | None
+    extra_args: Sequence[str]
+    env: Mapping[str, str] | None
+    port: int | None
+
+
 @contextlib.contextmanager
 def serve(
     model_path: Path,
     *,
-    log_path: Path,
-    table: Path | None = None,
-    mode: str | None = None,
-    extra_args: Sequence[str] = (),
-    env: Mapping[str, str] | None = None,
-    port: int | None = None,
     ready_timeout_seconds: float = READY_TIMEOUT_SECONDS,
     on_wait: OnWait | None = None,
+    **options: Unpack[ServerOptions],
 ) -> Iterator[Server]:
-    """Start SGLang as `started_server` does, and wait until it answers.
+    """Start SGLang for `model_path`, wait until it answers, stop its process group at the end.
 
     `on_wait` is called several times a second with a line about the wait.
-    Raises ProcessDiedError or NotReadyError, both with the last lines of `log_path`.
+    Raises ProcessDiedError or NotReadyError, both with the last lines of the log.
     """
-    with started_server(
-        model_path,
-        log_path=log_path,
-        table=table,
-        mode=mode,
-        extra_args=extra_args,
-        env=env,
-        port=port,
-    ) as server:
+    with started_server(model_path, **options) as server:
         wait_until_ready(server.process, server.health_url, ready_timeout_seconds, on_wait)
         yield server
 
 
 @contextlib.contextmanager
-def started_server(
-    model_path: Path,
-    *,
-    log_path: Path,
-    table: Path | None = None,
-    mode: str | None = None,
-    extra_args: Sequence[str] = (),
-    env: Mapping[str, str] | None = None,
-    port: int | None = None,
-) -> Iterator[Server]:
-    """Start SGLang for `model_path` without waiting; stop its process group at the end.
-
-    With a `table` it is started by `sglang-alloc serve`, else it is stock SGLang and the plugin
-    stays inert. `extra_args` are SGLang's own and may repeat a default (the last one counts).
-    """
-    chosen_port = free_port() if port is None else port
-    command = server_command(model_path, chosen_port, table=table, mode=mode, extra_args=extra_args)
-    environment = {**CPU_ENVIRONMENT, **(env or {})}
-    with owned_process("SGLang", command, log_path=log_path, env=environment) as process:
-        yield Server(f"http://127.0.0.1:{chosen_port}", process, table)
+def started_server(model_path: Path, **options: Unpack[ServerOptions]) -> Iterator[Server]:
+    """Start SGLang for `model_path` without waiting; stop its process group at the end."""
+    table = options.get("table")
+    port = options.get("port") or free_port()
+    command = server_command(
+        model_path,
+        port,
+        table=table,
+        mode=options.get("mode"),
+        extra_args=options.get("extra_args", ()),
+    )
+    environment = {**CPU_ENVIRONMENT, **(options.get("env") or {})}
+    with owned_process("SGLang", command, log_path=options["log_path"], env=environment) as process:
+        yield Server(f"http://127.0.0.1:{port}", process, table)
 
 
 def server_command(

@@ -13,7 +13,7 @@ import torch
 from table_factory import FINGERPRINT, make_full_tables, make_tables
 
 from sglang_alloc.budget_follower import BudgetChange, BudgetFollower
-from sglang_alloc.enforcement import RoutedSlots
+from sglang_alloc.enforcement import Mode, RoutedSlots
 from sglang_alloc.enforcement_device import DeviceEnforcement
 from sglang_alloc.enforcement_host import HostEnforcement
 from sglang_alloc.errors import ConfigurationError, ModelMismatchError, UnsupportedServerError
@@ -280,6 +280,24 @@ def test_prefill_uses_its_own_rows_where_the_table_has_them(tmp_path: Path) -> N
         assert (tables.decode.quotas == full.section("quotas")).all()
         assert tables.prefill.thresholds is not None
         assert (tables.prefill.thresholds == full.section("prefill_thresholds")).all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "prefill", "decode"),
+    [
+        ("layer", "prefill_quotas", "quotas"),
+        ("threshold", "prefill_threshold_quotas", "threshold_quotas"),
+        ("union", "prefill_threshold_quotas", "union_quotas"),
+    ],
+)
+def test_the_quotas_shown_are_those_of_the_mode(
+    mode: Mode, prefill: str, decode: str, tmp_path: Path
+) -> None:
+    publish_shared_table(tmp_path / "full.tbl", make_full_tables())
+    with SharedTable.open(tmp_path / "full.tbl") as full:
+        tables = enforcement_tables(full, mode)
+        for phase, section in (("prefill", prefill), ("decode", decode)):
+            assert (tables.quotas_of(phase) == full.section(section)).all()  # type: ignore[arg-type]
 
 
 def test_the_device_decides_the_implementation(table: SharedTable) -> None:

@@ -13,7 +13,7 @@ import torch
 from table_factory import FINGERPRINT, make_full_tables, make_tables
 
 from sglang_alloc.budget_follower import BudgetChange, BudgetFollower
-from sglang_alloc.enforcement import Mode, RoutedSlots
+from sglang_alloc.enforcement import RoutedSlots
 from sglang_alloc.enforcement_device import DeviceEnforcement
 from sglang_alloc.enforcement_host import HostEnforcement
 from sglang_alloc.errors import ConfigurationError, ModelMismatchError, UnsupportedServerError
@@ -27,7 +27,7 @@ from sglang_alloc.shared_table import (
 )
 from sglang_alloc.step_record import StepRecord
 from sglang_alloc.worker import SOURCE_CODES, ServedModel, Worker, check_fits, make_enforcement
-from sglang_alloc.worker_settings import FULL_QUALITY, WorkerSettings
+from sglang_alloc.worker_settings import FULL_QUALITY, Mode, WorkerSettings
 from sglang_alloc.worker_tables import choose_mode, enforcement_tables
 
 SECOND_NS = 10**9

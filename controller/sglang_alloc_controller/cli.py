@@ -198,11 +198,7 @@ def simulate(
     except AllocError as error:
         _refuse(error)
     except KeyboardInterrupt:
-        kept = (
-            f"what is finished is kept in {out}" if out else "give --out to keep what is finished"
-        )
-        typer.echo(f"sglang-alloc-controller: interrupted; {kept}.", err=True)
-        raise typer.Exit(_EXIT_INTERRUPTED) from None
+        _interrupted(out)
     typer.echo(text, nl=False)
 
 
@@ -218,12 +214,13 @@ def simulate_replicas(
     load: Annotated[
         list[float],
         typer.Option(
-            min=0.0,
+            min=0.01,
+            max=10.0,
             help="Load on each server: 1 is what one alone carries at full quality, 2 at the "
             "floor; may be repeated.",
         ),
     ] = [1.4, 1.7],  # noqa: B006
-    minutes: Annotated[float, typer.Option(min=3.0, help="Simulated time.")] = 30.0,
+    minutes: Annotated[float, typer.Option(min=3.0, max=1440.0, help="Simulated time.")] = 30.0,
     seed: Annotated[list[int], typer.Option(help="Of the arrivals; may be repeated.")] = [1],  # noqa: B006
     out: Annotated[
         Path | None,
@@ -250,6 +247,8 @@ def simulate_replicas(
             results = simulate_fleets(read_deployment().world, fleets, out, workers, progress)
     except AllocError as error:
         _refuse(error)
+    except KeyboardInterrupt:
+        _interrupted(out)
     typer.echo(table(results))
 
 
@@ -269,3 +268,9 @@ def main() -> None:
 def _refuse(error: AllocError) -> NoReturn:
     typer.echo(f"sglang-alloc-controller: {error}", err=True)
     raise typer.Exit(_EXIT_REFUSED)
+
+
+def _interrupted(out: Path | None) -> NoReturn:
+    kept = f"what is finished is kept in {out}" if out else "give --out to keep what is finished"
+    typer.echo(f"sglang-alloc-controller: interrupted; {kept}.", err=True)
+    raise typer.Exit(_EXIT_INTERRUPTED)

@@ -3,9 +3,8 @@
 import csv
 import io
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import as_completed
+import tempfile
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -13,14 +12,13 @@ from typing import NamedTuple
 from sglang_alloc.atomic_file import replace_file
 from sglang_alloc.errors import ConfigurationError
 from sglang_alloc_controller.simulator.cells import identity
-from sglang_alloc_controller.simulator.pool import in_worker, time_left, worker_processes
+from sglang_alloc_controller.simulator.pool import Progress, in_workers
 from sglang_alloc_controller.simulator.replicas import BALANCERS, Fleet, FleetScore, run_fleet
 from sglang_alloc_controller.simulator.world import World
 
 RESULTS = "replicas.csv"
 COLUMNS = (*Fleet._fields, *FleetScore._fields, "simulation")
 Results = dict[Fleet, FleetScore]
-Progress = Callable[[float, str], None]
 
 
 class Fleets(NamedTuple):
@@ -34,10 +32,10 @@ class Fleets(NamedTuple):
 
     def every(self) -> Iterator[Fleet]:
         """Yield each fleet, controlled and at full quality."""
-        for cell in product(
+        asked = product(
             self.replicas, self.balancers, self.loads, [self.seconds], self.seeds, [True, False]
-        ):
-            yield Fleet(*cell)
+        )
+        yield from dict.fromkeys(Fleet(*cell) for cell in asked)
 
 
 def checked(fleets: Fleets) -> Fleets:
@@ -55,13 +53,20 @@ def simulate_fleets(
 ) -> Results:
     """Return every fleet's score; finished ones are kept in `out` and not simulated again.
 
+    Interrupting it keeps what is finished.
+
     Raises:
-        ConfigurationError: the results cannot be written.
+        ConfigurationError: the results cannot be written, or a worker process died.
     """
     asked, simulation = list(fleets.every()), identity(world)
     done = {} if out is None else _kept(out / RESULTS, simulation)
     missing = sorted((one for one in asked if one not in done), key=_cost, reverse=True)
-    for fleet, score in _simulated(world, missing, workers or os.cpu_count() or 1, progress):
+    if missing and out is not None:
+        _try_writing(out)
+    workers = workers or os.cpu_count() or 1
+    for fleet, score in in_workers(
+        world, run_fleet, missing, cost=_cost, workers=workers, progress=progress
+    ):
         done[fleet] = score
         if out is not None:
             _write(out / RESULTS, results_csv(done, simulation))
@@ -114,21 +119,6 @@ def _cost(fleet: Fleet) -> float:
     return fleet.replicas * fleet.seconds * (4.0 if fleet.controlled else 1.0)
 
 
-def _simulated(
-    world: World, missing: Sequence[Fleet], workers: int, progress: Progress
-) -> Iterable[tuple[Fleet, FleetScore]]:
-    if not missing:
-        return
-    started, total, spent = time.monotonic(), sum(map(_cost, missing)), 0.0
-    with worker_processes(world, min(workers, len(missing))) as executor:
-        pending = {executor.submit(in_worker, run_fleet, one): one for one in missing}
-        for future in as_completed(pending):
-            fleet = pending[future]
-            yield fleet, future.result()
-            spent += _cost(fleet)
-            progress(spent / total, time_left(time.monotonic() - started, spent / total))
-
-
 def _kept(path: Path, simulation: str) -> Results:
     try:
         rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
@@ -148,11 +138,25 @@ def _score(row: dict[str, str]) -> FleetScore:
     return FleetScore(*(float(row[name]) for name in FleetScore._fields))
 
 
+def _try_writing(folder: Path) -> None:
+    """Raise now what would be raised when the first fleet is finished, the largest of all."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _unwritable(folder / RESULTS, error) from error
+
+
 def _write(path: Path, text: str) -> None:
     try:
         replace_file(path, text.encode(), mode=0o644)
     except OSError as error:
-        raise ConfigurationError(
-            f"{path} cannot be written: {error.strerror}. Choose another --out; what is finished "
-            "is kept."
-        ) from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> ConfigurationError:
+    return ConfigurationError(
+        f"{path} cannot be written: {error.strerror}. Choose another --out, or free some space and "
+        "run the same command again: what is finished is kept."
+    )

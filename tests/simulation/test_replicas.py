@@ -1,12 +1,17 @@
 """Several servers behind one balancer: what each is sent, and that their loops come to rest."""
 
+import os
 from pathlib import Path
 
 import pytest
 from small_worlds import make_plant
+from typer.testing import CliRunner
 
 from sglang_alloc.errors import ConfigurationError
+from sglang_alloc_controller import cli_replicas
+from sglang_alloc_controller.cli import app
 from sglang_alloc_controller.cli_replicas import Fleets, checked, simulate_fleets, table
+from sglang_alloc_controller.simulator import pool
 from sglang_alloc_controller.simulator.deployment import read_deployment
 from sglang_alloc_controller.simulator.engine import Engine
 from sglang_alloc_controller.simulator.replicas import (
@@ -88,6 +93,91 @@ def test_finished_fleets_are_kept_and_others_added(tmp_path: Path, world: World)
         [score.slo_attainment_ratio for score in first.values()]
     )
     assert "| 1 | round-robin | 0.3 | 100.00% | 100.00% |" in table(again)
+
+
+def test_a_fleet_that_is_asked_for_twice_is_simulated_once() -> None:
+    twice = Fleets([1, 1], [ROUND_ROBIN, ROUND_ROBIN], [0.3], 60.0, [1, 1])
+    assert len(list(twice.every())) == 2
+
+
+def test_progress_is_shown_while_nothing_is_finished_and_what_is_finished_is_kept(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A person who interrupts the command raises just this, wherever it waits."""
+    monkeypatch.setattr(pool, "_SHOW_SECONDS", 0.01)  # a worker process needs longer to start
+    shares: list[float] = []
+
+    def interrupt(share: float, left: str) -> None:
+        shares.append(share)
+        if share > 0:
+            raise KeyboardInterrupt
+
+    asked = Fleets([1, 2], [ROUND_ROBIN], [0.3], 180.0, [1])
+    with pytest.raises(KeyboardInterrupt):
+        simulate_fleets(world, asked, tmp_path, 1, interrupt)
+    assert shares[0] == 0.0
+    kept = (tmp_path / "replicas.csv").read_text().splitlines()[1:]
+    assert 1 <= len(kept) < 4
+    rest: list[float] = []
+    simulate_fleets(world, asked, tmp_path, 1, lambda share, left: rest.append(share))
+    again = (tmp_path / "replicas.csv").read_text().splitlines()[1:]
+    assert len(again) == 4
+    assert set(kept) <= set(again)
+
+
+def test_a_worker_process_that_dies_is_told_in_a_sentence(world: World) -> None:
+    with pytest.raises(ConfigurationError, match="worker process died"):
+        list(pool.in_workers(world, _die, [1], cost=float, workers=1, progress=_silent))
+
+
+def _die(world: World, asked: int) -> None:
+    os._exit(3)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_simulation(
+    tmp_path: Path, world: World
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("", encoding="utf-8")
+
+    def fails(share: float, left: str) -> None:
+        raise AssertionError("the simulation began")
+
+    with pytest.raises(ConfigurationError, match=r"replicas\.csv cannot be written"):
+        simulate_fleets(world, Fleets([1], [ROUND_ROBIN], [0.3], 60.0, [1]), blocked, 1, fails)
+
+
+def test_a_load_without_a_request_is_refused(world: World) -> None:
+    with pytest.raises(ConfigurationError, match=r"no request arrives in 0\.5 minutes"):
+        run_fleet(world, Fleet(1, ROUND_ROBIN, 1e-6, 30.0, 1))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--load", "0"),
+        ("--load", "nan"),
+        ("--load", "inf"),
+        ("--minutes", "inf"),
+        ("--replicas", "0"),
+    ],
+)
+def test_numbers_that_mean_no_fleet_are_refused(arguments: tuple[str, str]) -> None:
+    result = CliRunner().invoke(app, ["simulate-replicas", *arguments])
+    assert result.exit_code == 2
+    assert arguments[0] in result.output
+
+
+def test_an_interrupted_command_says_what_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_replicas, "simulate_fleets", interrupted)
+    result = CliRunner().invoke(app, ["simulate-replicas", "--out", str(tmp_path)])
+    assert result.exit_code == 130
+    assert "interrupted; what is finished is kept in" in result.output
 
 
 def test_a_balancer_that_does_not_exist_is_named() -> None:

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -68,18 +68,39 @@ def run_cells(
 def _simulated(
     world: World, cells: list[Cell], workers: int, progress: Progress
 ) -> Iterator[Finished]:
-    started, total = time.monotonic(), sum(relative_cost(cell) for cell in cells)
-    spent = 0.0
-    with worker_processes(world, min(workers, len(cells))) as executor:
-        pending: set[Future[Finished]] = {
-            executor.submit(in_worker, simulate, cell) for cell in cells
-        }
+    found = in_workers(
+        world, simulate, cells, cost=relative_cost, workers=workers, progress=progress
+    )
+    return (finished for _, finished in found)
+
+
+def in_workers(
+    world: World,
+    function: Callable[[World, _Asked], _Answer],
+    asked: Sequence[_Asked],
+    *,
+    cost: Callable[[_Asked], float],
+    workers: int,
+    progress: Progress,
+) -> Iterator[tuple[_Asked, _Answer]]:
+    """Call `function` for each of `asked` in worker processes; yield as they finish.
+
+    `cost` is how long each takes compared to others. Progress is shown while nothing finishes too.
+
+    Raises:
+        ConfigurationError: a worker process died.
+    """
+    if not asked:
+        return
+    started, total, spent = time.monotonic(), sum(map(cost, asked)), 0.0
+    with worker_processes(world, min(workers, len(asked))) as executor:
+        of = {executor.submit(in_worker, function, one): one for one in asked}
+        pending = set(of)
         while pending:
             finished, pending = wait(pending, _SHOW_SECONDS, FIRST_COMPLETED)
             for future in finished:
-                result = _result(future)
-                spent += relative_cost(result.cell)
-                yield result
+                spent += cost(of[future])
+                yield of[future], _result(future)
             progress(spent / total, time_left(time.monotonic() - started, spent / total))
 
 
@@ -109,7 +130,7 @@ def in_worker(function: Callable[[World, _Asked], _Answer], asked: _Asked) -> _A
     return function(_world, asked)
 
 
-def _result(future: Future[Finished]) -> Finished:
+def _result(future: Future[_Answer]) -> _Answer:
     try:
         return future.result()
     except BrokenProcessPool as error:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import NamedTuple
 
+from sglang_alloc.errors import ConfigurationError
 from sglang_alloc_controller.samples import PHASES
 from sglang_alloc_controller.settings import Settings
 from sglang_alloc_controller.simulator.engine import Engine
@@ -75,11 +76,20 @@ class _Replica:
 
 
 def run_fleet(world: World, fleet: Fleet) -> FleetScore:
-    """Run a fleet under constant Poisson load, then without arrivals until all is answered."""
+    """Run a fleet under constant Poisson load, then without arrivals until all is answered.
+
+    Raises:
+        ConfigurationError: no request arrives in this time.
+    """
     rate = fleet.replicas * world.capacities.at(fleet.load)
     workload = poisson_workload(
         lambda _: rate, rate, fleet.seconds, lambda _: world.mix, fleet.seed
     )
+    if not len(workload):
+        raise ConfigurationError(
+            f"At a load of {fleet.load:g} no request arrives in {fleet.seconds / 60:g} minutes. "
+            "Raise --load or --minutes."
+        )
     replicas = [_replica(world, fleet, number) for number in range(fleet.replicas)]
     positions = {phase: world.ranges[phase].position for phase in PHASES}
     slice_seconds = TICK_SECONDS / _SLICES_PER_TICK

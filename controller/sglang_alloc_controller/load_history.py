@@ -42,7 +42,11 @@ class _Totals(NamedTuple):
 
 
 class LoadHistory:
-    """Totals of the readings of one life of the engine, oldest first."""
+    """Totals of the readings of one life of the engine, oldest first.
+
+    Of several engines that are read as one, it is the load of the average one: budgets are chosen
+    by what one engine carries.
+    """
 
     def __init__(self) -> None:
         """Begin without readings."""
@@ -61,9 +65,9 @@ class LoadHistory:
         self._totals.append(
             _Totals(
                 reading.taken_at_seconds,
-                reading.event_count("ttft"),
-                reading.event_count("itl"),
-                reading.prefill_tokens,
+                reading.event_count("ttft") / reading.engines,
+                reading.event_count("itl") / reading.engines,
+                reading.prefill_tokens / reading.engines,
                 queue_requests,
             )
         )

@@ -194,7 +194,10 @@ class ReadingHistory:
 
 
 def _restarted(older: Reading, newer: Reading) -> bool:
-    return any(histogram_window.restarted(older.series(slo), newer.series(slo)) for slo in SLOS)
+    # An engine that joins may bring counters of a long life, which no reading here has seen grow.
+    return older.engines != newer.engines or any(
+        histogram_window.restarted(older.series(slo), newer.series(slo)) for slo in SLOS
+    )
 
 
 def _sample(

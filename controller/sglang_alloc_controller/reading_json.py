@@ -16,6 +16,7 @@ def reading_to_json(reading: Reading) -> dict[str, Any]:
         "queue_requests": reading.queue_requests,
         "running_requests": reading.running_requests,
         "prefill_tokens": reading.prefill_tokens,
+        "engines": reading.engines,
         "edges": {slo: _edges_to_json(tuple(sorted(e))) for slo, e in reading.edges.items()},
     }
 
@@ -29,7 +30,7 @@ def reading_from_json(content: Mapping[str, Any]) -> Reading:
     edges: dict[Slo, frozenset[float]] = {
         slo: frozenset(_edges_from_json(found)) for slo, found in content["edges"].items()
     }
-    tokens = content.get("prefill_tokens")  # logs of earlier versions lack it
+    tokens = content.get("prefill_tokens")  # logs of earlier versions lack it, and the engines
     return Reading(
         taken_at_seconds=float(content["taken_at_seconds"]),
         ttft=_series_from_json(content["ttft"]),
@@ -38,6 +39,7 @@ def reading_from_json(content: Mapping[str, Any]) -> Reading:
         running_requests=float(content["running_requests"]),
         edges=edges,
         prefill_tokens=None if tokens is None else float(tokens),
+        engines=int(content.get("engines", 1)),
     )
 
 

@@ -88,8 +88,11 @@ class Reading:
     load: EngineLoad | None = None
     """What /v1/loads says besides; None: not asked, or not offered."""
     prefill_tokens: float | None = None
-    """Prompt tokens computed since the engine's start, those in the prefix cache left out, of the
-    rank that has most; None: the server does not tell."""
+    """Prompt tokens computed since the engines' start, those in the prefix cache left out, summed
+    over engines; None: no server tells, or none has answered a request yet."""
+    engines: int = 1
+    """Engines that `prefill_tokens` and the histograms are of: servers, or their data-parallel
+    ranks."""
     model_names: frozenset[str] = frozenset()
     """Names of the models that the series belong to."""
 

@@ -13,6 +13,12 @@ _SLO_OF_HISTOGRAM: Mapping[str, Slo] = {
 }
 
 
+_PRIORITY = frozenset({"priority"})
+# Tensor, pipeline and expert ranks compute every request of their engine together, and each of them
+# counts all of it; what differs in any other label has requests of its own.
+_SHARING_RANKS = frozenset({"tp_rank", "pp_rank", "moe_ep_rank"})
+
+
 class Labels(NamedTuple):
     """What the labels of one sample say to us."""
 
@@ -20,6 +26,9 @@ class Labels(NamedTuple):
     """All labels but the bucket edge: the name of the series."""
     rank: str
     """The same without the priority: the rank or replica that reports."""
+    engine: str
+    """The same without the ranks that share each request: the engine that has requests of its own,
+    a server or one of its data-parallel ranks."""
     edge_seconds: float | None
     is_streaming: str | None
     priority: str
@@ -35,10 +44,11 @@ class Labels(NamedTuple):
         edge = None if "le" not in labels else float(labels["le"])
         if edge is not None and math.isnan(edge):
             raise ValueError("a bucket edge is NaN")
-        rest = sorted((k, v) for k, v in labels.items() if k not in {"le", "__name__"})
+        rest = {k: v for k, v in sorted(labels.items()) if k not in {"le", "__name__"}}
         return cls(
-            series=",".join(f'{key}="{value}"' for key, value in rest),
-            rank=",".join(f'{key}="{value}"' for key, value in rest if key != "priority"),
+            series=_written(rest, frozenset()),
+            rank=_written(rest, _PRIORITY),
+            engine=_written(rest, _PRIORITY | _SHARING_RANKS),
             edge_seconds=edge,
             is_streaming=labels.get("is_streaming"),
             priority=labels.get("priority", ""),
@@ -55,6 +65,10 @@ class SeriesFold:
     queue is the one that hurts. Under priority scheduling SGLang reports the total with an empty
     priority and its parts besides: the total counts, or the chosen priorities' parts are added up
     for each rank. Histograms stay apart by series; those of other priorities are left out.
+
+    Prompt tokens: the maximum over the ranks of an engine, which all count the same, and the sum
+    over engines, since the requests are counted over all of them too. A target without latencies is
+    no engine but another node of one.
     """
 
     def __init__(self, settings: SourceSettings) -> None:
@@ -66,7 +80,8 @@ class SeriesFold:
         self._sums: dict[tuple[Slo, str], float] = {}
         self._edges: dict[Slo, set[float]] = {"ttft": set(), "itl": set()}
         self._model_names: set[str] = set()
-        self._prefill_tokens: float | None = None
+        self._prefill_tokens: dict[Labels, float] = {}
+        self._serving_targets: set[str] = set()
 
     def add(self, name: str, labels: Labels, value: float) -> None:
         """Add one sample of `name`, which is without its sglang prefix."""
@@ -76,7 +91,7 @@ class SeriesFold:
         self._model_names.add(labels.model_name or "")
         if name == "realtime_tokens_total":
             if labels.mode == "prefill_compute" and math.isfinite(value):
-                self._prefill_tokens = max(value, self._prefill_tokens or 0.0)
+                self._prefill_tokens[labels] = value
             return
         base, _, part = name.rpartition("_")
         if base in _SLO_OF_HISTOGRAM:
@@ -98,6 +113,7 @@ class SeriesFold:
         Raises:
             SourceError: a histogram has no +Inf bucket, or a count that is not finite.
         """
+        prefill_tokens = self._prefill_tokens_by_engine()
         series: dict[Slo, dict[str, Histogram]] = {"ttft": {}, "itl": {}}
         for (slo, name), buckets in self._buckets.items():
             series[slo][name] = _histogram(name, buckets, self._sums.get((slo, name), 0.0))
@@ -108,9 +124,17 @@ class SeriesFold:
             queue_requests=self._largest("num_queue_reqs", self._settings.priorities),
             running_requests=self._largest("num_running_reqs", None),
             edges={slo: frozenset(edges) for slo, edges in self._edges.items()},
-            prefill_tokens=self._prefill_tokens,
+            prefill_tokens=sum(prefill_tokens.values()) if prefill_tokens else None,
+            engines=max(1, len(prefill_tokens)),
             model_names=frozenset(self._model_names - {""}),
         )
+
+    def _prefill_tokens_by_engine(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for labels, value in self._prefill_tokens.items():
+            if labels.target in self._serving_targets:
+                found[labels.engine] = max(value, found.get(labels.engine, 0.0))
+        return found
 
     def _largest(self, name: str, priorities: list[str] | None) -> float:
         """Return the gauge of the rank that has most, of these priorities or in total."""
@@ -123,6 +147,7 @@ class SeriesFold:
     def _add_to_histogram(self, slo: Slo, part: str, labels: Labels, value: float) -> None:
         if labels.edge_seconds is not None:
             self._edges[slo].add(labels.edge_seconds)
+            self._serving_targets.add(labels.target)
         if not self._counts(labels):
             return
         key = (slo, labels.series)
@@ -137,6 +162,10 @@ class SeriesFold:
             return False
         priorities = self._settings.priorities
         return priorities is None or labels.priority == "" or labels.priority in priorities
+
+
+def _written(labels: Mapping[str, str], without: frozenset[str]) -> str:
+    return ",".join(f'{key}="{value}"' for key, value in labels.items() if key not in without)
 
 
 def _histogram(name: str, buckets: dict[float, float], sum_seconds: float) -> Histogram:

@@ -1,6 +1,7 @@
 """The loop over a real shared table in virtual time: states, modes, faults and restarts."""
 
 import json
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from virtual_loop import NS, VirtualController, make_settings, publish_table
 from sglang_alloc.errors import ConfigurationError, TableInUseError
 from sglang_alloc.shared_table import SelectorWriter, SharedTable, WorkerCounters
 from sglang_alloc_controller.quality_bounds import budget_ranges
-from sglang_alloc_controller.samples import Reading
+from sglang_alloc_controller.samples import SLOS, Histogram, Reading
 
 FULL = (48, 48)
 
@@ -165,6 +166,22 @@ def test_a_controller_that_comes_to_a_running_engine_sees_no_start(table: Path) 
     controller, _ = _controller(table, freshness={"warmup_seconds": 20.0})
     _run(controller, 2)
     assert controller.reason("prefill") == "at_ceiling"
+
+
+def test_a_replica_that_joins_with_a_long_life_is_a_start_and_no_violation(table: Path) -> None:
+    """All that it has answered so far was too late, and under another controller."""
+    controller, engine = _controller(table)
+    _run(controller, 20)
+    late = Histogram(engine.edges, (0.0, 0.0, 50_000.0), 0.0)
+
+    def both() -> Reading:
+        one = engine()
+        ttft, itl = ({**one.series(slo), "b": late} for slo in SLOS)
+        return replace(one, ttft=ttft, itl=itl, engines=2)
+
+    controller.source = both
+    assert _run(controller, 60) == FULL
+    assert controller.metric("engine_restarts_total") == 1
 
 
 def test_a_restarted_controller_goes_on_where_the_selector_is(table: Path) -> None:

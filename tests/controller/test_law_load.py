@@ -110,6 +110,28 @@ def test_a_queue_that_grows_counts_as_arrivals() -> None:
     assert history.windows() == ()
 
 
+def _grown(second: float, engines: int) -> Reading:
+    """Each engine gets 4 requests a second, of 100 prompt tokens and 10 after the first one."""
+    ttft, itl = (
+        {str(engine): Histogram((math.inf,), (rate * second,), 0.0) for engine in range(engines)}
+        for rate in (4.0, 40.0)
+    )
+    tokens = 400.0 * second * engines
+    return Reading(second, ttft, itl, 0.0, 1.0, prefill_tokens=tokens, engines=engines)
+
+
+def test_of_engines_read_as_one_the_load_of_each_counts() -> None:
+    one, three = LoadHistory(), LoadHistory()
+    for second in range(10):
+        one.add(_grown(float(second), 1), 0.0)
+        three.add(_grown(float(second), 3), 0.0)
+    assert three.windows() == one.windows()
+    load = load_of(three.windows(), None, None)
+    assert load is not None
+    assert load.rate_per_second == pytest.approx(4.0)
+    assert (load.prefill_tokens, load.decode_tokens) == pytest.approx((100.0, 10.0))
+
+
 def test_an_absurd_queue_is_not_believed_until_the_next_reading_says_it_again() -> None:
     gauge = PlausibleQueue()
     assert [gauge.take(value) for value in (3.0, 1e6, 4.0, 25.0)] == [3.0, 3.0, 4.0, 25.0]

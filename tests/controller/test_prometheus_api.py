@@ -54,6 +54,30 @@ def test_replicas_stay_apart_and_the_late_one_decides_the_age() -> None:
     assert reading.taken_at_seconds == 490.0
 
 
+def _tokens(value: str, **labels: str) -> dict[str, Any]:
+    return _series("realtime_tokens_total", value, mode="prefill_compute", **labels)
+
+
+def test_prompt_tokens_of_replicas_add_up_as_their_requests_do() -> None:
+    series = _gauges()
+    for instance, answered, tokens in (("a:1", 2, "300"), ("b:1", 3, "500")):
+        series += _histogram(
+            "time_to_first_token_seconds", {"0.5": 1, "+Inf": answered}, instance=instance
+        )
+        series += [_tokens(tokens, instance=instance, tp_rank=rank) for rank in ("0", "1")]
+    reading = parse_answer(_answer(series), OFFSET_SECONDS, SETTINGS)
+    assert reading.event_count("ttft") == 5
+    assert (reading.prefill_tokens, reading.engines) == (800.0, 2)
+
+
+def test_another_node_of_the_same_server_is_no_replica() -> None:
+    """It shows its ranks, which count the same prompts again, and answers no request."""
+    series = _gauges() + _histogram("time_to_first_token_seconds", {"0.5": 1, "+Inf": 2})
+    series += [_tokens("300", tp_rank="0"), _tokens("300", instance="b:1", tp_rank="8")]
+    reading = parse_answer(_answer(series), OFFSET_SECONDS, SETTINGS)
+    assert (reading.prefill_tokens, reading.engines) == (300.0, 1)
+
+
 def test_a_replica_that_is_long_gone_neither_counts_nor_ages_the_reading() -> None:
     series = _gauges("3") + _gauges("8", instance="b:1", at=999_960.0)
     reading = parse_answer(_answer(series), OFFSET_SECONDS, SETTINGS)

@@ -1,6 +1,7 @@
 """Replay: a recorded log gives the same decisions again, and other settings give others."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,5 +120,5 @@ def test_a_reading_comes_back_bit_for_bit(tmp_path: Path) -> None:
     publish_table(tmp_path / "t.tbl")
     engine = Engine(VirtualController(make_settings(tmp_path / "t.tbl")))
     engine.within_ratio, engine.queue_requests = 1 / 3, 0.1 + 0.2
-    reading = engine()
+    reading = replace(engine(), prefill_tokens=0.1 + 0.7, engines=3)
     assert reading_from_json(json.loads(json.dumps(reading_to_json(reading)))) == reading

@@ -183,6 +183,28 @@ def test_the_computed_prompt_tokens_are_those_of_the_rank_that_has_most(recorded
     assert _parse(_without_tokens(text) + counters).prefill_tokens == 900.0
 
 
+def test_prompt_tokens_of_data_parallel_ranks_add_up_and_those_of_tensor_ranks_do_not(
+    recorded: Path,
+) -> None:
+    """As SGLang labels them with `--tp-size 4 --dp-size 2 --enable-dp-attention`."""
+    text = (recorded / "after.txt").read_text()
+    counters = "".join(
+        f'sglang:realtime_tokens_total{{dp_rank="{rank // 2}",mode="prefill_compute",'
+        f'moe_ep_rank="{rank}",pp_rank="0",tp_rank="{rank}"}} {value}\n'
+        for rank, value in enumerate((300.0, 300.0, 500.0, 490.0))
+    )
+    reading = _parse(_without_tokens(text) + counters)
+    assert (reading.prefill_tokens, reading.engines) == (800.0, 2)
+
+
+def test_prompt_tokens_count_from_the_first_answer_on(recorded: Path) -> None:
+    counters = 'sglang:realtime_tokens_total{mode="prefill_compute"} 70\n'
+    gauges = "sglang:num_queue_reqs 0\nsglang:num_running_reqs 0\n"
+    assert _parse(gauges + counters).prefill_tokens is None
+    answered = _parse(_without_tokens((recorded / "start.txt").read_text()) + counters)
+    assert (answered.prefill_tokens, answered.engines) == (70.0, 1)
+
+
 def test_a_server_that_does_not_tell_its_prompt_tokens_reads_as_none(recorded: Path) -> None:
     assert _parse(_without_tokens((recorded / "after.txt").read_text())).prefill_tokens is None
 

@@ -3,7 +3,8 @@
     PYTHONPATH=.:kernels:kernels/bench python kernels/bench/launch_shapes.py >out/launch-shapes.csv
 
 Each row times SGLang's routing and the drop behind it, as a captured CUDA graph. `warps_of` and
-`token_warps` in the kernels were chosen by docs/results/gpu/launch-shapes.csv.
+`token_warps` in the kernels were chosen by docs/results/gpu/launch-shapes.csv, which an earlier
+form of this printed (without the bounds that requests may set).
 """
 
 from __future__ import annotations
@@ -44,18 +45,21 @@ def rows(shape: MoEShape, num_tokens: int, timer: Timer) -> Iterator[dict[str, o
     names = {"shape": shape.name, "num_tokens": num_tokens}
     yield names | {"mode": "-", "median_us": 1e6 * timer.seconds(route).median}
     valid = torch.tensor([num_tokens], dtype=torch.int32, device=device)
-    sums = make_step_sums(1, shape.num_experts, device)
+    floors = torch.zeros(num_tokens, dtype=torch.int32, device=device)
+    plain = StepTensors(valid, floors, torch.full_like(floors, shape.top_k))
+    counted = plain._replace(sums=make_step_sums(1, shape.num_experts, device))
     for mode, (module, name) in ASKED.items():
         rule = make_rule(shape, mode, 0.5, (slots[0], slots[1]), KERNELS)
         chosen = getattr(module, name)
-        for warps in WARPS:
-            setattr(module, name, lambda _size, warps=warps: warps)
-            for step in (StepTensors(valid), StepTensors(valid, sums=sums)):
-                timing = timer.seconds(partial(_routed, route, rule, step))
-                counted = "no" if step.sums is None else "yes"
-                median = 1e6 * timing.median
-                yield names | {"mode": mode, "warps": warps, "sums": counted, "median_us": median}
-        setattr(module, name, chosen)
+        try:
+            for warps in WARPS:
+                setattr(module, name, lambda _size, warps=warps: warps)
+                for sums, step in (("no", plain), ("yes", counted)):
+                    timing = timer.seconds(partial(_routed, route, rule, step))
+                    launch = {"mode": mode, "warps": warps, "sums": sums}
+                    yield names | launch | {"median_us": 1e6 * timing.median}
+        finally:
+            setattr(module, name, chosen)
 
 
 def _routed(route: Callable[[], Slots], rule: Rule, step: StepTensors) -> Slots:

@@ -103,7 +103,8 @@ def _factor(
         outside = (slots.ranks >= rows.references[layer_index]) & ~kept
         reference = mass.masked_fill(outside, 0.0).sum(dim=1, keepdim=True)
         ratio = mass.sum(dim=1, keepdim=True) / reference
-        factor = torch.where(reference > 0, ratio, factor)
+        scales = (outside & (mass != 0)).any(dim=1, keepdim=True) & (reference > 0)
+        factor = torch.where(scales, ratio, factor)
     if rows.gains is not None:
         factor = factor * torch.where(slots.protected(step), 1.0, rows.gains[layer_index])
     return factor

@@ -94,9 +94,9 @@ def finish_slots_tile(
         mass = tl.where(routed & (ids >= 0) & (weights == weights), weights, 0.0)
         inside = kept | (ranks < tl.load(references_ptr + layer_index))
         reference = tl.sum(tl.where(inside, mass, 0.0), axis=1)
-        # The two sums may be formed in different orders, so one where all is inside is said, not
-        # computed: a full budget leaves every bit.
-        some_outside = tl.max(tl.where(inside, 0.0, mass), axis=1) > 0
+        # The two sums may be formed in different orders, so that 1 where nothing is outside is
+        # decided, not computed: a full budget leaves every bit.
+        some_outside = tl.max(((inside == 0) & (mass != 0)).to(tl.int32), axis=1) > 0
         scales = some_outside & (reference > 0)
         ratio = tl.sum(mass, axis=1) / tl.where(scales, reference, 1.0)
         ratio = tl.where(scales, ratio, 1.0)

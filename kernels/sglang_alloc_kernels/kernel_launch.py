@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 
 import torch
@@ -9,13 +10,18 @@ import triton
 
 from sglang_alloc_kernels.layer_rows import LayerRows, StepTensors
 
-# A program ranks slots by comparing all pairs of a token's slots: 8 a thread with 4 warps keeps its
-# code short, which is what a small launch waits for.
+# A program ranks slots by comparing all pairs of a token's slots: 16 a thread with 2 warps keeps
+# its code short, which is what a small launch waits for.
 PAIRS_PER_PROGRAM = 1024
+# Set to 1 in the environment, lets `launches_early` say yes.
+EARLY_LAUNCH = "SGLANG_ALLOC_EARLY_LAUNCH"
 
 
 def warps_of(pairs: int) -> int:
-    """Return the warps of a program of so many pairs of slots, as was fastest on an H200."""
+    """Return the warps of a program of so many pairs of slots.
+
+    They were about the fastest at 8, 64 and 512 tokens of top-6 on an H200.
+    """
     for warps, most in ((1, 512), (2, 1024), (4, 2048)):
         if pairs <= most:
             return warps
@@ -26,10 +32,13 @@ def warps_of(pairs: int) -> int:
 def launches_early(device: torch.device) -> bool:
     """Return whether kernels on the device may be launched while the one before them still runs.
 
-    Programmatic dependent launch, from compute capability 9.0 on, hides most of a small launch. The
-    kernel must wait (`gdc_wait`) before it touches memory.
+    Programmatic dependent launch, from NVIDIA's compute capability 9.0 on, hides part of a small
+    launch. The kernel must wait (`gdc_wait`) before it touches memory. Only where `EARLY_LAUNCH` is
+    set: what serves has not run this way on a GPU, only a copy of it has.
     """
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    if os.environ.get(EARLY_LAUNCH) != "1" or device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def kernel_pointers(rows: LayerRows, step: StepTensors) -> tuple[torch.Tensor | None, ...]:

@@ -2,7 +2,7 @@
 
 Every launch needs what all programs of the one before counted, so the launches are the barriers.
 The counts are integers: their sums, and so the selection, do not depend on the programs' order, and
-only a later launch reads them.
+only a later launch reads them (an ordinary one: launched early, it would have to wait first).
 """
 
 from __future__ import annotations

@@ -169,6 +169,7 @@ def _union_slots_kernel(
         opened = tl.reshape(tl.where(opening, ids, -1), [BLOCK_T * BLOCK_K])
         needed += tl.histogram(opened, BLOCK_EXPERTS, mask=opened >= 0)
         if caps_ptr is not None:
+            # Ordered, unlike the step's sums: this very launch reads them.
             tl.atomic_add(mass_ptr + ids, score_steps_tile(scores), mask=present)
     in_set = needed > 0
     if caps_ptr is not None:

@@ -42,7 +42,7 @@ OnWait = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Server:
-    """A ready SGLang server: its base URL, its process, and its shared table (None: stock)."""
+    """An SGLang server: its base URL, its process, and its shared table (None: stock)."""
 
     url: str
     process: OwnedProcess

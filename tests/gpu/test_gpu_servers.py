@@ -7,21 +7,31 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-import httpx2
 import pytest
 
-from moe_bench.dummy_models import write_model
-from moe_bench.server_bench import Budgeted, Case, ServerPlan, serve_together, settle, used_since
-from sglang_alloc.demo.heldout_loss import BudgetOverride
-from sglang_alloc.demo.server_process import Server
+# Without these the kernels' tests beside this file still run.
+httpx2 = pytest.importorskip("httpx2", reason="the servers' tests need this project installed")
+pytest.importorskip("typer", reason="the servers' tests need this project installed")
 
-LAYERS = 4  # of the model, so that three servers start quickly; three have experts
+from moe_bench.dummy_models import write_model  # noqa: E402
+from moe_bench.server_bench import (  # noqa: E402
+    Budgeted,
+    Case,
+    ServerPlan,
+    serve_together,
+    settle,
+    used_since,
+)
+from sglang_alloc.demo.heldout_loss import BudgetOverride  # noqa: E402
+from sglang_alloc.demo.server_process import Server  # noqa: E402
+
+LAYERS = 4  # of the model, so that its servers start quickly; three have experts
+BATCH = 5  # padded to the graph of 8
 PLAN = ServerPlan(
-    modes=("layer", "union"),
+    modes=("layer", "threshold", "union"),
     concurrencies=(1, 8),
     prefill_tokens=(),
     model_changes={"num_hidden_layers": LAYERS},
-    beside=2,
 )
 
 
@@ -41,30 +51,48 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         yield Servers(stock, {one.mode: one for one in budgeted})
 
 
-def _answer(server: Server, seed: int, tokens: int = 24) -> list[int]:
-    """Return the tokens of one greedy answer to a prompt drawn by the seed."""
+def _answers(server: Server, seed: int, requests: int = 1, tokens: int = 24) -> list[Any]:
+    """Return (token, logprob) pairs of greedy answers to prompts drawn by the seed."""
     generator = random.Random(seed)
-    prompt = [generator.randrange(2, 500) for _ in range(40)]
-    sampling = {"max_new_tokens": tokens, "temperature": 0.0, "ignore_eos": True}
-    body = {"input_ids": prompt, "sampling_params": sampling}
+    prompts = [[generator.randrange(2, 500) for _ in range(40)] for _ in range(requests)]
+    body = {
+        "input_ids": prompts,
+        "sampling_params": {"max_new_tokens": tokens, "temperature": 0.0, "ignore_eos": True},
+        "return_logprob": True,
+    }
     response = httpx2.post(f"{server.url}/generate", json=body, timeout=120.0, trust_env=False)
     assert response.status_code == 200, response.text[:300]
-    answer: Any = response.json()["output_ids"]
-    return list(answer)
+    answers = [one["meta_info"]["output_token_logprobs"] for one in response.json()]
+    assert [len(one) for one in answers] == [tokens] * requests
+    return answers
 
 
 @pytest.mark.parametrize("mode", PLAN.modes)
 def test_a_full_budget_answers_as_stock_does(servers: Servers, mode: str) -> None:
-    """Both before a budget was ever set, and behind a smaller one."""
+    """Tokens and logprobs, before a budget was ever set and behind a smaller one."""
     one = servers.budgeted[mode]
     for seed in range(4):
-        assert _answer(one.server, seed) == _answer(servers.stock, seed)
+        assert _answers(one.server, seed) == _answers(servers.stock, seed)
     override = BudgetOverride(one.table)
     override.set(one.table.shape.budget_min, one.table.shape.budget_min)
-    _answer(one.server, 0)
+    _answers(one.server, 0, BATCH)
     override.set(one.table.shape.budget_max, one.table.shape.budget_max)
     for seed in range(4):
-        assert _answer(one.server, seed) == _answer(servers.stock, seed)
+        assert _answers(one.server, seed) == _answers(servers.stock, seed)
+
+
+def test_padding_of_a_captured_batch_lights_no_expert(servers: Servers) -> None:
+    one = servers.budgeted["layer"]
+    BudgetOverride(one.table).set(one.table.shape.budget_min, one.table.shape.budget_min)
+    case = Case("decode", BATCH)
+    settle(one.server, Case("decode", 1))
+    before = one.table.worker_counters()[0]
+    _answers(one.server, 3, BATCH)
+    settle(one.server, Case("decode", 1))
+    used = used_since(before, one.table.worker_counters()[0], case, one.table)
+    assert used.activations_per_token == 1.0
+    assert used.distinct_experts is not None
+    assert used.distinct_experts <= BATCH
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5, 1 / 3])
@@ -76,7 +104,7 @@ def test_captured_decode_steps_keep_what_the_budget_says(servers: Servers, share
     case = Case("decode", 1)
     settle(one.server, case)
     before = one.table.worker_counters()[0]
-    _answer(one.server, 7, tokens=40)
+    _answers(one.server, 7, tokens=40)
     settle(one.server, case)
     used = used_since(before, one.table.worker_counters()[0], case, one.table)
     assert used.activations_per_token == pytest.approx(budget / one.table.shape.num_layers)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,9 +23,10 @@ from moe_bench.measure import Bench, Row, measure_layer, measure_routing
 from moe_bench.plan import KINDS, Unit, cpu_units, gpu_units
 from moe_bench.results import Results
 from moe_bench.roofline import Ceilings, measure_ceilings
-from moe_bench.server_bench import ON_CPU, ON_GPU, Case, ServerPlan, measure_server
+from moe_bench.server_bench import ON_CPU, ON_GPU, Case, IsLeft, ServerPlan, measure_server
 from moe_bench.shapes import SHAPES
 from moe_bench.timing import Timer
+from sglang_alloc.demo.errors import DemoError
 from sglang_alloc.demo.interruption import sigterm_interrupts
 from sglang_alloc.demo.progress import Stage, StageProgress
 from sglang_alloc.errors import AllocError
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"The bench stopped: {error}", markup=False, highlight=False, soft_wrap=True)
         return FAILED
     except KeyboardInterrupt:
-        console.print("Interrupted: finished units are kept, the next run goes on behind them.")
+        console.print("Interrupted: what was finished is kept, the next run goes on behind it.")
         return INTERRUPTED
     return DONE
 
@@ -65,6 +67,7 @@ def _run(given: argparse.Namespace, console: Console) -> None:
         "copy_gb_per_second": f"{bench.ceilings.bytes_per_second / 1e9:.4g}",
         "matmul_tflops": f"{bench.ceilings.flops_per_second / 1e12:.4g}",
     }
+    failed: list[str] = []
     with progress.shown():
         for position, unit in enumerate(units):
             if time.monotonic() > deadline:
@@ -74,11 +77,18 @@ def _run(given: argparse.Namespace, console: Console) -> None:
                 )
                 break
             with progress.stage(unit.name):
-                for rows in _measured(bench, unit, given, results):
-                    results.add(rows, columns)
+                try:
+                    for rows in _measured(bench, unit, given, results):
+                        results.add(rows, columns)
+                        if time.monotonic() > deadline:
+                            break
+                except DemoError as error:  # this model's servers; the next one's may fit
+                    failed.append(f"{unit.name}: {error}")
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     console.print(f"Results: {(given.out / f'moe-{device.type}.csv').resolve()}", soft_wrap=True)
+    if failed:
+        raise DemoError("some servers could not be measured. " + "\n".join(failed))
 
 
 def _measured(
@@ -86,25 +96,21 @@ def _measured(
 ) -> Iterator[list[Row]]:
     """Yield rows that are kept together: all of a unit, or one case of its servers."""
     if unit.kind == "server":
-        cases = _cases_left(results, unit, given.server)
-        yield from measure_server(unit.shape.name, given.server, cases, given.out)
+        is_left = _left_of(results, unit)
+        yield from measure_server(unit.shape.name, given.server, is_left, given.out)
     elif unit.kind == "routing":
         yield list(measure_routing(bench, unit.shape, unit.num_tokens))
     else:
         yield list(measure_layer(bench, unit.shape, unit.num_tokens, unit.kind))
 
 
-def _cases_left(results: Results, unit: Unit, server: ServerPlan) -> Callable[[str], list[Case]]:
-    """Return what tells the cases that a mode has no rows of."""
+def _left_of(results: Results, unit: Unit) -> IsLeft:
+    """Return what tells whether a server's mode, case and budget have no row yet."""
 
-    def left(mode: str) -> list[Case]:
-        return [
-            case
-            for case in server.cases()
-            if not results.has(f"server {case.kind}", unit.shape.name, case.size, mode)
-        ]
+    def is_left(mode: str, case: Case, budget: str) -> bool:
+        return not results.has(f"server {case.kind}", unit.shape.name, case.size, mode, budget)
 
-    return left
+    return is_left
 
 
 def _has_size(unit: Unit, tokens: Sequence[int]) -> bool:
@@ -113,8 +119,7 @@ def _has_size(unit: Unit, tokens: Sequence[int]) -> bool:
 
 def _is_done(results: Results, unit: Unit, server: ServerPlan) -> bool:
     if unit.kind == "server":
-        left = _cases_left(results, unit, server)
-        return not any(left(mode) for mode in server.modes)
+        return not server.modes_left(_left_of(results, unit))
     return results.has(unit.kind, unit.shape.name, unit.num_tokens)
 
 
@@ -130,20 +135,25 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="moe_bench", description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the CSV")
-    parser.add_argument("--minutes", type=float, default=600.0, help="begin no unit after these")
+    parser.add_argument("--minutes", type=float, default=600.0, help="begin nothing after these")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     names = tuple(shape.name for shape in SHAPES)
     parser.add_argument("--shapes", nargs="+", choices=names, default=names)
-    parser.add_argument(
-        "--tokens", nargs="+", type=int, help="of all but servers, these sizes alone"
-    )
-    parser.add_argument("--modes", nargs="+", choices=MODES, help="modes that are served")
-    parser.add_argument("--budgets", nargs="+", choices=FRACTIONS, help="budgets that are served")
-    parser.add_argument("--concurrencies", nargs="+", type=int, help="requests at once at servers")
-    parser.add_argument("--prefills", nargs="+", type=int, help="tokens of prompts at servers")
+    parser.add_argument("--tokens", nargs="+", type=int, help="sizes to measure, not of servers")
+    for name, what in (
+        ("modes", "served modes"),
+        ("budgets", "served budgets"),
+        ("concurrencies", "requests at once at servers; none: no decode"),
+        ("prefills", "tokens of prompts at servers; none: no prefill"),
+    ):
+        choices = {"modes": MODES, "budgets": tuple(FRACTIONS)}.get(name)
+        kind = str if choices else int
+        parser.add_argument(f"--{name}", nargs="*", type=kind, choices=choices, help=what)
     parser.add_argument("--beside", type=int, help="modes served at once beside stock (1)")
     given = parser.parse_args(arguments)
     given.kinds, given.shapes = tuple(given.kinds), tuple(given.shapes)
+    if given.beside is not None and given.beside < 1:
+        parser.error(f"--beside {given.beside}: at least one mode is served beside stock")
     given.server = _server_plan(given)
     return given
 
@@ -155,10 +165,15 @@ def _server_plan(given: argparse.Namespace) -> ServerPlan:
         "fractions": given.budgets and {name: FRACTIONS[name] for name in given.budgets},
         "concurrencies": given.concurrencies,
         "prefill_tokens": given.prefills,
-        "beside": given.beside,
+    }
+    # Each once, in the order given.
+    once: dict[str, Any] = {
+        name: values if isinstance(values, dict) else tuple(dict.fromkeys(values))
+        for name, values in asked.items()
+        if values is not None
     }
     plan = ON_GPU if given.device == "cuda" else ON_CPU
-    return plan._replace(**{name: value for name, value in asked.items() if value is not None})
+    return plan._replace(**once, beside=given.beside or plan.beside)
 
 
 if __name__ == "__main__":

@@ -193,10 +193,12 @@ def _work(ids: torch.Tensor) -> Work:
 
 
 def _step(bench: Bench, shape: MoEShape, num_tokens: int, *, counted: bool) -> StepTensors:
-    """Return a step's tensors as in service, without padding rows."""
+    """Return a step's tensors as in service: no padding rows, and bounds that let all slots by."""
     valid = torch.tensor([num_tokens], dtype=torch.int32, device=bench.device)
+    floors = torch.zeros(num_tokens, dtype=torch.int32, device=bench.device)
+    ceilings = torch.full_like(floors, shape.top_k)
     sums = make_step_sums(1, shape.num_experts, bench.device) if counted else None
-    return StepTensors(valid, None, None, sums)
+    return StepTensors(valid, floors, ceilings, sums)
 
 
 def _copied(slots: Slots) -> Slots:

@@ -10,6 +10,7 @@ from moe_bench.measure import Row
 
 # A unit that has rows with these values is done; another commit or machine measures anew.
 SAME_RUN = ("device", "driver", "torch", "sglang", "commit")
+CASE = ("kind", "shape", "num_tokens", "mode", "budget")
 STOCK = "-"  # the mode of a row of stock SGLang
 
 
@@ -19,11 +20,14 @@ class Results:
     def __init__(self, path: Path, machine: Mapping[str, str]) -> None:
         self._path = path
         self._machine = dict(machine)
-        self._done = {_case_of(row) for row in _read(path) if self._is_same_run(row)}
+        rows = [row for row in _read(path) if self._is_same_run(row)]
+        self._done = {tuple(row[name] for name in CASE) for row in rows}
 
-    def has(self, kind: str, shape: str, num_tokens: int, mode: str = STOCK) -> bool:
+    def has(
+        self, kind: str, shape: str, num_tokens: int, mode: str = STOCK, budget: str = "full"
+    ) -> bool:
         """Return whether this was measured on this machine at this commit."""
-        return (kind, shape, str(num_tokens), mode) in self._done
+        return (kind, shape, str(num_tokens), mode, budget) in self._done
 
     def add(self, rows: Sequence[Row], ceilings: Mapping[str, str]) -> None:
         """Append the rows of a unit."""
@@ -37,7 +41,7 @@ class Results:
             for row in rows:
                 cells = [_cell(value) for value in row]
                 writer.writerow([*cells, *ceilings.values(), *self._machine.values()])
-        self._done |= {(row.kind, row.shape, str(row.num_tokens), row.mode) for row in rows}
+        self._done |= {tuple(str(getattr(row, name)) for name in CASE) for row in rows}
 
     def _is_same_run(self, row: Mapping[str, str]) -> bool:
         return all(row.get(name) == self._machine[name] for name in SAME_RUN)
@@ -48,10 +52,6 @@ def _read(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def _case_of(row: Mapping[str, str]) -> tuple[str, str, str, str]:
-    return row["kind"], row["shape"], row["num_tokens"], row["mode"]
 
 
 def _cell(value: object) -> object:

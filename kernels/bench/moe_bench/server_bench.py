@@ -22,6 +22,7 @@ import httpx2
 from moe_bench.budgets import FRACTIONS, MODES
 from moe_bench.dummy_models import even_tables, threshold_tables, write_model
 from moe_bench.measure import Row
+from moe_bench.results import STOCK
 from sglang_alloc.demo.errors import DemoError
 from sglang_alloc.demo.heldout_loss import BudgetOverride
 from sglang_alloc.demo.server_process import Server, started_server, wait_until_ready
@@ -29,7 +30,7 @@ from sglang_alloc.shared_table import SharedTable, publish_shared_table
 
 CONCURRENCIES = (1, 8, 16, 32, 64, 128, 256, 512)
 PREFILL_TOKENS = (1024, 4096, 16384)
-DECODE_STEPS, PROMPT_TOKENS, REPEATS = 64, 32, 5
+DECODE_STEPS, PROMPT_TOKENS, REPEATS = 128, 32, 5
 FIT_REQUESTS, FIT_TOKENS, FIT_STEPS = 16, 32, 5
 READY_SECONDS = 900.0
 GPU_ARGUMENTS = (
@@ -37,7 +38,7 @@ GPU_ARGUMENTS = (
     *("--attention-backend", "triton"),
     *("--sampling-backend", "pytorch"),
     *("--moe-runner-backend", "triton"),
-    *("--mem-fraction-static", "0.95"),
+    *("--mem-fraction-static", "0.95"),  # of what the servers started before it left
 )
 GPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "0"}
 DUMMY_ARGUMENTS = (
@@ -66,11 +67,20 @@ class ServerPlan(NamedTuple):
     decode_steps: int = DECODE_STEPS
     repeats: int = REPEATS
     beside: int = 1
+    has_graphs: bool = True
 
     def cases(self) -> list[Case]:
         """Return what is timed."""
         decode = [Case("decode", size) for size in self.concurrencies]
         return [*decode, *(Case("prefill", size) for size in self.prefill_tokens)]
+
+    def modes_left(self, is_left: IsLeft) -> list[str]:
+        """Return the modes that miss a row."""
+        return [
+            mode
+            for mode in self.modes
+            if any(is_left(mode, case, name) for case in self.cases() for name in self.fractions)
+        ]
 
     def server_arguments(self) -> list[str]:
         """Return SGLang's arguments: room and captured graphs for just what is timed."""
@@ -79,8 +89,9 @@ class ServerPlan(NamedTuple):
         tokens = max(self.prefill_tokens, default=0)
         answers = largest * (PROMPT_TOKENS + self.decode_steps + 1)
         given += ["--max-running-requests", str(largest)]
+        # Twice, for a batch that comes while the last one's room is being given back.
         given += ["--max-total-tokens", str(4096 + 2 * max(answers, tokens))]
-        if "cuda" not in self.arguments:
+        if not self.has_graphs:
             return given
         given += ["--chunked-prefill-size", str(max(tokens, 8192))]
         given += [
@@ -105,8 +116,18 @@ class Case(NamedTuple):
 ON_GPU = ServerPlan()
 # The small model, to see that this works: a CPU's times say nothing of a GPU's.
 ON_CPU = ServerPlan(
-    (), {}, {}, concurrencies=(1, 8), prefill_tokens=(256,), decode_steps=16, repeats=3
+    (),
+    {},
+    {},
+    concurrencies=(1, 8),
+    prefill_tokens=(256,),
+    decode_steps=16,
+    repeats=3,
+    has_graphs=False,
 )
+
+
+IsLeft = Callable[[str, Case, str], bool]  # whether a mode's case at a budget is wanted
 
 
 class Budgeted(NamedTuple):
@@ -125,25 +146,36 @@ class Times(NamedTuple):
 
 
 def measure_server(
-    shape_name: str, plan: ServerPlan, cases_left: Callable[[str], list[Case]], log_folder: Path
+    shape_name: str, plan: ServerPlan, is_left: IsLeft, log_folder: Path
 ) -> Iterator[list[Row]]:
-    """Serve the model stock beside its modes; yield each case's rows of every budget.
+    """Serve the model stock beside its modes; yield each case's rows that are left.
 
     `server decode` has a row's time per step, `server prefill` per batch of one prompt. Each row's
-    speedup is over stock in turn with it; the row of stock itself has all of its repeats.
-    cases_left: the cases of a mode that are wanted.
+    speedup is over stock in turn with it; stock's own row has all repeats beside these modes.
     """
+    modes_left = plan.modes_left(is_left)
+    fitted: dict[tuple[str, str], int] = {}
     with tempfile.TemporaryDirectory(prefix="sglang-alloc-") as scratch:
         model = write_model(Path(scratch) / shape_name, shape_name, **plan.model_changes)
-        for start in range(0, len(plan.modes), plan.beside):
-            modes = plan.modes[start : start + plan.beside]
-            cases = [case for case in plan.cases() if any(case in cases_left(m) for m in modes)]
-            if not cases:
-                continue
+        for start in range(0, len(modes_left), plan.beside):
+            modes = modes_left[start : start + plan.beside]
             with ExitStack() as stack:
                 stock, budgeted = serve_together(stack, model, modes, plan, log_folder)
-                for case in cases:
-                    yield list(_rows_of_case(shape_name, case, stock, budgeted, plan))
+                for case in plan.cases():
+                    budgets = [
+                        name
+                        for name in plan.fractions
+                        if any(is_left(m, case, name) for m in modes)
+                    ]
+                    if budgets:
+                        timed = _rows_of_case(
+                            *(shape_name, case, budgets, stock, budgeted, plan, fitted)
+                        )
+                        yield [
+                            row
+                            for row in timed
+                            if row.mode == STOCK or is_left(row.mode, case, row.budget)
+                        ]
 
 
 def serve_together(
@@ -174,25 +206,43 @@ def serve_together(
         budgeted.append(
             Budgeted(mode, server, stack.enter_context(closing(SharedTable.open(path))))
         )
-    for one in (stock, *(served.server for served in budgeted)):
-        wait_until_ready(one.process, one.health_url, READY_SECONDS)
+    servers = [stock, *(one.server for one in budgeted)]
+
+    def require_all_alive(_waited: str) -> None:
+        for one in servers:
+            one.process.require_alive()
+
+    for one in servers:
+        wait_until_ready(one.process, one.health_url, READY_SECONDS, require_all_alive)
     return stock, budgeted
 
 
 def _rows_of_case(
-    shape_name: str, case: Case, stock: Server, budgeted: Sequence[Budgeted], plan: ServerPlan
+    shape_name: str,
+    case: Case,
+    budgets: Sequence[str],
+    stock: Server,
+    budgeted: Sequence[Budgeted],
+    plan: ServerPlan,
+    fitted: dict[tuple[str, str], int],
 ) -> Iterator[Row]:
-    """Yield the rows of a case: stock, then every budget of every mode."""
+    """Yield the rows of a case: stock, then these budgets of every mode.
+
+    fitted: the budgets of mode `threshold` whose thresholds keep what was asked for, which grows.
+    """
     stock_times: list[float] = []
     rows = []
-    for budget, fraction in plan.fractions.items():
+    for budget in budgets:
         before = {}
         for mode, server, table in budgeted:
-            activations = round(fraction * table.shape.budget_max)
-            if mode == "threshold" and fraction < 1.0:
-                activations = fit_thresholds(server, table, activations)
+            activations = round(plan.fractions[budget] * table.shape.budget_max)
+            if mode == "threshold" and budget != "full":
+                if (mode, budget) not in fitted:
+                    fitted[mode, budget] = fit_thresholds(server, table, activations)
+                activations = fitted[mode, budget]
             # Each budget anew: an override ends by itself after some minutes.
             BudgetOverride(table).set(activations, activations)
+            settle(server, case)  # so that no step of the last budget is counted here
             before[mode] = table.worker_counters()[0]
         times = _timed_in_turn(case, stock, budgeted, plan)
         stock_times += times.stock
@@ -201,7 +251,8 @@ def _rows_of_case(
             used = used_since(before[mode], table.worker_counters()[0], case, table)
             names = (shape_name, case, mode, budget, "plugin")
             rows.append(_row(*names, times.modes[mode], times.stock, used))
-    yield _row(shape_name, case, "-", "full", "stock", stock_times, stock_times, None)
+    beside = "stock beside " + ", ".join(one.mode for one in budgeted)
+    yield _row(shape_name, case, STOCK, "full", beside, stock_times, stock_times, None)
     yield from rows
 
 

@@ -48,7 +48,7 @@ bench: $(INSTALLED) ## Latency against budget on this machine, beside stock SGLa
 bench-gpu: ## Routing, MoE layers and whole steps on a GPU, in the environment of GPU_PYTHON
 	@$(ON_GPU) -m moe_bench $(BENCH_ARGS)
 
-test-gpu: ## The kernels' tests on a GPU, in the environment of GPU_PYTHON
+test-gpu: ## The tests of kernels and servers on a GPU, in the environment of GPU_PYTHON
 	@KERNEL_TEST_DEVICE=cuda $(ON_GPU) -m pytest -c kernels/bench/pytest.ini --rootdir=. tests/kernels tests/gpu $(PYTEST_ARGS)
 
 venv: $(INSTALLED) ## Create or update .venv

@@ -14,7 +14,7 @@ from sglang_alloc.model_identity import identity_from_config
 from sglang_alloc.solve import solve_all_budgets
 
 # The values that set the shapes and the routing, as in the published configurations. DeepSeek-V3
-# fits no single GPU: it is served with 6 of its 61 layers, in bfloat16.
+# fits no single GPU: it is served with 5 of its 61 layers, in bfloat16.
 CONFIGS: dict[str, dict[str, Any]] = {
     "DeepSeek-V2-Lite": {
         "architectures": ["DeepseekV2ForCausalLM"],

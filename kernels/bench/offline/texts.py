@@ -21,8 +21,8 @@ Made for Python {python}, SGLang {sglang}, GPU architecture {architecture}, from
 `install.sh PYTHON` makes a virtual environment `venv` that sees the packages of PYTHON (torch, that
 must be there, and what was left out below), and installs the wheels of this bundle into it.
 `run.sh` runs the bench in it; what you give it goes to `python -m moe_bench` (`--help` tells more).
-`run.sh --test` runs the kernels' tests. Results are in `results/moe-cuda.csv`; a run that was cut
-goes on when it is started again.
+`run.sh --test` runs the tests of kernels and servers. Results are in `results/moe-cuda.csv`; a run
+that was cut goes on when it is started again.
 
 SGLang runs here with `--attention-backend triton --sampling-backend pytorch`: it imports FlashInfer
 and uses nothing of it. Of its kernel wheel only the Python files and the binary for {architecture}
@@ -72,7 +72,7 @@ command -v g++ >/dev/null || echo "install.sh: g++ is not there, and servers wil
 
 RUN = """\
 #!/usr/bin/env bash
-# Run the bench (its options pass through), or with --test the kernels' tests.
+# Run the bench (its options pass through), or with --test the tests of kernels and servers.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 cd "$here/source"

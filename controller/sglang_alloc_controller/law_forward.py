@@ -17,15 +17,18 @@ Regimes of the wait:
     violation  late answers or a queue: down after a minute, or a quarter of the time known, and
                after five minutes at most
     easy       a deep cut of which most is needless: back after two minutes, or half the time known
+    settling   a cut under a load that changed less than five minutes ago: back as soon as it is
+               known for twice as long as at the last change, since the first cuts insure against
+               doubt
     drift      the rate has moved surely away from that of the last change, too slowly for a jump:
                after two minutes
     start      without any change seen yet, nothing is given up in the first half minute
 
 Where loads came and went, the next peak is insured against: a budget is charged with the late
 answers that the peak would bring before it is seen, as often as peaks came in the last half hour.
-Late answers teach how much the server carries, but only `_LEARN_DELAY_SECONDS` later and if the
-load had not changed by then: those between a change and its detection say nothing about the
-budgets.
+Late answers teach how much the server carries, by the rate of the last 100 s, but only
+`_LEARN_DELAY_SECONDS` later and if the load had not changed by then: those between a change and its
+detection say nothing about the budgets.
 """
 
 import math
@@ -68,6 +71,9 @@ _YOUNG_SECONDS = 45.0
 _PEAK_MEMORY_SECONDS, _PEAKS_RESTLESS, _REACTION_SECONDS, _PEAK_RATIO = 1800.0, 2, 8.0, 1.2
 # Variance of the work that arrives over that of the requests: their sizes differ too.
 _COMPOUND = 1.3
+# Once the load is older than this, a rate that is higher than it was thought to be is answered
+# before many are late, and its doubt counts the less the older the load.
+_DOUBT_SECONDS = 12.0
 # Weight of a reading in the mean of the running requests: about a minute.
 _RUNNING_READINGS = 60.0
 # The least share of the TTFT SLO that is left for waiting.
@@ -80,6 +86,9 @@ _PATIENCE_SECONDS = 300.0
 _EASY_LOSS, _EASY_SHARE, _EASY_WAIT_SECONDS = 0.02, 0.75, 120.0
 # A slow load counts as another one from so many standard deviations on; it is followed so often.
 _DRIFT_SIGMAS, _DRIFT_WAIT_SECONDS = 4.0, 120.0
+# A load settles for so long after a change; budgets that lose so much come back then each time it
+# is known for so many times as long as at the last change. Less is not worth more changes.
+_SETTLING_SECONDS, _SETTLING_FACTOR, _SETTLING_LOSS = 300.0, 2.0, 0.01
 # After somebody else has moved the budgets the load counts as this young.
 _TAKEN_OVER_SECONDS = 3.0
 
@@ -125,7 +134,8 @@ def forward(
         return replace(state, forward=belief), dict.fromkeys(PHASES, Reason.TOO_FEW_SAMPLES)
     engine = _engine(belief, load, constants)
     now = work_of(_levels(state, constants), load, constants.ranges, engine, constants.law)
-    belief = _with_evidence(belief, load.rate_per_second * now.work_seconds, state, seen, constants)
+    utilisation = load.recent_per_second * now.work_seconds
+    belief = _with_evidence(belief, utilisation, state, seen, constants)
     violating = any(one.excess > 0 for one in asked.values())
     age_seconds = seen.reading_at_seconds - belief.load_since_seconds
     demand = _demand(belief, load, state, age_seconds, constants)
@@ -252,7 +262,9 @@ def _demand(
         rate += _backlog_per_second(state, constants)
     peaks = [peak for _, peak in belief.peaks if peak > _PEAK_RATIO * load.rate_per_second]
     # Before any change there is no doubt: what shows a change exaggerates it, a start does not.
-    doubt = 0.0 if belief.before_per_second is None else _COMPOUND * load.variance
+    doubt = 0.0
+    if belief.before_per_second is not None:
+        doubt = _COMPOUND * load.variance * min(1.0, _DOUBT_SECONDS / max(1.0, age_seconds))
     weight = len(peaks) * _REACTION_SECONDS / _PEAK_MEMORY_SECONDS
     return Demand(rate, doubt, max(peaks, default=0.0), weight)
 
@@ -297,6 +309,9 @@ def _wait_seconds(
         return max(law.degrade_hold_seconds, wait_seconds)
     if look.now.loss >= _EASY_LOSS and look.gain >= _EASY_SHARE * look.now.loss:
         wait_seconds = min(wait_seconds, max(_EASY_WAIT_SECONDS, known_seconds / 2))
+    settling = belief.before_per_second is not None and look.age_seconds < _SETTLING_SECONDS
+    if settling and look.now.loss >= _SETTLING_LOSS:
+        wait_seconds = min(wait_seconds, (_SETTLING_FACTOR - 1.0) * known_seconds)
     if belief.draining or len(belief.peaks) >= _PEAKS_RESTLESS:
         wait_seconds = min(wait_seconds, _DRAINED_WAIT_SECONDS)
     return max(law.restore_hold_seconds, wait_seconds)

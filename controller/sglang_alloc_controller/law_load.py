@@ -12,7 +12,9 @@ A change needs load_change_nats + ln(age / 30 s): a load that lasted long is les
 just now. A fall needs 1.6 times as much, since a needless return brings late answers and a needless
 cut only loss. The window with most evidence beyond that dates the change: from then on only what
 came after it counts. The rate is the mean since the change (at most the last 300 s), drawn to the
-rate before as if one more second had been seen at it: what shows a change exaggerates it.
+rate before as if one more second had been seen at it: what shows a change exaggerates it. Beside it
+stands the rate of the last 100 s, which late answers are charged to: under a load that rises slowly
+the longer mean is too small, and would have the server blamed for what the load did.
 """
 
 import math
@@ -36,6 +38,8 @@ _FALL_FACTOR = 1.6
 _RESTLESS_SECONDS = 30.0
 # What is longer ago than this does not count even if nothing is seen to have changed.
 _SPAN_SECONDS_MAX = 300.0
+# Late answers are charged to the rate of so long: half of it made the law too sure of the server.
+_RECENT_SECONDS = 100.0
 # Windows and ages are sums of the same times; a boundary missed by rounding alone counts as met.
 _ROUNDING_SECONDS = 0.1
 # Tokens come after their request's first one: a mean over less than this would be too small.
@@ -57,6 +61,8 @@ class Load(NamedTuple):
     """Tokens to generate after the first, per request."""
     seconds: float
     """Time over which the rate was counted."""
+    recent_per_second: float
+    """Requests per second of the last minute or two, of this load only."""
 
 
 def within_age(windows: Sequence[LoadWindow], age_seconds: float) -> Sequence[LoadWindow]:
@@ -92,7 +98,8 @@ def load_of(
     windows: Sequence[LoadWindow], before_per_second: float | None, before: "Load | None"
 ) -> Load | None:
     """Return the load of the windows since it changed; None: too few requests ever."""
-    whole = windows[max(0, bisect_right(windows, _SPAN_SECONDS_MAX, key=_seconds) - 1)]
+    whole = within_age(windows, _SPAN_SECONDS_MAX)[-1]
+    recent = within_age(windows, _RECENT_SECONDS)[-1]
     seconds, arrivals = whole.seconds, whole.arrivals
     if before_per_second is not None:
         seconds, arrivals = (
@@ -108,7 +115,8 @@ def load_of(
     else:
         return None
     rate = arrivals / seconds
-    return Load(rate, max(arrivals, 1.0) / seconds**2, *sizes, whole.seconds)
+    variance = max(arrivals, 1.0) / seconds**2
+    return Load(rate, variance, *sizes, whole.seconds, recent.arrivals / recent.seconds)
 
 
 def _rate_evidence(window: LoadWindow, whole: LoadWindow) -> float:

@@ -116,6 +116,36 @@ def test_changes_under_one_load_are_ever_further_apart() -> None:
     assert positions_of(state) > changed
 
 
+def test_soon_after_a_change_of_the_load_budgets_come_back_sooner() -> None:
+    """Cut when the load is known for 50 s: back after 50 s more, and not after 100 s."""
+    state, _ = _decided(make_state(), _seen(100.0, _steady(CALM, 100.0)))
+    state, _ = _decided(
+        state,
+        _seen(106.0, _windows((6.0, 4.0), (94.0, CALM))),
+        _seen(150.0, _windows((50.0, 6.0), (100.0, CALM))),
+    )
+    low = positions_of(state)
+    assert state.forward is not None
+    assert (low, state.forward.load_since_seconds) == ((1.0, 0.0), 100.0)
+    held, decision = _decided(state, _seen(198.0, _steady(5.3, 98.0)))
+    assert positions_of(held) == low
+    assert decision.reasons["decode"] is Reason.HOLD
+    back, _ = _decided(state, _seen(202.0, _steady(5.3, 102.0)))
+    assert positions_of(back) > low
+
+
+def test_what_is_late_while_the_load_rises_is_not_blamed_on_the_server() -> None:
+    late = Newest(1.0, 6.0, 0.5)
+    learned = []
+    for windows in (_steady(6.0, 300.0), _windows((100.0, 6.7), (200.0, 5.65))):
+        state, _ = _decided(make_state(), _seen(300.0, windows, newest=late), _seen(316.0, windows))
+        assert state.forward is not None
+        assert state.forward.load is not None
+        assert state.forward.load.rate_per_second == pytest.approx(6.0)
+        learned.append(state.forward.critical)
+    assert learned[0] < learned[1]
+
+
 def test_a_deep_cut_that_is_needless_is_not_kept_for_long() -> None:
     state, _ = _decided(make_state(), _seen(100.0, _steady(RUSH, 100.0)))
     assert positions_of(state) == (0.0, 1.0)

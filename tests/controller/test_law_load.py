@@ -31,7 +31,7 @@ RANGES: dict[Phase, BudgetRange] = {
     ),
 }
 # 100 prompt tokens of 1 ms, and 10 tokens of 0.04 / 16 s: 0.1 + 0.025 s of work at full.
-LOAD = Load(5.0, 0.1, 100.0, 10.0, 100.0)
+LOAD = Load(5.0, 0.1, 100.0, 10.0, 100.0, 5.0)
 BUSY = Engine(16.0, 16.0)
 
 
@@ -63,6 +63,18 @@ def test_the_window_with_most_evidence_dates_a_change() -> None:
     load = load_of(within_age(windows, 6.0), 3.0, None)
     assert load is not None
     assert load.rate_per_second == pytest.approx((72 + 3) / 7)
+
+
+def test_the_rate_of_late_answers_is_that_of_the_last_100_seconds_of_this_load() -> None:
+    recent = _window(100.0, 6.0)
+    rising = [_window(30.0, 6.5), recent, _after(200.0, 3.0, recent), _after(600.0, 1.0, recent)]
+    load = load_of(rising, None, None)
+    assert load is not None
+    assert (load.rate_per_second, load.recent_per_second) == (pytest.approx(4.0), 6.0)
+    # A younger load has no other one in it, and nothing of the rate before it.
+    young = load_of(within_age(rising, 30.0), 2.0, None)
+    assert young is not None
+    assert young.recent_per_second == 6.5
 
 
 def test_a_steady_load_has_not_changed_and_a_lull_needs_more_evidence_than_a_rush() -> None:

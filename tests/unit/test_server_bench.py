@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moe_bench import __main__ as bench_main
-from moe_bench import server_bench
+from moe_bench import figure, server_bench
 from moe_bench.results import SAME_RUN, Results
 
 
@@ -99,3 +99,14 @@ def test_what_cannot_be_served_is_refused_by_name(
         bench_main.main([*wrong, "--device", "cpu"])
     assert stopped.value.code == 2
     assert wrong[0] in capsys.readouterr().err
+
+
+def test_the_layers_of_a_bench_are_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = Path(__file__).parents[2] / "docs" / "results" / "gpu"
+    target = tmp_path / "layers.png"
+    assert figure.main([str(results / "moe-cuda.csv"), str(target)]) == 0
+    assert target.read_bytes().startswith(b"\x89PNG")
+    assert figure.main([str(results / "launch-shapes.csv"), str(target)]) == 1
+    assert "--kinds layer" in capsys.readouterr().err

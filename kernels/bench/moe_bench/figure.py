@@ -1,0 +1,79 @@
+"""Bench, what a budget gains as a picture: `python -m moe_bench.figure moe-cuda.csv layers.png`.
+
+Speedup of a MoE layer over stock SGLang against the budget, a panel per kind of batch; dashed is
+what the distinct experts that were measured allow in decode.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_bench.budgets import FRACTIONS
+
+PANELS = {"layer": "decode", "prefill": "prefill"}
+COLOURS = ("#007c77", "#c8553d", "#8a8d91", "#5b5f97", "#d9a441")
+
+
+def write_figure(rows: Sequence[dict[str, str]], shape: str, mode: str, path: Path) -> None:
+    """Draw one shape's layers in one mode; a ValueError names what the rows lack."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    chosen = [row for row in rows if (row["shape"], row["mode"]) == (shape, mode)]
+    panels = {kind: [row for row in chosen if row["kind"] == kind] for kind in PANELS}
+    if not any(panels.values()):
+        raise ValueError(f"no rows of layers of {shape} in mode {mode}")
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for axis, (kind, found) in zip(axes, panels.items(), strict=True):
+        _draw(axis, found, allowed=kind == "layer")
+        axis.set_title(PANELS[kind], loc="left", fontsize=10)
+        axis.set_xlabel("share of the full budget")
+        axis.axhline(1.0, color="#d0d3d6", linewidth=0.8, zorder=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("speedup over stock")
+    device = chosen[0]["device"]
+    figure.suptitle(f"MoE layer of {shape}, mode {mode}, {device}", x=0.01, ha="left", fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def _draw(axis: Any, rows: Sequence[dict[str, str]], *, allowed: bool) -> None:
+    sizes = sorted({int(row["num_tokens"]) for row in rows})
+    for size, colour in zip(sizes, COLOURS, strict=False):
+        line = [row for row in rows if int(row["num_tokens"]) == size]
+        shares = [FRACTIONS[row["budget"]] for row in line]
+        axis.plot(shares, [float(row["speedup"]) for row in line], "o-", color=colour, ms=3.5)
+        if allowed:
+            bounds = [float(row["roofline_speedup"]) for row in line]
+            axis.plot(shares, bounds, "--", color=colour, linewidth=0.9, alpha=0.6)
+        axis.plot([], [], "o-", color=colour, ms=3.5, label=f"{size} token{'s'[: size > 1]}")
+    axis.set_xticks(list(FRACTIONS.values()), list(FRACTIONS))
+    axis.invert_xaxis()
+    axis.legend(frameon=False, fontsize=8)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Draw the first shape of a CSV in mode `layer`."""
+    if len(arguments) != 2:
+        print("usage: python -m moe_bench.figure moe-cuda.csv layers.png", file=sys.stderr)
+        return 2
+    source, target = (Path(argument) for argument in arguments)
+    with source.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    layers = [row["shape"] for row in rows if row.get("kind") in PANELS]
+    if not layers:
+        print(f"{source} has no rows of layers: run the bench with --kinds layer", file=sys.stderr)
+        return 1
+    write_figure(rows, layers[0], "layer", target)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

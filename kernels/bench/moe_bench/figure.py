@@ -53,7 +53,8 @@ def _draw(axis: Any, rows: Sequence[dict[str, str]], *, allowed: bool) -> None:
         if allowed:
             bounds = [float(row["roofline_speedup"]) for row in line]
             axis.plot(shares, bounds, "--", color=colour, linewidth=0.9, alpha=0.6)
-        axis.plot([], [], "o-", color=colour, ms=3.5, label=f"{size} token{'s'[: size > 1]}")
+        label = "1 token" if size == 1 else f"{size} tokens"
+        axis.plot([], [], "o-", color=colour, ms=3.5, label=label)
     axis.set_xticks(list(FRACTIONS.values()), list(FRACTIONS))
     axis.invert_xaxis()
     axis.legend(frameon=False, fontsize=8)

@@ -20,12 +20,12 @@ import torch
 from moe_bench.budgets import Rule, Slots, make_rule
 from moe_bench.engine import prepare_engine, stock_routing
 from moe_bench.facts import machine_columns, require_gpu
+from moe_bench.measure import step_as_served
 from moe_bench.shapes import SHAPES, MoEShape, make_inputs
 from moe_bench.timing import Timer
 from sglang_alloc_kernels import budgeted_slots, token_slots, union_slots
 from sglang_alloc_kernels.layer_rows import StepTensors
 from sglang_alloc_kernels.slot_rules import KERNELS
-from sglang_alloc_kernels.step_statistics import make_step_sums
 
 # Where each mode asks how many warps a program gets.
 ASKED: dict[str, tuple[ModuleType, str]] = {
@@ -44,10 +44,8 @@ def rows(shape: MoEShape, num_tokens: int, timer: Timer) -> Iterator[dict[str, o
     slots = tuple(part.clone() for part in route())
     names = {"shape": shape.name, "num_tokens": num_tokens}
     yield names | {"mode": "-", "median_us": 1e6 * timer.seconds(route).median}
-    valid = torch.tensor([num_tokens], dtype=torch.int32, device=device)
-    floors = torch.zeros(num_tokens, dtype=torch.int32, device=device)
-    plain = StepTensors(valid, floors, torch.full_like(floors, shape.top_k))
-    counted = plain._replace(sums=make_step_sums(1, shape.num_experts, device))
+    plain = step_as_served(shape, num_tokens, device, counted=False)
+    counted = step_as_served(shape, num_tokens, device, counted=True)
     for mode, (module, name) in ASKED.items():
         rule = make_rule(shape, mode, 0.5, (slots[0], slots[1]), KERNELS)
         chosen = getattr(module, name)

@@ -9,6 +9,7 @@ import torch
 
 from sglang_alloc_kernels.drop_slots import DROPPED
 from sglang_alloc_kernels.layer_rows import LayerRows, StepTensors
+from sglang_alloc_kernels.reference_mass import reference_factor_torch
 from sglang_alloc_kernels.slot_rank import slot_rank_torch
 from sglang_alloc_kernels.step_statistics import add_to_sums_torch
 
@@ -98,13 +99,9 @@ def _factor(
     """Return what each token's weights are multiplied by, (T, 1) float32."""
     factor = torch.ones(len(kept), 1, device=kept.device)
     if rows.references is not None:
-        uncounted = (slots.ids < 0) | torch.isnan(slots.weights)
-        mass = slots.weights.float().masked_fill(uncounted, 0.0)
-        outside = (slots.ranks >= rows.references[layer_index]) & ~kept
-        reference = mass.masked_fill(outside, 0.0).sum(dim=1, keepdim=True)
-        ratio = mass.sum(dim=1, keepdim=True) / reference
-        scales = (outside & (mass != 0)).any(dim=1, keepdim=True) & (reference > 0)
-        factor = torch.where(scales, ratio, factor)
+        present = slots.weights.float().masked_fill(slots.ids < 0, 0.0)
+        reference = rows.references[layer_index]
+        factor = reference_factor_torch(present, kept, slots.scores, reference)
     if rows.gains is not None:
         factor = factor * torch.where(slots.protected(step), 1.0, rows.gains[layer_index])
     return factor

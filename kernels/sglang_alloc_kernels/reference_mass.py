@@ -28,5 +28,4 @@ def reference_factor_torch(
     counted = (slot_rank_torch(scores) < reference) | kept
     numbers = weights.nan_to_num(nan=0.0, posinf=torch.inf)
     mass = (numbers * counted).sum(dim=1, keepdim=True)
-    scales = (~counted & (numbers != 0)).any(dim=1, keepdim=True) & (mass > 0)
-    return torch.where(scales, numbers.sum(dim=1, keepdim=True) / mass, 1.0)
+    return torch.where(mass > 0, numbers.sum(dim=1, keepdim=True) / mass, 1.0)

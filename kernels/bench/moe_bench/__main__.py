@@ -140,15 +140,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     names = tuple(shape.name for shape in SHAPES)
     parser.add_argument("--shapes", nargs="+", choices=names, default=names)
     parser.add_argument("--tokens", nargs="+", type=int, help="sizes to measure, not of servers")
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="served modes")
+    parser.add_argument("--budgets", nargs="+", choices=tuple(FRACTIONS), help="served budgets")
     for name, what in (
-        ("modes", "served modes"),
-        ("budgets", "served budgets"),
-        ("concurrencies", "requests at once at servers; none: no decode"),
-        ("prefills", "tokens of prompts at servers; none: no prefill"),
+        ("--concurrencies", "requests at once at servers; none: no decode"),
+        ("--prefills", "tokens of prompts at servers; none: no prefill"),
     ):
-        choices = {"modes": MODES, "budgets": tuple(FRACTIONS)}.get(name)
-        kind = str if choices else int
-        parser.add_argument(f"--{name}", nargs="*", type=kind, choices=choices, help=what)
+        parser.add_argument(name, nargs="*", type=int, help=what)
     parser.add_argument("--beside", type=int, help="modes served at once beside stock (1)")
     given = parser.parse_args(arguments)
     given.kinds, given.shapes = tuple(given.kinds), tuple(given.shapes)

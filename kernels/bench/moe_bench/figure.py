@@ -15,20 +15,23 @@ from typing import Any
 from moe_bench.budgets import FRACTIONS
 
 PANELS = {"layer": "decode", "prefill": "prefill"}
+MODE = "layer"
 COLOURS = ("#007c77", "#c8553d", "#8a8d91", "#5b5f97", "#d9a441")
 
 
-def write_figure(rows: Sequence[dict[str, str]], shape: str, mode: str, path: Path) -> None:
-    """Draw one shape's layers in one mode; a ValueError names what the rows lack."""
+def write_figure(rows: Sequence[dict[str, str]], path: Path) -> None:
+    """Draw the first shape's layers in mode `layer`; a ValueError says that there are none."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    chosen = [row for row in rows if (row["shape"], row["mode"]) == (shape, mode)]
+    layers = [row for row in rows if row.get("kind") in PANELS and row["mode"] == MODE]
+    if not layers:
+        raise ValueError(f"no rows of layers in mode {MODE}: run the bench with --kinds layer")
+    shape, device = layers[0]["shape"], layers[0]["device"]
+    chosen = [row for row in layers if row["shape"] == shape]
     panels = {kind: [row for row in chosen if row["kind"] == kind] for kind in PANELS}
-    if not any(panels.values()):
-        raise ValueError(f"no rows of layers of {shape} in mode {mode}")
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for axis, (kind, found) in zip(axes, panels.items(), strict=True):
         _draw(axis, found, allowed=kind == "layer")
@@ -37,8 +40,7 @@ def write_figure(rows: Sequence[dict[str, str]], shape: str, mode: str, path: Pa
         axis.axhline(1.0, color="#d0d3d6", linewidth=0.8, zorder=0)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("speedup over stock")
-    device = chosen[0]["device"]
-    figure.suptitle(f"MoE layer of {shape}, mode {mode}, {device}", x=0.01, ha="left", fontsize=11)
+    figure.suptitle(f"MoE layer of {shape}, mode {MODE}, {device}", x=0.01, ha="left", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
@@ -61,18 +63,18 @@ def _draw(axis: Any, rows: Sequence[dict[str, str]], *, allowed: bool) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Draw the first shape of a CSV in mode `layer`."""
+    """Draw what a CSV of the bench has of layers."""
     if len(arguments) != 2:
         print("usage: python -m moe_bench.figure moe-cuda.csv layers.png", file=sys.stderr)
         return 2
     source, target = (Path(argument) for argument in arguments)
     with source.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    layers = [row["shape"] for row in rows if row.get("kind") in PANELS]
-    if not layers:
-        print(f"{source} has no rows of layers: run the bench with --kinds layer", file=sys.stderr)
+    try:
+        write_figure(rows, target)
+    except ValueError as error:
+        print(f"{source}: {error}", file=sys.stderr)
         return 1
-    write_figure(rows, layers[0], "layer", target)
     return 0
 
 

@@ -78,8 +78,8 @@ def measure_routing(bench: Bench, shape: MoEShape, num_tokens: int) -> Iterator[
     for mode in MODES:
         rule = make_rule(shape, mode, 0.5, slots, bench.rules)
         for variant, step in (
-            ("stock, drop", _step(bench, shape, num_tokens, counted=False)),
-            ("stock, drop, sums", _step(bench, shape, num_tokens, counted=True)),
+            ("stock, drop", step_as_served(shape, num_tokens, bench.device, counted=False)),
+            ("stock, drop, sums", step_as_served(shape, num_tokens, bench.device, counted=True)),
         ):
             timing = bench.timer.seconds(lambda: rule.drop(*route(), step))  # noqa: B023
             yield row(mode, "1/2", variant, timing)
@@ -98,7 +98,7 @@ def _fused_calls(
     on_gpu = bench.device.type == "cuda"
     fused = budgeted_routing if on_gpu else budgeted_routing_torch
     over_set = union_routing if on_gpu else union_routing_torch
-    step = _step(bench, shape, len(inputs.router_logits), counted=False)
+    step = step_as_served(shape, len(inputs.router_logits), bench.device, counted=False)
     logits, bias = inputs.router_logits, inputs.correction_bias
     for mode in ("layer", "threshold"):
         rows = make_rule(shape, mode, 0.5, slots, bench.rules).rows
@@ -135,7 +135,7 @@ def measure_layer(
     route = stock_routing(shape, inputs)
     slots = _copied(route())
     hidden_states = inputs.hidden_states.clone()
-    step = _step(bench, shape, num_tokens, counted=True)
+    step = step_as_served(shape, num_tokens, bench.device, counted=True)
     timed: list[tuple[str, str, Timing, Work]] = []
 
     def stock_call() -> torch.Tensor:
@@ -192,13 +192,14 @@ def _work(ids: torch.Tensor) -> Work:
     return Work(len(ids), int(kept.numel()), len(set(kept.tolist())))
 
 
-def _step(bench: Bench, shape: MoEShape, num_tokens: int, *, counted: bool) -> StepTensors:
+def step_as_served(
+    shape: MoEShape, num_tokens: int, device: torch.device, *, counted: bool
+) -> StepTensors:
     """Return a step's tensors as in service: no padding rows, and bounds that let all slots by."""
-    valid = torch.tensor([num_tokens], dtype=torch.int32, device=bench.device)
-    floors = torch.zeros(num_tokens, dtype=torch.int32, device=bench.device)
-    ceilings = torch.full_like(floors, shape.top_k)
-    sums = make_step_sums(1, shape.num_experts, bench.device) if counted else None
-    return StepTensors(valid, floors, ceilings, sums)
+    valid = torch.tensor([num_tokens], dtype=torch.int32, device=device)
+    floors = torch.zeros(num_tokens, dtype=torch.int32, device=device)
+    sums = make_step_sums(1, shape.num_experts, device) if counted else None
+    return StepTensors(valid, floors, torch.full_like(floors, shape.top_k), sums)
 
 
 def _copied(slots: Slots) -> Slots:

@@ -1,6 +1,7 @@
 """`sglang-alloc-controller simulate`: what it refuses, writes, keeps and goes on from."""
 
 import csv
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,11 +75,13 @@ def test_finished_cells_are_kept_and_not_simulated_again(
     store.save(pool.simulate(deployment.world, cells[0]))
     asked: list[Cell] = []
 
-    def simulated(world: World, missing: list[Cell], *rest: object) -> list[Finished]:
+    def in_workers(
+        world: World, function: Callable[[World, Cell], Finished], missing: list[Cell], **_: object
+    ) -> list[tuple[Cell, Finished]]:
         asked.extend(missing)
-        return [pool.simulate(world, cell) for cell in missing]
+        return [(cell, function(world, cell)) for cell in missing]
 
-    monkeypatch.setattr(pool, "_simulated", simulated)
+    monkeypatch.setattr(pool, "in_workers", in_workers)
     finished = run_cells(deployment.world, cells, store, 1, lambda share, left: None)
     assert asked == [cells[1]]
     assert [one.cell for one in finished] == cells

@@ -57,21 +57,14 @@ def run_cells(
         if kept is not None:
             done[cell] = kept
     missing = sorted((cell for cell in asked if cell not in done), key=relative_cost, reverse=True)
-    if missing:
-        for finished in _simulated(world, missing, workers, progress):
-            if store:
-                store.save(finished)
-            done[finished.cell] = finished
-    return [done[cell] for cell in asked]
-
-
-def _simulated(
-    world: World, cells: list[Cell], workers: int, progress: Progress
-) -> Iterator[Finished]:
     found = in_workers(
-        world, simulate, cells, cost=relative_cost, workers=workers, progress=progress
+        world, simulate, missing, cost=relative_cost, workers=workers, progress=progress
     )
-    return (finished for _, finished in found)
+    for cell, finished in found:
+        if store:
+            store.save(finished)
+        done[cell] = finished
+    return [done[cell] for cell in asked]
 
 
 def in_workers(

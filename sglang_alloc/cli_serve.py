@@ -91,6 +91,18 @@ def serve(
             show_default=False,
         ),
     ] = False,
+    routing: Annotated[
+        Literal["engine", "fused"],
+        typer.Option(
+            metavar="engine|fused",
+            help="Who chooses a token's experts: SGLang's own functions, or on a GPU one kernel "
+            "that also drops slots, which is faster and may differ in the last bits of a weight. "
+            "Default: engine.",
+            envvar="SGLANG_ALLOC_ROUTING",
+            show_envvar=False,
+            show_default=False,
+        ),
+    ] = "engine",
 ) -> None:
     """Serve a MoE model with SGLang under a budget.
 
@@ -99,7 +111,8 @@ def serve(
 
     Options left out come from the environment where it has them: SGLANG_ALLOC_TABLE,
     SGLANG_ALLOC_MODE, SGLANG_ALLOC_FALLBACK, SGLANG_ALLOC_STALE_AFTER_SECONDS,
-    SGLANG_ALLOC_REQUEST_BUDGETS, SGLANG_ALLOC_PROTECTED_PRIORITY and SGLANG_ALLOC_CORRECT_DRIFT.
+    SGLANG_ALLOC_REQUEST_BUDGETS, SGLANG_ALLOC_PROTECTED_PRIORITY, SGLANG_ALLOC_CORRECT_DRIFT and
+    SGLANG_ALLOC_ROUTING.
     """
     # Imported here because help must not wait for numpy.
     from sglang_alloc import launch_checks, serve_table
@@ -115,6 +128,7 @@ def serve(
         request_budgets,
         protected_priority,
         correct_drift,
+        routing,
     )
     environment = serve_table.worker_environment(source, options)
     launch = launch_checks.launch_arguments(arguments)

@@ -31,6 +31,9 @@ _GRAPHS = "sglang.srt.model_executor.runner"
 _HOOKS = "sglang.srt.plugins.hook_registry"
 
 # What the plugin puts hooks on.
+SELECT_EXPERTS = f"{_TOPK}.select_experts"
+GROUPED_TOPK = f"{_TOPK}.grouped_topk"  # on a GPU another name of what the seam describes
+FUSED_TOPK = f"{_TOPK}.fused_topk"
 ROUTED_SLOTS = f"{_TOPK}._post_process_topk_ids"
 LOAD_MODEL = f"{_RUNNER}.load_model"
 INITIALIZE = f"{_RUNNER}.initialize"
@@ -50,10 +53,25 @@ ZEROS_IN_PLACE = (0, 5, 23)  # from here on TRITON_EXPERTS writes no zeros into 
 
 SEAMS: tuple[Seam, ...] = (
     Seam(
-        f"{_TOPK}.select_experts",
+        SELECT_EXPERTS,
         "function",
         ("hidden_states", "router_logits", "topk_config", "*", "layer_id", "num_token_non_padded"),
         "have a layer's tokens routed with the layer's own configuration",
+    ),
+    Seam(
+        f"{GROUPED_TOPK}_gpu",
+        "function",
+        (
+            *("*", "gating_output", "topk", "renormalize", "num_expert_group", "topk_group"),
+            *("routed_scaling_factor", "apply_routed_scaling_factor_on_output"),
+        ),
+        "route by our own kernel where that is asked for",
+    ),
+    Seam(
+        FUSED_TOPK,
+        "function",
+        ("*", "gating_output", "topk", "renormalize"),
+        "route by our own kernel where that is asked for",
     ),
     Seam(
         ROUTED_SLOTS,

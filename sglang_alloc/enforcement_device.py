@@ -17,6 +17,7 @@ from sglang_alloc.device_totals import DeviceTotals
 from sglang_alloc.enforcement import PHASES, EnforcementTables, Phase, RoutedSlots
 from sglang_alloc.threshold_drift import Kept
 from sglang_alloc.worker_statistics import PhaseStatistics
+from sglang_alloc_kernels.budgeted_routing import Router
 from sglang_alloc_kernels.layer_rows import StepTensors
 from sglang_alloc_kernels.slot_rules import KERNELS, SlotRules
 
@@ -94,9 +95,35 @@ class DeviceEnforcement:
             weights, ids = self._rules.token(*given, **named)
         else:
             weights, ids = self._rules.budgeted(*given, rule, **named)
+        self._end_layer(layer_index)
+        return RoutedSlots(weights, ids, slots.num_shared)
+
+    def routes(self, phase: Phase) -> bool:
+        """Return whether `route` serves the phase's mode."""
+        return self._tables.mode_of(phase) in {"layer", "threshold"}
+
+    def route(
+        self, layer_index: int, router_logits: torch.Tensor, router: Router
+    ) -> RoutedSlots | None:
+        """Choose a layer's experts and drop what the budget does not hold, in one launch.
+
+        router_logits: (T, E) float. None where the mode of the phase needs the slots of all tokens
+        first (`token`, `union`).
+        """
+        if not self.routes(self._phase):
+            return None
+        bounds = self._bounds.of(len(router_logits))
+        weights, ids = self._rules.routing(
+            *(router_logits, router, self._rows.of(self._phase), layer_index),
+            self._tables.rule_of(self._phase),
+            step=StepTensors(self._num_valid, *bounds, self._totals.sums),
+        )
+        self._end_layer(layer_index)
+        return RoutedSlots(weights, ids, 0)
+
+    def _end_layer(self, layer_index: int) -> None:
         if layer_index == self._num_layers - 1:
             self._totals.add_step(self._rules, self._rows.phase_number)
-        return RoutedSlots(weights, ids, slots.num_shared)
 
     def prepare(self, slots: RoutedSlots, max_tokens: int) -> None:
         """Compile ahead what batches up to `max_tokens` rows would wait for, slots like these.

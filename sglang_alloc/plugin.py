@@ -1,4 +1,4 @@
-"""Data story: every hook on SGLang, in this one file.
+"""Data story: every hook on SGLang, but for those of `plugin_routing.py`, in this one file.
 
 `plugin_facts.py` reads SGLang's objects, `plugin_proof.py` proves that the hooks are reached, and
 `plugin_records.py` serves the profiler. No other file imports SGLang.
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sglang_alloc import plugin_routing
 from sglang_alloc.allocation_mode import LEXI_NOTE
 from sglang_alloc.budget_follower import BudgetChange
 from sglang_alloc.compatibility import installed_version, unsupported_version, verify_seams
@@ -48,7 +49,12 @@ from sglang_alloc.plugin_facts import (
     served_model,
     server_facts,
 )
-from sglang_alloc.plugin_proof import computes_as_the_engine, prove_routing, unrecorded
+from sglang_alloc.plugin_proof import (
+    computes_as_the_engine,
+    is_hooked,
+    prove_routing,
+    unrecorded,
+)
 from sglang_alloc.plugin_records import probe_recorders, record_lexi
 from sglang_alloc.plugin_requests import RequestBudgets
 from sglang_alloc.request_budget import RequestRules, asked_budget
@@ -124,7 +130,10 @@ def _check_before_hooks(settings: WorkerSettings) -> RequestRules:
 def _hooks() -> list[tuple[str, Callable[..., Any], Any]]:
     from sglang.srt.plugins.hook_registry import HookType
 
+    assert _process.settings is not None
+    fused = plugin_routing.fused_hooks() if _process.settings.routing == "fused" else []
     return [
+        *fused,
         (LOAD_MODEL, _around_load_model, HookType.AROUND),
         (INITIALIZE, _after_initialize, HookType.AFTER),
         (PULL_REQUESTS, _after_pull_requests, HookType.AFTER),
@@ -175,7 +184,7 @@ def _or_refuse(step: Callable[[], None]) -> None:
 
 def _bind(model_runner: Any, config: dict[str, Any]) -> None:
     assert _process.settings is not None
-    missing = [target for target, hook, _ in _hooks() if not _is_hooked(target, hook)]
+    missing = [target for target, hook, _ in _hooks() if not is_hooked(target, hook)]
     if missing:
         raise UnsupportedServerError(f"these hooks did not take effect: {', '.join(missing)}")
     routers = moe_routers(model_runner.model)
@@ -190,6 +199,8 @@ def _bind(model_runner: Any, config: dict[str, Any]) -> None:
     _process.layer_index_of = {
         id(router.topk_config): index for index, router in enumerate(routers.values())
     }
+    if _process.settings.routing == "fused":
+        plugin_routing.start(worker, _process.layer_index_of)
     _process.request_budgets = RequestBudgets(
         _request_rules(model_runner.server_args), worker.count_ignored_budget
     )
@@ -208,8 +219,10 @@ def _prove(model_runner: Any) -> None:
     assert _process.worker is not None
     assert _process.settings is not None
     model = _process.worker.model
-    for layer_index, router in enumerate(moe_routers(model_runner.model).values()):
+    routers = moe_routers(model_runner.model)
+    for layer_index, router in enumerate(routers.values()):
         slots = prove_routing(_process.worker, layer_index, router)
+    plugin_routing.prove(routers)
     _process.worker.prepare(slots, largest_forward(model_runner.server_args))
     if model.device_type == "cpu":
         _process.gated_layers = {
@@ -319,6 +332,8 @@ def _before_routed_slots(*args: Any, **kwargs: Any) -> tuple[Any, Any] | None:
     Here, between SGLang's choice of experts and its recorders of what was chosen, these see what is
     really activated.
     """
+    if plugin_routing.has_routed(kwargs.get("topk_ids")):
+        return None  # by our kernel, which has dropped them
     topk_config: Any = kwargs.get("topk_config")
     layer_index = _process.layer_index_of.get(id(topk_config))
     if _process.worker is None or layer_index is None:
@@ -378,17 +393,6 @@ def _before_triton_experts(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if _process.worker is None
         else skip_dropped(args, kwargs, installed_version())
     )
-
-
-def _is_hooked(target: str, hook: Callable[..., Any]) -> bool:
-    """Return whether the object at `target` now calls `hook`, by walking its chain of wrappers."""
-    function = pkgutil.resolve_name(target)
-    while function is not None:
-        cells = getattr(function, "__closure__", None) or ()
-        if any(cell.cell_contents is hook for cell in cells):
-            return True
-        function = getattr(function, "__wrapped__", None)
-    return False
 
 
 def _refusal(error: AllocError) -> str:

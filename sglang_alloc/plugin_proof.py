@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,17 @@ from sglang_alloc.plugin_facts import num_shared_columns
 
 if TYPE_CHECKING:
     from sglang_alloc.worker import Worker
+
+
+def is_hooked(target: str, hook: Callable[..., Any]) -> bool:
+    """Return whether the object at `target` now calls `hook`, by walking its chain of wrappers."""
+    function = pkgutil.resolve_name(target)
+    while function is not None:
+        cells = getattr(function, "__closure__", None) or ()
+        if any(cell.cell_contents is hook for cell in cells):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
 
 
 def unrecorded() -> AbstractContextManager[None]:

@@ -16,6 +16,7 @@ from sglang_alloc.worker_settings import (
     MODE_VARIABLE,
     PROTECTED_PRIORITY_VARIABLE,
     REQUEST_BUDGETS_VARIABLE,
+    ROUTING_VARIABLE,
     STALE_AFTER_VARIABLE,
     WorkerSettings,
     settings_from_environment,
@@ -87,6 +88,7 @@ class WorkerOptions(NamedTuple):
     request_budgets: str
     protected_priority: int | None
     correct_drift: bool
+    routing: str
 
 
 def worker_environment(source: TableSource, options: WorkerOptions) -> dict[str, str]:
@@ -104,6 +106,7 @@ def worker_environment(source: TableSource, options: WorkerOptions) -> dict[str,
         REQUEST_BUDGETS_VARIABLE: options.request_budgets,
         PROTECTED_PRIORITY_VARIABLE: "" if priority is None else str(priority),
         **({CORRECT_DRIFT_VARIABLE: "1"} if options.correct_drift else {}),
+        **({} if options.routing == "engine" else {ROUTING_VARIABLE: options.routing}),
     }
     _require_fit(_parsed(environment), source)
     return environment

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from sglang_alloc.enforcement import Enforcement, Phase, RoutedSlots
     from sglang_alloc.worker_metrics import WorkerMetrics
     from sglang_alloc.worker_settings import Mode, WorkerSettings
+    from sglang_alloc_kernels.budgeted_routing import Router
 
 logger = logging.getLogger("sglang_alloc")
 
@@ -73,7 +74,7 @@ class Worker:
         self.rule = ":".join(
             (
                 *(self.mode, self.table.payload_digest),
-                *(settings.request_budgets, str(settings.protected_priority)),
+                *(settings.request_budgets, str(settings.protected_priority), settings.routing),
             )
         )
         self._follower = BudgetFollower(
@@ -149,8 +150,8 @@ class Worker:
             raise UnsupportedServerError(
                 f"rank {self.model.rank} follows {self.rule} and the leading rank {change.rule} "
                 f"(mode:contents of {self.settings.table_path}:request budgets:protected "
-                "priority): give all ranks the same table and settings, and publish no other table "
-                "while the server starts"
+                "priority:routing): give all ranks the same table and settings, and publish no "
+                "other table while the server starts"
             )
         selection = change.selection
         if selection.source == "fallback" and self._controlled:
@@ -224,6 +225,19 @@ class Worker:
         if self.statistics.samples_this_forward():
             self.statistics.observe(layer_index, slots, kept)
         return kept
+
+    def route_logits(
+        self, layer_index: int, router_logits: torch.Tensor, router: Router
+    ) -> RoutedSlots | None:
+        """Choose one layer's experts and apply the budget; None where the mode cannot at once.
+
+        router_logits: (T, E) float, on an accelerator.
+        """
+        assert self._on_device is not None, "plugin_routing.start refuses other devices"
+        slots = self._on_device.route(layer_index, router_logits, router)
+        if slots is not None:
+            self._unseen_layers.discard(layer_index)
+        return slots
 
     def quotas(self, phase: Phase, budget: int) -> list[float]:
         """Return what the table means each MoE layer to keep per token at `budget`."""

@@ -20,10 +20,12 @@ STEP_RECORD_VARIABLE = "SGLANG_ALLOC_STEP_RECORD"
 REQUEST_BUDGETS_VARIABLE = "SGLANG_ALLOC_REQUEST_BUDGETS"
 PROTECTED_PRIORITY_VARIABLE = "SGLANG_ALLOC_PROTECTED_PRIORITY"
 CORRECT_DRIFT_VARIABLE = "SGLANG_ALLOC_CORRECT_DRIFT"
+ROUTING_VARIABLE = "SGLANG_ALLOC_ROUTING"
 PROFILE_VARIABLE = "SGLANG_ALLOC_PROFILE"
 
 Mode = Literal["layer", "token", "threshold", "union"]
 MODES: tuple[str, ...] = get_args(Mode)
+Routing = Literal["engine", "fused"]
 
 # Ten controller ticks of one second: long enough for a restart, short against a shift.
 DEFAULT_STALE_AFTER_SECONDS = 10.0
@@ -42,7 +44,8 @@ class WorkerSettings:
     `step_record` is a folder that receives one (step, generation) log per rank, or None.
     `profile_folder` is set by `sglang-alloc profile` alone: a table of probes may then be used, and
     what they record goes there. `correct_drift` lets thresholds follow what they keep of the
-    traffic, which makes a request's output depend, slowly, on earlier ones.
+    traffic, which makes a request's output depend, slowly, on earlier ones. `routing` says who
+    chooses the experts: SGLang's functions, or on a GPU our kernel that drops slots by the way.
     """
 
     table_path: Path
@@ -54,6 +57,7 @@ class WorkerSettings:
     step_record: Path | None = None
     profile_folder: Path | None = None
     correct_drift: bool = False
+    routing: Routing = "engine"
 
 
 def settings_from_environment(environment: Mapping[str, str] = os.environ) -> WorkerSettings | None:
@@ -76,6 +80,7 @@ def settings_from_environment(environment: Mapping[str, str] = os.environ) -> Wo
         step_record=Path(record) if record else None,
         profile_folder=Path(profile) if profile else None,
         correct_drift=_switch(CORRECT_DRIFT_VARIABLE, environment.get(CORRECT_DRIFT_VARIABLE, "")),
+        routing=_routing(environment.get(ROUTING_VARIABLE, "").strip()),
     )
 
 
@@ -113,6 +118,15 @@ def _policy(text: str) -> RequestPolicy:
             f"of {', '.join(REQUEST_POLICIES)}"
         )
     return cast(RequestPolicy, text)
+
+
+def _routing(text: str) -> Routing:
+    if text not in {"", *get_args(Routing)}:
+        raise ConfigurationError(
+            f"{ROUTING_VARIABLE}={text!r} does not say who chooses the experts: use 'engine' for "
+            "SGLang's functions, or 'fused' for our kernel on a GPU"
+        )
+    return cast(Routing, text or "engine")
 
 
 def _priority(text: str) -> int | None:

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from sglang_alloc_kernels.budgeted_slots import Rule, budget_tile, budgeted_slots_torch
 from sglang_alloc_kernels.drop_slots import DROPPED
@@ -15,7 +16,7 @@ from sglang_alloc_kernels.kept_slots_tile import (
     score_slots_tile,
     store_slots_tile,
 )
-from sglang_alloc_kernels.kernel_launch import kernel_pointers
+from sglang_alloc_kernels.kernel_launch import kernel_pointers, launches_early
 from sglang_alloc_kernels.largest_keys_tile import sortable_bits_tile
 from sglang_alloc_kernels.layer_rows import NO_STEP_TENSORS, LayerRows, StepTensors
 
@@ -113,6 +114,7 @@ def budgeted_routing(
     if num_tokens == 0:
         return weights, ids
     group_size = num_experts // router.num_groups
+    early = launches_early(device)
     _budgeted_routing_kernel[(num_tokens,)](
         *(router_logits.contiguous(), correction_bias, allowed, weights, ids),
         *kernel_pointers(rows, step),
@@ -127,7 +129,9 @@ def budgeted_routing(
         BLOCK_K=triton.next_power_of_2(router.top_k),
         BLOCK_GROUPS=triton.next_power_of_2(router.num_groups),
         BLOCK_SIZE=triton.next_power_of_2(group_size),
+        EARLY=early,
         num_warps=1 if num_experts <= 256 else 2,
+        launch_pdl=early,
     )
     return weights, ids
 
@@ -161,8 +165,14 @@ def _budgeted_routing_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """One program per token; its experts are a tile of groups by members."""
+    """One program per token; its experts are a tile of groups by members.
+
+    Launched EARLY, it waits for what comes before it.
+    """
+    if EARLY:
+        gdc_wait()
     token = tl.program_id(0)
     logits_ptr += token.to(tl.int64) * NUM_EXPERTS
     group_size: tl.constexpr = NUM_EXPERTS // NUM_GROUPS

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from sglang_alloc_kernels.budgeted_routing import budgeted_routing, budgeted_routing_torch
 from sglang_alloc_kernels.budgeted_slots import budgeted_slots, budgeted_slots_torch
 from sglang_alloc_kernels.step_statistics import step_statistics, step_statistics_torch
 from sglang_alloc_kernels.token_slots import token_slots, token_slots_torch
@@ -21,8 +22,15 @@ class SlotRules(NamedTuple):
     budgeted: SlotRule
     token: SlotRule
     union: SlotRule
+    routing: SlotRule
     statistics: Callable[..., None]
 
 
-KERNELS = SlotRules(budgeted_slots, token_slots, union_slots, step_statistics)
-TWINS = SlotRules(budgeted_slots_torch, token_slots_torch, union_slots_torch, step_statistics_torch)
+KERNELS = SlotRules(budgeted_slots, token_slots, union_slots, budgeted_routing, step_statistics)
+TWINS = SlotRules(
+    budgeted_slots_torch,
+    token_slots_torch,
+    union_slots_torch,
+    budgeted_routing_torch,
+    step_statistics_torch,
+)

@@ -16,7 +16,7 @@ from sglang_alloc.compatibility import (
     seam_problems,
     unsupported_version,
 )
-from sglang_alloc.compatibility_seams import SEAMS, ZEROS_IN_PLACE
+from sglang_alloc.compatibility_seams import FUSED_TOPK, GROUPED_TOPK, SEAMS, ZEROS_IN_PLACE
 from sglang_alloc.moe_backends import DISPATCHERS, GRAPHS, RUNNERS
 from sglang_alloc.server_check import REFUSED_OPTIONS
 
@@ -63,6 +63,21 @@ def test_topk_passes_its_own_config_to_select_experts_by_keyword(release: Releas
     assert all(
         ast.unparse(_keywords(call)["topk_config"]) == "self.topk_config" for call in routing_calls
     )
+
+
+@pytest.mark.parametrize("gate", [GROUPED_TOPK, FUSED_TOPK])
+def test_select_experts_tells_its_gates_all_by_keyword(release: ReleaseSource, gate: str) -> None:
+    """Our routing takes their place where it knows every keyword that says something."""
+    module, _, name = gate.rpartition(".")
+    gate_calls = calls(release, module, name)
+    assert gate_calls
+    for call in gate_calls:
+        assert not call.args
+        assert {"gating_output", "topk", "renormalize", "scoring_func"} <= set(_keywords(call))
+        assert ("num_expert_group" in _keywords(call)) == (gate == GROUPED_TOPK)
+    text = release.module_text(module)
+    assert text is not None
+    assert "grouped_topk = grouped_topk_xpu if _is_xpu else grouped_topk_gpu" in text
 
 
 def test_select_experts_hands_its_slots_on_by_keyword_before_they_are_recorded(

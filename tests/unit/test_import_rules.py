@@ -67,5 +67,5 @@ def test_the_controller_knows_the_worker_only_through_the_contracts(
 def test_only_the_plugins_files_import_sglang(graph: grimp.ImportGraph) -> None:
     assert graph.find_modules_that_directly_import("sglang") == {
         f"sglang_alloc.{name}"
-        for name in ("plugin", "plugin_facts", "plugin_proof", "plugin_records")
+        for name in ("plugin", "plugin_facts", "plugin_proof", "plugin_records", "plugin_routing")
     }

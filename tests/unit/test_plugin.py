@@ -14,7 +14,7 @@ import pytest
 import torch
 from table_factory import FINGERPRINT, make_tables
 
-from sglang_alloc import plugin, plugin_entry
+from sglang_alloc import plugin, plugin_entry, plugin_proof
 from sglang_alloc.budget_follower import BudgetChange
 from sglang_alloc.compatibility import is_before
 from sglang_alloc.compatibility_seams import DOWN_USES_TMA, SEAMS, TRITON_EXPERTS, ZEROS_IN_PLACE
@@ -304,9 +304,9 @@ def test_a_hook_under_a_foreign_wrapper_is_found(monkeypatch: pytest.MonkeyPatch
     def foreign() -> None: ...
 
     foreign.__wrapped__ = wrapped  # type: ignore[attr-defined]
-    monkeypatch.setattr(plugin.pkgutil, "resolve_name", lambda target: foreign)
-    assert plugin._is_hooked("any.target", hook)
-    assert not plugin._is_hooked("any.target", test_a_hook_under_a_foreign_wrapper_is_found)
+    monkeypatch.setattr(plugin_proof.pkgutil, "resolve_name", lambda target: foreign)
+    assert plugin_proof.is_hooked("any.target", hook)
+    assert not plugin_proof.is_hooked("any.target", test_a_hook_under_a_foreign_wrapper_is_found)
 
 
 def test_a_fallback_without_a_row_is_refused_before_anything_is_patched(

@@ -1,0 +1,222 @@
+"""Data story, step 8 on a GPU, if asked for: one kernel chooses a layer's experts and drops slots.
+
+SGLang's routing of many models is several kernels; ours is one, and the drop is part of it. The
+hooks are on SGLang's functions from logits to slots. What our kernel does not reproduce, and a
+layer whose slots differ from SGLang's on made-up tokens, stays with SGLang's functions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sglang_alloc.compatibility_seams import FUSED_TOPK, GROUPED_TOPK, SELECT_EXPERTS
+from sglang_alloc.enforcement import PHASES
+from sglang_alloc.errors import UnsupportedServerError
+from sglang_alloc.worker_settings import ROUTING_VARIABLE
+from sglang_alloc_kernels.budgeted_routing import Router
+
+if TYPE_CHECKING:
+    from sglang_alloc.worker import Worker
+
+logger = logging.getLogger("sglang_alloc")
+
+Slots = tuple[torch.Tensor, torch.Tensor]  # weights (T, K) and ids (T, K)
+
+# What the functions are told and our kernel knows; anything else must be empty.
+_KNOWN = {
+    *("hidden_states", "gating_output", "topk", "renormalize", "scoring_func"),
+    *("num_expert_group", "topk_group"),
+    *("routed_scaling_factor", "apply_routed_scaling_factor_on_output"),
+}
+_PROOF_TOKENS = 16
+
+
+def router_of(arguments: Mapping[str, Any]) -> Router | None:
+    """Return how SGLang's function would route, told by its arguments; None where ours would not.
+
+    `grouped_topk` is told `num_expert_group`, `fused_topk` is not.
+    """
+    unknown = (value for name, value in arguments.items() if name not in _KNOWN)
+    if any(isinstance(value, torch.Tensor) or value for value in unknown):
+        return None  # columns of shared experts, a correction bias, packed slots
+    scoring, groups = arguments.get("scoring_func", "softmax"), arguments.get("num_expert_group")
+    scaling = arguments.get("routed_scaling_factor") or 1.0
+    if not arguments.get("apply_routed_scaling_factor_on_output"):
+        scaling = 1.0
+    renormalize = bool(arguments["renormalize"])
+    if groups is None:
+        supported = scoring == "softmax" and scaling == 1.0
+    else:
+        # Its scores have the type of the logits. Before 0.5.23 it scales only what it renormalised.
+        supported = scoring in {"softmax", "sigmoid"} and (renormalize or scaling == 1.0)
+        supported = supported and arguments["gating_output"].dtype == torch.float32
+    if not supported:
+        return None
+    top_groups = 1 if groups is None else int(arguments["topk_group"])
+    return Router(
+        *(int(arguments["topk"]), scoring, renormalize, int(groups or 1), top_groups),
+        float(scaling),
+    )
+
+
+class FusedRouting:
+    """Which layer routes now, and which slots are ours.
+
+    layer_index_of: by id of a layer's TopKConfig.
+    """
+
+    def __init__(self, worker: Worker, layer_index_of: Mapping[int, int]) -> None:
+        self._worker = worker
+        self._layer_index_of = layer_index_of
+        self._layers = set(layer_index_of.values())  # that our kernel may route
+        self._config: Any = None
+        self._ids: torch.Tensor | None = None
+        self._was_ours = False
+
+    def begin(self, topk_config: Any) -> None:
+        """Note whose slots are chosen next: the layer of this configuration."""
+        self._config, self._ids = topk_config, None
+
+    def route(self, arguments: Mapping[str, Any]) -> Slots | None:
+        """Return the slots of the layer under way, the budget applied; None to let SGLang route."""
+        layer_index = self._layer_index_of.get(id(self._config))
+        if layer_index is None or layer_index not in self._layers:
+            return None
+        router = None if _scales_later(self._config, arguments) else router_of(arguments)
+        if router is None:
+            return None
+        slots = self._worker.route_logits(layer_index, arguments["gating_output"], router)
+        if slots is None:
+            return None
+        self._ids = slots.ids
+        return slots.weights, slots.ids
+
+    def end(self, ids: torch.Tensor | None) -> bool:
+        """Return whether these ids are what `route` returned for the layer under way."""
+        self._was_ours = self._ids is not None and ids is self._ids
+        self._config, self._ids = None, None
+        return self._was_ours
+
+    def prove(self, routers: Mapping[int, Any]) -> None:
+        """Keep the layers whose slots are SGLang's own on made-up tokens at full budget.
+
+        routers: SGLang's, by layer id, in order. Each phase's kernel is compiled by the way. Raises
+        UnsupportedServerError where no layer is left.
+        """
+        proved = {
+            index for index, router in enumerate(routers.values()) if self._agrees(index, router)
+        }
+        self._layers = proved
+        if not proved:
+            raise UnsupportedServerError(
+                f"{ROUTING_VARIABLE}=fused was asked for, and our kernel reproduces the routing of "
+                "no layer of this model (softmax or sigmoid, without correction bias and without "
+                f"columns of shared experts) in mode {self._worker.mode} (layer and threshold, in "
+                "union the prefill): leave it out"
+            )
+        logger.info(
+            "sglang-alloc routes %d of %d MoE layers by one kernel", len(proved), len(routers)
+        )
+
+    def _agrees(self, layer_index: int, router: Any) -> bool:
+        """Return whether our kernel routes the layer in some phase, and as SGLang does."""
+        model = self._worker.model
+        made_up = torch.Generator().manual_seed(layer_index)
+        logits = 2.0 * torch.randn(_PROOF_TOKENS, model.num_experts, generator=made_up)
+        logits = logits.to(model.device_type)
+        hidden_states = logits.new_zeros(_PROOF_TOKENS, 8)
+        is_reached = False
+        for phase in PHASES:
+            self._worker.enforcement.begin_forward(phase)
+            self._layers = set()
+            theirs = router(hidden_states, logits)
+            self._layers = {layer_index}
+            ours = router(hidden_states, logits)
+            if self._was_ours and not _same_slots(theirs, ours):
+                logger.warning(
+                    "sglang-alloc leaves the routing of MoE layer %d to SGLang: its own differs",
+                    model.layer_ids[layer_index],
+                )
+                return False
+            is_reached = is_reached or self._was_ours
+        return is_reached
+
+
+@dataclass
+class _Process:
+    """What this SGLang process knows: nothing unless the routing is ours."""
+
+    routing: FusedRouting | None = None
+
+
+_process = _Process()
+
+
+def start(worker: Worker, layer_index_of: Mapping[int, int]) -> None:
+    """Let our kernel route the layers from now on, as far as it can.
+
+    Raises UnsupportedServerError on a CPU, where nothing runs it.
+    """
+    if worker.model.device_type == "cpu":
+        raise UnsupportedServerError(
+            f"{ROUTING_VARIABLE}=fused asks for a kernel that needs a GPU: leave it out"
+        )
+    _process.routing = FusedRouting(worker, layer_index_of)
+
+
+def prove(routers: Mapping[int, Any]) -> None:
+    """As `FusedRouting.prove`; nothing where it was not started."""
+    if _process.routing is not None:
+        _process.routing.prove(routers)
+
+
+def has_routed(ids: torch.Tensor | None) -> bool:
+    """Return whether a layer's ids are of our kernel, the budget applied; ends its routing."""
+    return _process.routing is not None and _process.routing.end(ids)
+
+
+def before_select_experts(*args: Any, **kwargs: Any) -> None:
+    """Note which layer's experts are chosen next."""
+    if _process.routing is not None:
+        _process.routing.begin(kwargs["topk_config"] if "topk_config" in kwargs else args[2])
+
+
+def around_gate(original: Callable[..., Slots], *args: Any, **kwargs: Any) -> Slots:
+    """Route by our kernel where it can, else by SGLang's function."""
+    routing = _process.routing
+    slots = None if routing is None or args else routing.route(kwargs)
+    return original(*args, **kwargs) if slots is None else slots
+
+
+def fused_hooks() -> list[tuple[str, Callable[..., Any], Any]]:
+    """Return targets, hooks and their types."""
+    from sglang.srt.plugins.hook_registry import HookType
+
+    return [
+        (SELECT_EXPERTS, before_select_experts, HookType.BEFORE),
+        (GROUPED_TOPK, around_gate, HookType.AROUND),
+        (FUSED_TOPK, around_gate, HookType.AROUND),
+    ]
+
+
+def _scales_later(topk_config: Any, arguments: Mapping[str, Any]) -> bool:
+    """Return whether SGLang scales the weights behind `fused_topk`, where thresholds expect it."""
+    scaling = getattr(topk_config, "routed_scaling_factor", None)
+    applies = bool(getattr(topk_config, "apply_routed_scaling_factor_on_output", False))
+    return "num_expert_group" not in arguments and applies and scaling not in (None, 1.0)
+
+
+def _same_slots(theirs: Any, ours: Any) -> bool:
+    """Compare slots in any order: the same experts, weights within rounding."""
+    order, our_order = theirs.topk_ids.argsort(dim=1), ours.topk_ids.argsort(dim=1)
+    if not torch.equal(theirs.topk_ids.gather(1, order), ours.topk_ids.gather(1, our_order)):
+        return False
+    weights, our_weights = theirs.topk_weights.float(), ours.topk_weights.float()
+    return torch.allclose(
+        weights.gather(1, order), our_weights.gather(1, our_order), rtol=1e-4, atol=1e-7
+    )

@@ -20,7 +20,7 @@ import torch
 from moe_bench.budgets import Rule, Slots, make_rule
 from moe_bench.engine import prepare_engine, stock_routing
 from moe_bench.facts import machine_columns, require_gpu
-from moe_bench.measure import step_as_served
+from moe_bench.measure import HALF, step_as_served
 from moe_bench.shapes import SHAPES, MoEShape, make_inputs
 from moe_bench.timing import Timer
 from sglang_alloc_kernels import budgeted_slots, token_slots, union_slots
@@ -47,7 +47,7 @@ def rows(shape: MoEShape, num_tokens: int, timer: Timer) -> Iterator[dict[str, o
     plain = step_as_served(shape, num_tokens, device, counted=False)
     counted = step_as_served(shape, num_tokens, device, counted=True)
     for mode, (module, name) in ASKED.items():
-        rule = make_rule(shape, mode, 0.5, (slots[0], slots[1]), KERNELS)
+        rule = make_rule(shape, mode, HALF, (slots[0], slots[1]), KERNELS)
         chosen = getattr(module, name)
         try:
             for warps in WARPS:

@@ -17,7 +17,7 @@ import torch
 
 from moe_bench import __main__ as bench_main
 from moe_bench import engine, facts, plan, server_bench
-from moe_bench.budgets import FRACTIONS, MODES, make_rule
+from moe_bench.budgets import FRACTIONS, MODES, Budget, budgets_of, make_rule
 from moe_bench.dummy_models import (
     CONFIGS,
     even_tables,
@@ -25,7 +25,7 @@ from moe_bench.dummy_models import (
     threshold_tables,
     write_model,
 )
-from moe_bench.measure import Bench, measure_layer, measure_routing
+from moe_bench.measure import DROPPED, FUSED, Bench, measure_layer, measure_routing
 from moe_bench.plan import Unit, gpu_units
 from moe_bench.roofline import Ceilings, Work, bytes_moved, least_seconds, operations
 from moe_bench.shapes import SHAPES, SMALL, make_experts, make_inputs
@@ -70,18 +70,30 @@ def _slots(tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.filterwarnings("ignore")
 def test_a_layer_s_rows_hold_every_mode_at_every_budget_and_what_was_counted(bench: Bench) -> None:
     stock, *rows = list(measure_layer(bench, SMALL, 8))
-    assert Counter(row.mode for row in rows) == dict.fromkeys(MODES, len(FRACTIONS))
+    dropped = [row for row in rows if row.variant == DROPPED]
+    assert [(row.mode, row.budget) for row in dropped] == [
+        (mode, budget) for mode in MODES for budget in budgets_of(mode)
+    ]
+    fused = [row for row in rows if row.variant == FUSED]
+    assert Counter(row.mode for row in fused) == dict.fromkeys(
+        ("layer", "threshold"), len(FRACTIONS)
+    )
+    assert len(rows) == len(dropped) + len(fused)
     assert stock.variant == "stock"
     assert stock.activations_per_token == SMALL.top_k
     for row in rows:
         assert row.median_us > 0
         assert row.speedup == pytest.approx(stock.median_us / row.median_us)
         assert row.share_of_roofline == pytest.approx(row.speedup / row.roofline_speedup)
-    half = {row.mode: row for row in rows if row.budget == "1/2"}
+    half = {row.mode: row for row in dropped if row.budget == "1/2"}
     for mode in ("layer", "threshold", "token"):
         assert half[mode].activations_per_token == 2.0
     assert half["union"].distinct_experts == half["layer"].distinct_experts
     assert half["union"].activations_per_token > 2.0
+    best, capped = (
+        next(row for row in dropped if row.budget == name) for name in ("top-1", "top-1, cap 3/4")
+    )
+    assert best.distinct_experts < capped.distinct_experts <= 0.75 * SMALL.num_experts
 
 
 @pytest.mark.usefixtures("sglang")
@@ -95,6 +107,7 @@ def test_routing_is_timed_stock_dropped_counted_and_fused(bench: Bench) -> None:
         "stock, drop": 4,
         "stock, drop, sums": 4,
         "fused": 3,
+        "fused, sums": 2,
         statistics: 1,
     }
 
@@ -105,7 +118,7 @@ def test_a_rule_keeps_the_share_that_it_is_made_for(
     mode: str, budget: str, expected: float
 ) -> None:
     slots = _slots(64)
-    rule = make_rule(SMALL, mode, FRACTIONS[budget], slots, TWINS)
+    rule = make_rule(SMALL, mode, Budget(FRACTIONS[budget]), slots, TWINS)
     kept = rule.drop(*slots, StepTensors())[1] >= 0
     assert float(kept.sum()) / len(kept) == pytest.approx(expected, rel=0.02)
 

@@ -25,21 +25,42 @@ class Rule(NamedTuple):
     drop: Callable[[torch.Tensor, torch.Tensor, StepTensors], Slots]
 
 
-def make_rule(shape: MoEShape, mode: str, fraction: float, slots: Slots, rules: SlotRules) -> Rule:
-    """Return the rule of a mode that keeps about `fraction` of the slots (T, K) given.
+class Budget(NamedTuple):
+    """The share of slots that a rule keeps, and in `union` its cap as a share of the experts."""
+
+    fraction: float
+    cap_share: float | None = None
+
+
+def budgets_of(mode: str) -> dict[str, Budget]:
+    """Return by name the budgets at which a mode's layers are measured.
+
+    `union` also where each token's best slot alone opens the set, without and with a cap up to
+    which the heaviest candidates fill it.
+    """
+    budgets = {name: Budget(fraction) for name, fraction in FRACTIONS.items()}
+    if mode == "union":
+        budgets |= {"top-1": Budget(0.0), "top-1, cap 3/4": Budget(0.0, 0.75)}
+    return budgets
+
+
+def make_rule(shape: MoEShape, mode: str, budget: Budget, slots: Slots, rules: SlotRules) -> Rule:
+    """Return the rule of a mode that keeps about the budget's share of the slots (T, K) given.
 
     `layer` keeps a whole number per token; `token` that share exactly; `threshold` takes the
     threshold that keeps that share of these very slots. `union` opens its set with a whole number
     of each token's best slots, so what it keeps is more: its riders are measured like the rest.
     """
-    quota = max(1.0, fraction * shape.top_k)
+    quota = max(1.0, budget.fraction * shape.top_k)
     if mode in {"layer", "union"}:
         limit = float(max(1, round(quota)))
     elif mode == "threshold":
         limit = _threshold(slots[0], quota)
     else:
         limit = quota
-    rows = LayerRows(torch.tensor([limit], dtype=torch.float32, device=slots[0].device))
+    rows = LayerRows(_one(limit, slots))
+    if budget.cap_share is not None:
+        rows = rows._replace(caps=_one(round(budget.cap_share * shape.num_experts), slots))
 
     def drop(weights: torch.Tensor, ids: torch.Tensor, step: StepTensors) -> Slots:
         if mode == "union":
@@ -50,6 +71,11 @@ def make_rule(shape: MoEShape, mode: str, fraction: float, slots: Slots, rules: 
         return rules.budgeted(weights, ids, rows, 0, kind, step=step)
 
     return Rule(mode, rows, drop)
+
+
+def _one(value: float, slots: Slots) -> torch.Tensor:
+    """Return a row for one layer, on the device of the slots."""
+    return torch.tensor([value], dtype=torch.float32, device=slots[0].device)
 
 
 def _threshold(weights: torch.Tensor, quota: float) -> float:

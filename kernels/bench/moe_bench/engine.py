@@ -40,7 +40,7 @@ def stock_routing(shape: MoEShape, inputs: LayerInputs) -> Callable[[], Slots]:
 
     router = shape.router
     grouped: dict[str, Any] = {}
-    if router.num_groups > 1:
+    if shape.grouped:
         grouped = {
             "use_grouped_topk": True,
             "num_expert_group": router.num_groups,

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from moe_bench.budgets import FRACTIONS, MODES, Rule, Slots, make_rule
+from moe_bench.budgets import MODES, Budget, Rule, Slots, budgets_of, make_rule
 from moe_bench.engine import Experts, gated_experts, stock_routing, triton_experts
 from moe_bench.roofline import Ceilings, Work, bytes_moved, least_seconds, operations
 from moe_bench.shapes import LayerInputs, MoEShape, make_experts, make_inputs
 from moe_bench.timing import Timer, Timing
-from sglang_alloc_kernels.budgeted_routing import budgeted_routing, budgeted_routing_torch
 from sglang_alloc_kernels.layer_rows import StepTensors
 from sglang_alloc_kernels.slot_rules import KERNELS, TWINS, SlotRules
 from sglang_alloc_kernels.step_statistics import make_step_sums, make_totals
 from sglang_alloc_kernels.union_routing import union_routing, union_routing_torch
+
+HALF = Budget(0.5)
+# What a layer's row is of, behind stock.
+DROPPED, FUSED = "stock routing, drop, experts", "fused routing, experts"
 
 
 class Row(NamedTuple):
@@ -76,15 +80,15 @@ def measure_routing(bench: Bench, shape: MoEShape, num_tokens: int) -> Iterator[
     yield row("-", "full", "stock", stock)
     slots = _copied(route())
     for mode in MODES:
-        rule = make_rule(shape, mode, 0.5, slots, bench.rules)
+        rule = make_rule(shape, mode, HALF, slots, bench.rules)
         for variant, step in (
             ("stock, drop", step_as_served(shape, num_tokens, bench.device, counted=False)),
             ("stock, drop, sums", step_as_served(shape, num_tokens, bench.device, counted=True)),
         ):
             timing = bench.timer.seconds(lambda: rule.drop(*route(), step))  # noqa: B023
             yield row(mode, "1/2", variant, timing)
-    for mode, call in _fused_calls(bench, shape, inputs, slots):
-        yield row(mode, "1/2", "fused", bench.timer.seconds(call))
+    for mode, variant, call in _fused_calls(bench, shape, inputs, slots):
+        yield row(mode, "1/2", variant, bench.timer.seconds(call))
     sums = make_step_sums(shape.num_layers, shape.num_experts, bench.device)
     totals = make_totals(shape.num_layers, bench.device)
     step_end = bench.timer.seconds(lambda: bench.rules.statistics(sums, totals))
@@ -93,26 +97,35 @@ def measure_routing(bench: Bench, shape: MoEShape, num_tokens: int) -> Iterator[
 
 def _fused_calls(
     bench: Bench, shape: MoEShape, inputs: LayerInputs, slots: Slots
-) -> Iterator[tuple[str, Callable[[], Slots]]]:
-    """Yield routing from logits on: one launch for `layer` and `threshold`, two for `union`."""
-    on_gpu = bench.device.type == "cuda"
-    fused = budgeted_routing if on_gpu else budgeted_routing_torch
-    over_set = union_routing if on_gpu else union_routing_torch
+) -> Iterator[tuple[str, str, Callable[[], Slots]]]:
+    """Yield mode, variant and routing from logits on: one launch, and two for `union`."""
+    for counted, variant in ((False, "fused"), (True, "fused, sums")):
+        step = step_as_served(shape, len(inputs.router_logits), bench.device, counted=counted)
+        for mode in ("layer", "threshold"):
+            rule = make_rule(shape, mode, HALF, slots, bench.rules)
+            yield mode, variant, _fused_routing(bench, shape, inputs, rule, step)
+    rows = make_rule(shape, "union", HALF, slots, bench.rules).rows
+    over_set = union_routing if bench.device.type == "cuda" else union_routing_torch
     step = step_as_served(shape, len(inputs.router_logits), bench.device, counted=False)
-    logits, bias = inputs.router_logits, inputs.correction_bias
-    for mode in ("layer", "threshold"):
-        rows = make_rule(shape, mode, 0.5, slots, bench.rules).rows
-        kind = "threshold" if mode == "threshold" else "quota"
-        yield (
-            mode,
-            lambda rows=rows, kind=kind: fused(  # type: ignore[misc]
-                logits, shape.router, rows, 0, kind, correction_bias=bias, step=step
-            ),
-        )
-    rows = make_rule(shape, "union", 0.5, slots, bench.rules).rows
     yield (
-        "union",
-        lambda: over_set(logits, shape.router, rows, 0, correction_bias=bias, step=step),
+        *("union", "fused"),
+        lambda: over_set(
+            *(inputs.router_logits, shape.router, rows, 0),
+            correction_bias=inputs.correction_bias,
+            step=step,
+        ),
+    )
+
+
+def _fused_routing(
+    bench: Bench, shape: MoEShape, inputs: LayerInputs, rule: Rule, step: StepTensors
+) -> Callable[[], Slots]:
+    """Return routing and drop in one launch, as a call without arguments."""
+    return lambda: bench.rules.routing(
+        *(inputs.router_logits, shape.router, rule.rows, 0),
+        "threshold" if rule.mode == "threshold" else "quota",
+        correction_bias=inputs.correction_bias,
+        step=step,
     )
 
 
@@ -126,7 +139,8 @@ def measure_layer(
 ) -> Iterator[Row]:
     """Time a layer, routing and experts, in every mode at every budget, beside stock SGLang.
 
-    Stock is timed first and last, and its better time counts. Counts are those of one call.
+    `layer` and `threshold` also routed by one kernel. Stock is timed first and last, and its better
+    time counts. Counts are those of one call.
     """
     inputs = make_inputs(shape, num_tokens, bench.device, bench.dtype)
     if experts is None:
@@ -136,27 +150,40 @@ def measure_layer(
     slots = _copied(route())
     hidden_states = inputs.hidden_states.clone()
     step = step_as_served(shape, num_tokens, bench.device, counted=True)
-    timed: list[tuple[str, str, Timing, Work]] = []
+    timed: list[tuple[tuple[str, str, str], Timing, Work]] = []
 
     def stock_call() -> torch.Tensor:
         return experts(hidden_states, *route(), False)
 
     stock = bench.timer.seconds(stock_call)
     for mode in modes:
-        for budget, fraction in FRACTIONS.items():
-            rule = make_rule(shape, mode, fraction, slots, bench.rules)
-
-            def call(rule: Rule = rule) -> torch.Tensor:
-                return experts(hidden_states, *rule.drop(*route(), step), True)
-
+        for budget, share in budgets_of(mode).items():
+            rule = make_rule(shape, mode, share, slots, bench.rules)
             work = _work(rule.drop(*slots, step)[1])
-            timed.append((mode, budget, bench.timer.seconds(call), work))
+
+            routings: dict[str, Callable[[], Slots]] = {
+                DROPPED: partial(_dropped, rule, route, step)
+            }
+            if mode in {"layer", "threshold"}:
+                routings[FUSED] = _fused_routing(bench, shape, inputs, rule, step)
+            for variant, routing in routings.items():
+                timing = bench.timer.seconds(partial(_layer, experts, hidden_states, routing))
+                timed.append(((mode, budget, variant), timing, work))
     stock = min(stock, bench.timer.seconds(stock_call))
     full = _work(slots[1])
     yield _layer_row(bench, shape, kind, ("-", "full", "stock"), stock, full, stock, full)
-    for mode, budget, timing, work in timed:
-        names = (mode, budget, "stock routing, drop, experts")
+    for names, timing, work in timed:
         yield _layer_row(bench, shape, kind, names, timing, work, stock, full)
+
+
+def _dropped(rule: Rule, route: Callable[[], Slots], step: StepTensors) -> Slots:
+    return rule.drop(*route(), step)
+
+
+def _layer(
+    experts: Experts, hidden_states: torch.Tensor, routing: Callable[[], Slots]
+) -> torch.Tensor:
+    return experts(hidden_states, *routing(), True)
 
 
 def _layer_row(

@@ -21,6 +21,7 @@ class MoEShape(NamedTuple):
     num_layers: int  # MoE layers of the whole model
     router: Router
     has_bias: bool = False  # whether a correction bias takes part in the choice
+    grouped: bool = False  # whether SGLang routes it by its function for groups, be it one group
 
     @property
     def top_k(self) -> int:
@@ -33,10 +34,12 @@ class MoEShape(NamedTuple):
 
 
 SHAPES = (
-    MoEShape("DeepSeek-V2-Lite", 2048, 1408, 64, 26, Router(6, "softmax", False)),
+    MoEShape("DeepSeek-V2-Lite", 2048, 1408, 64, 26, Router(6, "softmax", False), grouped=True),
     MoEShape("Qwen3-30B-A3B", 2048, 768, 128, 48, Router(8, "softmax", True)),
     MoEShape(
-        "DeepSeek-V3", 7168, 2048, 256, 58, Router(8, "sigmoid", True, 8, 4, 2.5), has_bias=True
+        *("DeepSeek-V3", 7168, 2048, 256, 58, Router(8, "sigmoid", True, 8, 4, 2.5)),
+        has_bias=True,
+        grouped=True,
     ),
 )
 # For tests of this code, and for the part of the bench that a CPU can run.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_bench.budgets import FRACTIONS
+from moe_bench.measure import DROPPED
 
 PANELS = {"layer": "decode", "prefill": "prefill"}
 MODE = "layer"
@@ -26,7 +27,11 @@ def write_figure(rows: Sequence[dict[str, str]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    layers = [row for row in rows if row.get("kind") in PANELS and row["mode"] == MODE]
+    layers = [
+        row
+        for row in rows
+        if row.get("kind") in PANELS and (row["mode"], row["variant"]) == (MODE, DROPPED)
+    ]
     if not layers:
         raise ValueError(f"no rows of layers in mode {MODE}: run the bench with --kinds layer")
     shape, device = layers[0]["shape"], layers[0]["device"]

@@ -16,14 +16,22 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from moe_bench.budgets import FRACTIONS, MODES
+from moe_bench.budgets import FRACTIONS
 from moe_bench.engine import prepare_engine
 from moe_bench.facts import machine_columns, require_gpu
 from moe_bench.measure import Bench, Row, measure_layer, measure_routing
 from moe_bench.plan import KINDS, Unit, cpu_units, gpu_units
 from moe_bench.results import Results
 from moe_bench.roofline import Ceilings, measure_ceilings
-from moe_bench.server_bench import ON_CPU, ON_GPU, Case, IsLeft, ServerPlan, measure_server
+from moe_bench.server_bench import (
+    ON_CPU,
+    ON_GPU,
+    SERVED_MODES,
+    Case,
+    IsLeft,
+    ServerPlan,
+    measure_server,
+)
 from moe_bench.shapes import SHAPES
 from moe_bench.timing import Timer
 from sglang_alloc.demo.errors import DemoError
@@ -140,7 +148,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     names = tuple(shape.name for shape in SHAPES)
     parser.add_argument("--shapes", nargs="+", choices=names, default=names)
     parser.add_argument("--tokens", nargs="+", type=int, help="sizes to measure, not of servers")
-    parser.add_argument("--modes", nargs="+", choices=MODES, help="served modes")
+    parser.add_argument("--modes", nargs="+", choices=SERVED_MODES, help="served modes")
     parser.add_argument("--budgets", nargs="+", choices=tuple(FRACTIONS), help="served budgets")
     for name, what in (
         ("--concurrencies", "requests at once at servers; none: no decode"),

@@ -27,12 +27,16 @@ from sglang_alloc.demo.errors import DemoError
 from sglang_alloc.demo.heldout_loss import BudgetOverride
 from sglang_alloc.demo.server_process import Server, started_server, wait_until_ready
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
+from sglang_alloc.worker_settings import ROUTING_VARIABLE
 
 CONCURRENCIES = (1, 8, 16, 32, 64, 128, 256, 512)
 PREFILL_TOKENS = (1024, 4096, 16384)
 DECODE_STEPS, PROMPT_TOKENS, REPEATS = 128, 32, 5
 FIT_REQUESTS, FIT_TOKENS, FIT_STEPS = 16, 32, 5
 READY_SECONDS = 900.0
+# A mode with this behind it: our kernel routes and drops at once.
+FUSED = "+fused"
+SERVED_MODES = (*MODES, f"layer{FUSED}", f"threshold{FUSED}")
 GPU_ARGUMENTS = (
     *("--device", "cuda"),
     *("--attention-backend", "triton"),
@@ -60,7 +64,7 @@ class ServerPlan(NamedTuple):
     arguments: Sequence[str] = GPU_ARGUMENTS
     environment: Mapping[str, str] = GPU_ENVIRONMENT
     model_changes: Mapping[str, Any] = {}
-    modes: Sequence[str] = MODES
+    modes: Sequence[str] = SERVED_MODES
     fractions: Mapping[str, float] = FRACTIONS
     concurrencies: Sequence[int] = CONCURRENCIES
     prefill_tokens: Sequence[int] = PREFILL_TOKENS
@@ -119,6 +123,7 @@ ON_CPU = ServerPlan(
     (),
     {},
     {},
+    modes=MODES,
     concurrencies=(1, 8),
     prefill_tokens=(256,),
     decode_steps=16,
@@ -184,14 +189,15 @@ def serve_together(
     """Start stock and one server per mode, and wait for all of them."""
 
     def start(table: Path | None, mode: str | None) -> Server:
+        fused = {ROUTING_VARIABLE: "fused"} if mode is not None and mode.endswith(FUSED) else {}
         server: Server = stack.enter_context(
             started_server(
                 model,
                 log_path=log_folder / f"{model.name}-{mode or 'stock'}.log",
                 table=table,
-                mode=mode,
+                mode=None if mode is None else mode.removesuffix(FUSED),
                 extra_args=plan.server_arguments(),
-                env=plan.environment,
+                env={**plan.environment, **fused},
             )
         )
         return server
@@ -200,8 +206,9 @@ def serve_together(
     budgeted = []
     for mode in modes:
         path = model.parent / f"{mode}.tbl"
-        tables = threshold_tables(model) if mode == "threshold" else even_tables(model)
-        publish_shared_table(path, tables, mode_note=mode)
+        plain = mode.removesuffix(FUSED)
+        tables = threshold_tables(model) if plain == "threshold" else even_tables(model)
+        publish_shared_table(path, tables, mode_note=plain)
         server = start(path, mode)
         budgeted.append(
             Budgeted(mode, server, stack.enter_context(closing(SharedTable.open(path))))
@@ -236,7 +243,7 @@ def _rows_of_case(
         before = {}
         for mode, server, table in budgeted:
             activations = round(plan.fractions[budget] * table.shape.budget_max)
-            if mode == "threshold" and budget != "full":
+            if mode.removesuffix(FUSED) == "threshold" and budget != "full":
                 if (mode, budget) not in fitted:
                     fitted[mode, budget] = fit_thresholds(server, table, activations)
                 activations = fitted[mode, budget]

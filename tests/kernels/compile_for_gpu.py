@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+import sglang_alloc_kernels.budgeted_routing
 import sglang_alloc_kernels.budgeted_slots
 from sglang_alloc_kernels.budgeted_routing import Router, budgeted_routing
 from sglang_alloc_kernels.budgeted_slots import budgeted_slots
@@ -155,9 +156,13 @@ def launches(target: GPUTarget, *, with_resources: bool) -> Iterator[str]:
     step_statistics(sums, by_phase, torch.zeros(1, dtype=torch.int32))
     logits = torch.ones(3, EXPERTS, dtype=torch.bfloat16)
     bias = torch.ones(EXPERTS)
-    budgeted_routing(logits, Router(TOP_K), bare, 1, "quota")
     grouped = Router(TOP_K, "sigmoid", num_groups=6, top_groups=2, scaling=2.5)
-    budgeted_routing(logits, grouped, rows, 1, "threshold", correction_bias=bias, step=step)
+    for early in (False, True):
+        sglang_alloc_kernels.budgeted_routing.launches_early = lambda _, early=early: early
+        budgeted_routing(logits, Router(TOP_K), bare, 1, "quota")
+        budgeted_routing(logits, grouped, rows, 1, "threshold", correction_bias=bias, step=step)
+        # As service routes from float32 logits.
+        budgeted_routing(logits.float(), Router(TOP_K), rows, 1, "threshold", step=step)
     union_routing(logits, Router(TOP_K), rows, 1)
     yield from lines
 

@@ -321,7 +321,7 @@ def test_the_row_is_taken_that_really_keeps_what_was_asked_for(
         "BudgetOverride",
         lambda _: SimpleNamespace(set=lambda p, d: in_force.append(d)),
     )
-    monkeypatch.setattr(server_bench, "_generate", generate)
+    monkeypatch.setattr(server_bench, "generate", generate)
     monkeypatch.setattr(server_bench, "settle", lambda *_: None)
     server = Server("http://127.0.0.1:1", None, None)  # type: ignore[arg-type]
     found = server_bench.fit_thresholds(server, Table(), 4)  # type: ignore[arg-type]

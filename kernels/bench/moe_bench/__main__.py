@@ -156,6 +156,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     ):
         parser.add_argument(name, nargs="*", type=int, help=what)
     parser.add_argument("--beside", type=int, help="modes served at once beside stock (1)")
+    parser.add_argument(
+        "--profile", action="store_true", help="add where a served decode step's time goes"
+    )
     given = parser.parse_args(arguments)
     given.kinds, given.shapes = tuple(given.kinds), tuple(given.shapes)
     if given.beside is not None and given.beside < 1:
@@ -179,7 +182,8 @@ def _server_plan(given: argparse.Namespace) -> ServerPlan:
         if values is not None
     }
     plan = ON_GPU if given.device == "cuda" else ON_CPU
-    return plan._replace(**once, beside=given.beside or plan.beside)
+    profile_csv = given.out / f"steps-{given.device}.csv" if given.profile else None
+    return plan._replace(**once, beside=given.beside or plan.beside, profile_csv=profile_csv)
 
 
 if __name__ == "__main__":

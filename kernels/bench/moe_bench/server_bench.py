@@ -17,13 +17,12 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx2
-
+from moe_bench.batches import client_of, generate
 from moe_bench.budgets import FRACTIONS, MODES
 from moe_bench.dummy_models import even_tables, threshold_tables, write_model
 from moe_bench.measure import Row
 from moe_bench.results import STOCK
-from sglang_alloc.demo.errors import DemoError
+from moe_bench.step_profile import append_profile, profile_step
 from sglang_alloc.demo.heldout_loss import BudgetOverride
 from sglang_alloc.demo.server_process import Server, started_server, wait_until_ready
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
@@ -59,6 +58,7 @@ class ServerPlan(NamedTuple):
     """What to serve and how much to measure; the defaults are for a GPU.
 
     `beside` modes are served at once beside stock: each holds the model's weights once more.
+    `profile_csv` gets where the time of each decode case goes, kernel by kernel.
     """
 
     arguments: Sequence[str] = GPU_ARGUMENTS
@@ -71,6 +71,7 @@ class ServerPlan(NamedTuple):
     decode_steps: int = DECODE_STEPS
     repeats: int = REPEATS
     beside: int = 1
+    profile_csv: Path | None = None
     has_graphs: bool = True
 
     def cases(self) -> list[Case]:
@@ -256,8 +257,12 @@ def _rows_of_case(
         for mode, server, table in budgeted:
             settle(server, case)
             used = used_since(before[mode], table.worker_counters()[0], case, table)
+            if plan.profile_csv is not None and case.kind == "decode":
+                _profile(plan.profile_csv, server, table, case, (shape_name, mode, budget))
             names = (shape_name, case, mode, budget, "plugin")
             rows.append(_row(*names, times.modes[mode], times.stock, used))
+    if plan.profile_csv is not None and case.kind == "decode":
+        _profile(plan.profile_csv, stock, budgeted[0].table, case, (shape_name, STOCK, "full"))
     beside = "stock beside " + ", ".join(one.mode for one in budgeted)
     yield _row(shape_name, case, STOCK, "full", beside, stock_times, stock_times, None)
     yield from rows
@@ -274,6 +279,21 @@ def _timed_in_turn(
             if repeat >= 0:
                 (times.stock if mode is None else times.modes[mode]).append(seconds)
     return times
+
+
+def _profile(
+    path: Path, server: Server, table: SharedTable, case: Case, names: tuple[str, str, str]
+) -> None:
+    """Add where a decode step's time goes."""
+    shape, mode, budget = names
+    with client_of(server) as client:
+
+        def decode(tokens: int) -> float:
+            return generate(client, case.size, PROMPT_TOKENS, tokens, random.Random(0))
+
+        traces = path.parent / f"traces-{mode}"
+        profile = profile_step(client, table.shape.num_layers, decode, traces)
+    append_profile(path, (shape, case.size, mode, budget), profile)
 
 
 class Used(NamedTuple):
@@ -309,8 +329,8 @@ def fit_thresholds(server: Server, table: SharedTable, activations: int) -> int:
     while budget not in tried and len(tried) < FIT_STEPS:
         BudgetOverride(table).set(budget, budget)
         before = table.worker_counters()[0]
-        with _client(server) as client:
-            _generate(client, FIT_REQUESTS, PROMPT_TOKENS, FIT_TOKENS, random.Random(budget))
+        with client_of(server) as client:
+            generate(client, FIT_REQUESTS, PROMPT_TOKENS, FIT_TOKENS, random.Random(budget))
         settle(server, case)
         used = used_since(before, table.worker_counters()[0], case, table)
         kept = (used.activations_per_token or 0.0) * shape.num_layers
@@ -322,41 +342,20 @@ def fit_thresholds(server: Server, table: SharedTable, activations: int) -> int:
 
 def settle(server: Server, case: Case) -> None:
     """Let the worker report: it does so twice a second, with what it had fetched before."""
-    with _client(server) as client:
+    with client_of(server) as client:
         for _ in range(3):
             time.sleep(0.6)
-            _generate(client, 1, 4, 2 if case.kind == "decode" else 1, random.Random(0))
+            generate(client, 1, 4, 2 if case.kind == "decode" else 1, random.Random(0))
 
 
 def _timed(server: Server, case: Case, plan: ServerPlan, generator: random.Random) -> float:
     """Return the seconds of a decode step, or of a prefill."""
-    with _client(server) as client:
+    with client_of(server) as client:
         if case.kind == "prefill":
-            return _generate(client, 1, case.size, 1, generator)
-        short = _generate(client, case.size, PROMPT_TOKENS, 1, generator)
-        long = _generate(client, case.size, PROMPT_TOKENS, 1 + plan.decode_steps, generator)
+            return generate(client, 1, case.size, 1, generator)
+        short = generate(client, case.size, PROMPT_TOKENS, 1, generator)
+        long = generate(client, case.size, PROMPT_TOKENS, 1 + plan.decode_steps, generator)
         return (long - short) / plan.decode_steps
-
-
-def _generate(
-    client: httpx2.Client, requests: int, prompt_tokens: int, tokens: int, generator: random.Random
-) -> float:
-    """Let the server answer a batch with exactly `tokens` tokens each; return the seconds."""
-    prompts = [[generator.randrange(2, 500) for _ in range(prompt_tokens)] for _ in range(requests)]
-    sampling = {"max_new_tokens": tokens, "temperature": 0.0, "ignore_eos": True}
-    started = time.perf_counter()
-    response = client.post("/generate", json={"input_ids": prompts, "sampling_params": sampling})
-    seconds = time.perf_counter() - started
-    if response.status_code != 200:
-        raise DemoError(
-            f"a batch of {requests} prompts of {prompt_tokens} tokens was answered with HTTP "
-            f"{response.status_code}: {response.text[:200]}"
-        )
-    return seconds
-
-
-def _client(server: Server) -> httpx2.Client:
-    return httpx2.Client(base_url=server.url, timeout=600.0, trust_env=False)
 
 
 def _row(

@@ -36,7 +36,9 @@ from sglang_alloc_kernels.slot_rules import KERNELS
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 BUDGETS = {"full": Budget(1.0), "1/2": Budget(0.5)}
 SHARED_MEMORY_BYTES = 227 * 1024  # of a Hopper multiprocessor, as much as a program may have
+# SGLang's own for bfloat16, of small batches and of large ones.
 DEFAULT = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 64, "GROUP_SIZE_M": 1}
+LARGE_DEFAULT = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32, "GROUP_SIZE_M": 8}
 
 Config = dict[str, int]
 
@@ -155,7 +157,10 @@ def main() -> None:
         writer.writerows(row | {"us": f"{row['us']:.2f}"} | machine for row in timed)
     path = config_path(given.out, shape)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(best_configs(timed, configs), indent=2) + "\n", encoding="utf-8")
+    chosen = best_configs(timed, configs)
+    # SGLang takes the nearest size: its own default for what is larger than what was timed.
+    chosen[2 * max(chosen)] = LARGE_DEFAULT
+    path.write_text(json.dumps(chosen, indent=2) + "\n", encoding="utf-8")
     print(f"{path}: start SGLang with SGLANG_MOE_CONFIG_DIR={given.out.resolve()}")
 
 

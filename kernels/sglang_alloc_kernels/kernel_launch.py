@@ -13,7 +13,7 @@ from sglang_alloc_kernels.layer_rows import LayerRows, StepTensors
 # A program ranks slots by comparing all pairs of a token's slots: 16 a thread with 2 warps keeps
 # its code short, which is what a small launch waits for.
 PAIRS_PER_PROGRAM = 1024
-# Set to 1 in the environment, lets `launches_early` say yes.
+# Set to 0 in the environment, lets `launches_early` say no.
 EARLY_LAUNCH = "SGLANG_ALLOC_EARLY_LAUNCH"
 
 
@@ -33,10 +33,9 @@ def launches_early(device: torch.device) -> bool:
     """Return whether kernels on the device may be launched while the one before them still runs.
 
     Programmatic dependent launch, from NVIDIA's compute capability 9.0 on, hides part of a small
-    launch. The kernel must wait (`gdc_wait`) before it touches memory. Only where `EARLY_LAUNCH` is
-    set: what serves has not run this way on a GPU, only a copy of it has.
+    launch. The kernel must wait (`gdc_wait`) before it touches memory.
     """
-    if os.environ.get(EARLY_LAUNCH) != "1" or device.type != "cuda" or torch.version.hip:
+    if os.environ.get(EARLY_LAUNCH) == "0" or device.type != "cuda" or torch.version.hip:
         return False
     return torch.cuda.get_device_capability(device)[0] >= 9
 

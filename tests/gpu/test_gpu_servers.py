@@ -122,11 +122,11 @@ def test_prefill_captured_in_pieces_keeps_what_the_budget_says(
     one = breakable.budgeted["layer"]
     budget = round(share * one.table.shape.budget_max)
     BudgetOverride(one.table).set(budget, budget)
-    settle(one.server, Case("decode", 1))
+    settle([one.server], Case("decode", 1))
     for prompt_tokens in (PREFILL_TOKENS, PREFILL_TOKENS - 5):
         before = one.table.worker_counters()[0]
         _answers(one.server, 5, prompt_tokens=prompt_tokens, tokens=1)
-        settle(one.server, Case("decode", 1))
+        settle([one.server], Case("decode", 1))
         after = one.table.worker_counters()[0]
         used = used_since(before, after, Case("prefill", prompt_tokens), one.table)
         assert used.activations_per_token == pytest.approx(budget / one.table.shape.num_layers)
@@ -148,10 +148,10 @@ def test_padding_of_a_captured_batch_lights_no_expert(servers: Servers, mode: st
     one = servers.budgeted[mode]
     BudgetOverride(one.table).set(one.table.shape.budget_min, one.table.shape.budget_min)
     case = Case("decode", BATCH)
-    settle(one.server, Case("decode", 1))
+    settle([one.server], Case("decode", 1))
     before = one.table.worker_counters()[0]
     _answers(one.server, 3, BATCH)
-    settle(one.server, Case("decode", 1))
+    settle([one.server], Case("decode", 1))
     used = used_since(before, one.table.worker_counters()[0], case, one.table)
     assert used.activations_per_token == 1.0
     assert used.distinct_experts is not None
@@ -168,10 +168,10 @@ def test_captured_decode_steps_keep_what_the_budget_says(
     budget = round(share * one.table.shape.budget_max)
     BudgetOverride(one.table).set(budget, budget)
     case = Case("decode", 1)
-    settle(one.server, case)
+    settle([one.server], case)
     before = one.table.worker_counters()[0]
     _answers(one.server, 7, tokens=40)
-    settle(one.server, case)
+    settle([one.server], case)
     used = used_since(before, one.table.worker_counters()[0], case, one.table)
     assert used.activations_per_token == pytest.approx(budget / one.table.shape.num_layers)
     assert used.distinct_experts == pytest.approx(budget / one.table.shape.num_layers)

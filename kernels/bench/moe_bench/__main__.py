@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from moe_bench.budgets import FRACTIONS
 from moe_bench.engine import prepare_engine
 from moe_bench.facts import machine_columns, require_gpu
 from moe_bench.measure import Bench, Row, measure_layer, measure_routing
@@ -26,6 +25,8 @@ from moe_bench.roofline import Ceilings, measure_ceilings
 from moe_bench.server_bench import (
     ON_CPU,
     ON_GPU,
+    REPEATS,
+    SERVED_FRACTIONS,
     SERVED_MODES,
     Case,
     IsLeft,
@@ -149,15 +150,18 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=names, default=names)
     parser.add_argument("--tokens", nargs="+", type=int, help="sizes to measure, not of servers")
     parser.add_argument("--modes", nargs="+", choices=SERVED_MODES, help="served modes")
-    parser.add_argument("--budgets", nargs="+", choices=tuple(FRACTIONS), help="served budgets")
+    parser.add_argument(
+        "--budgets", nargs="+", choices=tuple(SERVED_FRACTIONS), help="served budgets"
+    )
     for name, what in (
         ("--concurrencies", "requests at once at servers; none: no decode"),
         ("--prefills", "tokens of prompts at servers; none: no prefill"),
     ):
         parser.add_argument(name, nargs="*", type=int, help=what)
+    parser.add_argument("--repeats", type=int, help=f"of each served case ({REPEATS})")
     parser.add_argument("--beside", type=int, help="modes served at once beside stock (1)")
     parser.add_argument(
-        "--profile", action="store_true", help="add where a served decode step's time goes"
+        "--profile", action="store_true", help="add where the time of the first decode case goes"
     )
     given = parser.parse_args(arguments)
     given.kinds, given.shapes = tuple(given.kinds), tuple(given.shapes)
@@ -171,13 +175,14 @@ def _server_plan(given: argparse.Namespace) -> ServerPlan:
     """Return what to serve: the device's plan, with what was asked for in its place."""
     asked = {
         "modes": given.modes,
-        "fractions": given.budgets and {name: FRACTIONS[name] for name in given.budgets},
+        "fractions": given.budgets and {name: SERVED_FRACTIONS[name] for name in given.budgets},
+        "repeats": given.repeats,
         "concurrencies": given.concurrencies,
         "prefill_tokens": given.prefills,
     }
     # Each once, in the order given.
     once: dict[str, Any] = {
-        name: values if isinstance(values, dict) else tuple(dict.fromkeys(values))
+        name: tuple(dict.fromkeys(values)) if isinstance(values, list) else values
         for name, values in asked.items()
         if values is not None
     }

@@ -35,6 +35,8 @@ FIT_REQUESTS, FIT_TOKENS, FIT_STEPS = 16, 32, 5
 READY_SECONDS = 900.0
 # A mode with this behind it: our kernel routes and drops at once.
 FUSED = "+fused"
+# A budget besides: in every layer each token's best slot, which in `union` opens the set.
+SERVED_FRACTIONS = FRACTIONS | {"top-1": 0.0}
 SERVED_MODES = (*MODES, f"layer{FUSED}", f"threshold{FUSED}")
 GPU_ARGUMENTS = (
     *("--device", "cuda"),
@@ -58,14 +60,14 @@ class ServerPlan(NamedTuple):
     """What to serve and how much to measure; the defaults are for a GPU.
 
     `beside` modes are served at once beside stock: each holds the model's weights once more.
-    `profile_csv` gets where the time of each decode case goes, kernel by kernel.
+    `profile_csv` gets where the time of the first decode case goes, kernel by kernel.
     """
 
     arguments: Sequence[str] = GPU_ARGUMENTS
     environment: Mapping[str, str] = GPU_ENVIRONMENT
     model_changes: Mapping[str, Any] = {}
     modes: Sequence[str] = SERVED_MODES
-    fractions: Mapping[str, float] = FRACTIONS
+    fractions: Mapping[str, float] = SERVED_FRACTIONS
     concurrencies: Sequence[int] = CONCURRENCIES
     prefill_tokens: Sequence[int] = PREFILL_TOKENS
     decode_steps: int = DECODE_STEPS
@@ -78,6 +80,11 @@ class ServerPlan(NamedTuple):
         """Return what is timed."""
         decode = [Case("decode", size) for size in self.concurrencies]
         return [*decode, *(Case("prefill", size) for size in self.prefill_tokens)]
+
+    def profiles(self, case: Case) -> bool:
+        """Return whether the steps of a case are profiled."""
+        first = Case("decode", next(iter(self.concurrencies), 0))
+        return self.profile_csv is not None and case == first
 
     def modes_left(self, is_left: IsLeft) -> list[str]:
         """Return the modes that miss a row."""
@@ -125,6 +132,7 @@ ON_CPU = ServerPlan(
     {},
     {},
     modes=MODES,
+    fractions=FRACTIONS,
     concurrencies=(1, 8),
     prefill_tokens=(256,),
     decode_steps=16,
@@ -240,28 +248,31 @@ def _rows_of_case(
     """
     stock_times: list[float] = []
     rows = []
+    servers = [one.server for one in budgeted]
     for budget in budgets:
         before = {}
         for mode, server, table in budgeted:
             activations = round(plan.fractions[budget] * table.shape.budget_max)
+            activations = max(activations, table.shape.budget_min)
             if mode.removesuffix(FUSED) == "threshold" and budget != "full":
                 if (mode, budget) not in fitted:
                     fitted[mode, budget] = fit_thresholds(server, table, activations)
                 activations = fitted[mode, budget]
             # Each budget anew: an override ends by itself after some minutes.
             BudgetOverride(table).set(activations, activations)
-            settle(server, case)  # so that no step of the last budget is counted here
+        settle(servers, case)  # so that no step of the last budget is counted here
+        for mode, _, table in budgeted:
             before[mode] = table.worker_counters()[0]
         times = _timed_in_turn(case, stock, budgeted, plan)
         stock_times += times.stock
+        settle(servers, case)
         for mode, server, table in budgeted:
-            settle(server, case)
             used = used_since(before[mode], table.worker_counters()[0], case, table)
-            if plan.profile_csv is not None and case.kind == "decode":
+            if plan.profiles(case):
                 _profile(plan.profile_csv, server, table, case, (shape_name, mode, budget))
             names = (shape_name, case, mode, budget, "plugin")
             rows.append(_row(*names, times.modes[mode], times.stock, used))
-    if plan.profile_csv is not None and case.kind == "decode":
+    if plan.profiles(case):
         _profile(plan.profile_csv, stock, budgeted[0].table, case, (shape_name, STOCK, "full"))
     beside = "stock beside " + ", ".join(one.mode for one in budgeted)
     yield _row(shape_name, case, STOCK, "full", beside, stock_times, stock_times, None)
@@ -282,9 +293,10 @@ def _timed_in_turn(
 
 
 def _profile(
-    path: Path, server: Server, table: SharedTable, case: Case, names: tuple[str, str, str]
+    path: Path | None, server: Server, table: SharedTable, case: Case, names: tuple[str, str, str]
 ) -> None:
     """Add where a decode step's time goes."""
+    assert path is not None  # as `profiles` says
     shape, mode, budget = names
     with client_of(server) as client:
 
@@ -331,7 +343,7 @@ def fit_thresholds(server: Server, table: SharedTable, activations: int) -> int:
         before = table.worker_counters()[0]
         with client_of(server) as client:
             generate(client, FIT_REQUESTS, PROMPT_TOKENS, FIT_TOKENS, random.Random(budget))
-        settle(server, case)
+        settle([server], case)
         used = used_since(before, table.worker_counters()[0], case, table)
         kept = (used.activations_per_token or 0.0) * shape.num_layers
         tried[budget] = abs(kept - activations)
@@ -340,12 +352,13 @@ def fit_thresholds(server: Server, table: SharedTable, activations: int) -> int:
     return min(tried, key=lambda one: tried[one])
 
 
-def settle(server: Server, case: Case) -> None:
-    """Let the worker report: it does so twice a second, with what it had fetched before."""
-    with client_of(server) as client:
-        for _ in range(3):
-            time.sleep(0.6)
-            generate(client, 1, 4, 2 if case.kind == "decode" else 1, random.Random(0))
+def settle(servers: Sequence[Server], case: Case) -> None:
+    """Let the workers report: they do so twice a second, with what they had fetched before."""
+    for _ in range(3):
+        time.sleep(0.6)
+        for server in servers:
+            with client_of(server) as client:
+                generate(client, 1, 4, 2 if case.kind == "decode" else 1, random.Random(0))
 
 
 def _timed(server: Server, case: Case, plan: ServerPlan, generator: random.Random) -> float:

@@ -18,7 +18,7 @@ from sglang_alloc.enforcement import PHASES, EnforcementTables, Phase, RoutedSlo
 from sglang_alloc.threshold_drift import Kept
 from sglang_alloc.worker_statistics import PhaseStatistics
 from sglang_alloc_kernels.budgeted_routing import Router
-from sglang_alloc_kernels.layer_rows import StepTensors
+from sglang_alloc_kernels.layer_rows import LayerRows, StepTensors
 from sglang_alloc_kernels.slot_rules import KERNELS, SlotRules
 
 NO_PADDING = 2**31 - 1  # as many valid rows as there may be
@@ -98,24 +98,22 @@ class DeviceEnforcement:
         self._end_layer(layer_index)
         return RoutedSlots(weights, ids, slots.num_shared)
 
-    def routes(self, phase: Phase) -> bool:
-        """Return whether `route` serves the phase's mode."""
-        return self._tables.mode_of(phase) in {"layer", "threshold"}
+    def route(self, layer_index: int, router_logits: torch.Tensor, router: Router) -> RoutedSlots:
+        """Choose a layer's experts and drop what the budget does not hold.
 
-    def route(
-        self, layer_index: int, router_logits: torch.Tensor, router: Router
-    ) -> RoutedSlots | None:
-        """Choose a layer's experts and drop what the budget does not hold, in one launch.
-
-        router_logits: (T, E) float. None where the mode of the phase needs the slots of all tokens
-        first (`token`, `union`).
+        router_logits: (T, E) float. One launch; in modes `token` and `union`, which need the slots
+        of all tokens first, one more than `drop`.
         """
-        if not self.routes(self._phase):
-            return None
+        rows = self._rows.of(self._phase)
+        if self._tables.mode_of(self._phase) in {"token", "union"}:
+            slots = self._rules.routing(
+                *(router_logits, router, LayerRows(rows.limits), layer_index, "all"),
+                step=StepTensors(self._num_valid),
+            )
+            return self.drop(layer_index, RoutedSlots(*slots, 0))
         bounds = self._bounds.of(len(router_logits))
         weights, ids = self._rules.routing(
-            *(router_logits, router, self._rows.of(self._phase), layer_index),
-            self._tables.rule_of(self._phase),
+            *(router_logits, router, rows, layer_index, self._tables.rule_of(self._phase)),
             step=StepTensors(self._num_valid, *bounds, self._totals.sums),
         )
         self._end_layer(layer_index)

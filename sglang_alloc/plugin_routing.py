@@ -91,8 +91,6 @@ class FusedRouting:
         if router is None:
             return None
         slots = self._worker.route_logits(layer_index, arguments["gating_output"], router)
-        if slots is None:
-            return None
         self._ids = slots.ids
         return slots.weights, slots.ids
 
@@ -115,36 +113,35 @@ class FusedRouting:
         if not proved:
             raise UnsupportedServerError(
                 f"{ROUTING_VARIABLE}=fused was asked for, and our kernel reproduces the routing of "
-                "no layer of this model (softmax or sigmoid, without correction bias and without "
-                f"columns of shared experts) in mode {self._worker.mode} (layer and threshold, in "
-                "union the prefill): leave it out"
+                "no layer of this model (it knows softmax and sigmoid, with and without groups, "
+                "but no correction bias and no columns of shared experts): leave it out"
             )
         logger.info(
             "sglang-alloc routes %d of %d MoE layers by one kernel", len(proved), len(routers)
         )
 
     def _agrees(self, layer_index: int, router: Any) -> bool:
-        """Return whether our kernel routes the layer in some phase, and as SGLang does."""
+        """Return whether our kernel routes the layer, and as SGLang does in both phases."""
         model = self._worker.model
         made_up = torch.Generator().manual_seed(layer_index)
         logits = 2.0 * torch.randn(_PROOF_TOKENS, model.num_experts, generator=made_up)
         logits = logits.to(model.device_type)
         hidden_states = logits.new_zeros(_PROOF_TOKENS, 8)
-        is_reached = False
         for phase in PHASES:
             self._worker.enforcement.begin_forward(phase)
             self._layers = set()
             theirs = router(hidden_states, logits)
             self._layers = {layer_index}
             ours = router(hidden_states, logits)
-            if self._was_ours and not _same_slots(theirs, ours):
+            if not self._was_ours:
+                return False
+            if not _same_slots(theirs, ours):
                 logger.warning(
                     "sglang-alloc leaves the routing of MoE layer %d to SGLang: its own differs",
                     model.layer_ids[layer_index],
                 )
                 return False
-            is_reached = is_reached or self._was_ours
-        return is_reached
+        return True
 
 
 @dataclass

@@ -228,16 +228,14 @@ class Worker:
 
     def route_logits(
         self, layer_index: int, router_logits: torch.Tensor, router: Router
-    ) -> RoutedSlots | None:
-        """Choose one layer's experts and apply the budget; None where the mode cannot at once.
+    ) -> RoutedSlots:
+        """Choose one layer's experts and apply the budget.
 
         router_logits: (T, E) float, on an accelerator.
         """
         assert self._on_device is not None, "plugin_routing.start refuses other devices"
-        slots = self._on_device.route(layer_index, router_logits, router)
-        if slots is not None:
-            self._unseen_layers.discard(layer_index)
-        return slots
+        self._unseen_layers.discard(layer_index)
+        return self._on_device.route(layer_index, router_logits, router)
 
     def quotas(self, phase: Phase, budget: int) -> list[float]:
         """Return what the table means each MoE layer to keep per token at `budget`."""

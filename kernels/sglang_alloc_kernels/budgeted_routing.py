@@ -100,13 +100,13 @@ def budgeted_routing(
     router: Router,
     rows: LayerRows,
     layer_index: int,
-    rule: Rule | Literal["all"],
+    rule: Rule,
     *,
     correction_bias: torch.Tensor | None = None,
     allowed: torch.Tensor | None = None,
     step: StepTensors = NO_STEP_TENSORS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `budgeted_routing_torch`, in one launch; rule `all` keeps every slot."""
+    """As `budgeted_routing_torch`, in one launch."""
     num_tokens, num_experts = router_logits.shape
     device = router_logits.device
     weights = torch.empty(num_tokens, router.top_k, dtype=torch.float32, device=device)

@@ -29,7 +29,7 @@ from sglang_alloc_kernels.layer_rows import NO_STEP_TENSORS, LayerRows, StepTens
 from sglang_alloc_kernels.score_threshold import score_threshold_torch
 from sglang_alloc_kernels.slot_rank import best_slot_tile, slot_rank_tile
 
-Rule = Literal["quota", "threshold"]
+Rule = Literal["quota", "threshold", "all"]
 
 
 def budgeted_slots_torch(
@@ -47,13 +47,15 @@ def budgeted_slots_torch(
     topk_weights: (T, K + num_shared) float; topk_ids: the same shape, int, -1 where absent; the
     trailing columns belong to shared experts and are never dropped. `rows.limits[layer_index]` is
     the number of slots that each token keeps (`quota`; a fraction is rounded up) or the score that
-    a slot must reach (`threshold`; the best slot always stays). Dropped slots get id -1 and weight
-    0; all others keep id and weight bit for bit where gain is 1 and no reference is set. The inputs
-    are left alone.
+    a slot must reach (`threshold`; the best slot always stays); `all` keeps every slot. Dropped
+    slots get id -1 and weight 0; all others keep id and weight bit for bit where gain is 1 and no
+    reference is set. The inputs are left alone.
     """
     limit = rows.limits[layer_index]
 
     def decide(slots: ScoredSlots) -> torch.Tensor:
+        if rule == "all":
+            return torch.ones_like(slots.scores, dtype=torch.bool)
         if rule == "quota":
             return layer_quota_torch(slots.scores, limit)
         return score_threshold_torch(slots.scores, limit)

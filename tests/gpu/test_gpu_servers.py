@@ -29,7 +29,7 @@ from sglang_alloc.demo.server_process import Server  # noqa: E402
 LAYERS = 4  # of the model, so that its servers start quickly; three have experts
 BATCH = 5  # padded to the graph of 8
 PLAN = ServerPlan(
-    modes=("layer", "threshold", "union", "layer+fused"),
+    modes=("layer", "threshold", "union", "layer+fused", "union+fused"),
     concurrencies=(1, 8),
     prefill_tokens=(),
     model_changes={"num_hidden_layers": LAYERS},
@@ -132,9 +132,12 @@ def test_prefill_captured_in_pieces_keeps_what_the_budget_says(
         assert used.activations_per_token == pytest.approx(budget / one.table.shape.num_layers)
 
 
-def test_our_kernel_routes_every_layer_and_chooses_as_sglang_does(servers: Servers) -> None:
+@pytest.mark.parametrize("mode", ["layer+fused", "union+fused"])
+def test_our_kernel_routes_every_layer_and_chooses_as_sglang_does(
+    servers: Servers, mode: str
+) -> None:
     """Weights may differ in their last bits, so logprobs do, a little."""
-    one = servers.budgeted["layer+fused"]
+    one = servers.budgeted[mode]
     assert "routes 3 of 3 MoE layers by one kernel" in one.server.process.log_path.read_text()
     BudgetOverride(one.table).set(one.table.shape.budget_max, one.table.shape.budget_max)
     for seed in range(4):

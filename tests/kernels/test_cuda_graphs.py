@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_device_enforcement import BUDGETS, LAYERS, MODES, TOKENS, _make_slots, _make_tables
+from test_device_enforcement import (
+    BUDGETS,
+    EXPERTS,
+    LAYERS,
+    MODES,
+    TOKENS,
+    TOP_K,
+    _make_slots,
+    _make_tables,
+)
 
 from sglang_alloc.enforcement import Phase, RoutedSlots
 from sglang_alloc.enforcement_device import DeviceEnforcement
+from sglang_alloc_kernels.budgeted_routing import Router
 from sglang_alloc_kernels.slot_rules import KERNELS, TWINS
 
 CUDA = torch.device("cuda")
@@ -52,6 +62,29 @@ def test_a_replayed_graph_equals_the_twins_at_every_later_budget_and_batch(
     found, expected_counts = ours.measurements()[phase], twin.measurements()[phase]
     for name in ("forwards", "tokens", "activations", "distinct_experts"):
         assert getattr(found, name) == getattr(expected_counts, name)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_replayed_graph_of_our_routing_equals_the_twins(mode: str) -> None:
+    logits = torch.randn(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(2))
+    router, on_gpu = Router(TOP_K, "softmax", False), logits.to(CUDA)
+    ours = DeviceEnforcement(_make_tables(mode), CUDA, KERNELS)
+    twin = DeviceEnforcement(_make_tables(mode), torch.device("cpu"), TWINS)
+    ours.route(LAYERS - 1, on_gpu, router)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [ours.route(layer, on_gpu, router) for layer in range(LAYERS)]
+    for budget in BUDGETS:
+        for tokens in (TOKENS, 7):
+            for enforcement in (ours, twin):
+                enforcement.set_budgets(budget, budget)
+                enforcement.begin_forward("decode", tokens)
+            graph.replay()
+            for layer in range(LAYERS):
+                expected = twin.route(layer, logits, router)
+                assert torch.equal(kept[layer].ids.cpu(), expected.ids)
+                torch.testing.assert_close(kept[layer].weights.cpu(), expected.weights)
 
 
 def test_a_replay_is_asked_for_its_counts_without_waiting() -> None:

@@ -37,7 +37,7 @@ READY_SECONDS = 900.0
 FUSED = "+fused"
 # A budget besides: in every layer each token's best slot, which in `union` opens the set.
 SERVED_FRACTIONS = FRACTIONS | {"top-1": 0.0}
-SERVED_MODES = (*MODES, f"layer{FUSED}", f"threshold{FUSED}")
+SERVED_MODES = (*MODES, *(f"{mode}{FUSED}" for mode in MODES))
 GPU_ARGUMENTS = (
     *("--device", "cuda"),
     *("--attention-backend", "triton"),

@@ -15,6 +15,7 @@ REFUSED = [
     ('worker.mode="fastest"', "/worker/mode"),
     ('worker.fallback="none"', "/worker/fallback"),
     ('worker.requestBudgets="all"', "/worker/requestBudgets"),
+    ('worker.routing="ours"', "/worker/routing"),
     ("worker.staleAfterSeconds=0", "/worker/staleAfterSeconds"),
     ('sharedTable.mountPath="relative"', "/sharedTable/mountPath"),
     ('sharedTable.sizeLimit="big"', "/sharedTable/sizeLimit"),

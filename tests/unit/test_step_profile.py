@@ -12,8 +12,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from moe_bench import step_profile
-from moe_bench.step_profile import EXPERTS_KERNEL, append_profile, profile_step, read_profile
+from moe_bench import step_figure, step_profile
+from moe_bench.step_profile import EXPERTS_KERNEL, ProfileCsv, profile_step, read_profile
 from sglang_alloc.demo.errors import DemoError
 
 LAYERS = 2
@@ -63,12 +63,14 @@ def test_a_trace_without_the_experts_is_refused(tmp_path: Path) -> None:
 def test_a_profile_becomes_rows(tmp_path: Path) -> None:
     _write_trace(tmp_path / "a.json.gz", _events())
     profile = read_profile(tmp_path / "a.json.gz", LAYERS)
+    steps = ProfileCsv(tmp_path / "steps.csv", {"device": "a GPU"})
     for mode in ("-", "layer"):
-        append_profile(tmp_path / "steps.csv", ("small", 8, mode, "full"), profile)
+        steps.append(("small", 8, mode, "full"), profile)
     with (tmp_path / "steps.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["kernel"] for row in rows] == ["-", EXPERTS_KERNEL, "at::native::topk"] * 2
-    assert rows[0]["us"] == "90.0"
+    assert rows[0]["us"] == "90.00"
+    assert {row["device"] for row in rows} == {"a GPU"}
     assert rows[4]["us"] == "32.00"
 
 
@@ -111,3 +113,30 @@ def test_a_profiler_that_does_not_start_or_write_is_told(
     monkeypatch.setattr(step_profile, "WRITTEN_SECONDS", 0.0)
     with pytest.raises(DemoError, match="no trace"):
         _profiled(_Client(), tmp_path, lambda _tokens: None)
+
+
+def test_a_step_is_drawn_by_what_its_kernels_are_for(tmp_path: Path) -> None:
+    def row(mode: str, budget: str, kernel: str, us: float) -> dict[str, str]:
+        named = {"shape": "small", "requests": "8", "mode": mode, "budget": budget}
+        return named | {"kernel": kernel, "us": str(us), "device": "a GPU"}
+
+    rows = [
+        row("layer", "1/2", "-", 99.0),
+        row("layer", "1/2", "fused_moe_kernel", 50.0),
+        row("layer", "1/2", "_budgeted_slots_kernel", 2.0),
+        row("-", "full", "at::native::sbtopk::gatherTopK", 14.0),
+        row("-", "full", "nvjet_sm90", 30.0),
+    ]
+    assert step_figure.bars(rows) == {
+        "stock": {"router's choice": 0.014, "the rest": 0.03},
+        "layer\n1/2": {"experts": 0.05, "drop and counts": 0.002},
+    }
+    with (tmp_path / "steps.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    picture = tmp_path / "step.png"
+    assert step_figure.main([str(tmp_path / "steps.csv"), str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "steps.csv").write_text("shape,kernel\n")
+    assert step_figure.main([str(tmp_path / "steps.csv"), str(picture)]) == 1

@@ -34,6 +34,7 @@ from moe_bench.server_bench import (
     measure_server,
 )
 from moe_bench.shapes import SHAPES
+from moe_bench.step_profile import ProfileCsv
 from moe_bench.timing import Timer
 from sglang_alloc.demo.errors import DemoError
 from sglang_alloc.demo.interruption import sigterm_interrupts
@@ -63,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(given: argparse.Namespace, console: Console) -> None:
     device = torch.device(given.device)
+    if given.profile:
+        path = given.out / f"steps-{device.type}.csv"
+        given.server = given.server._replace(profile=ProfileCsv(path, machine_columns(device)))
     results = Results(given.out / f"moe-{device.type}.csv", machine_columns(device))
     units = cpu_units() if device.type == "cpu" else gpu_units(given.kinds, given.shapes)
     wanted = [u for u in units if u.kind in given.kinds and _has_size(u, given.tokens)]
@@ -187,8 +191,7 @@ def _server_plan(given: argparse.Namespace) -> ServerPlan:
         if values is not None
     }
     plan = ON_GPU if given.device == "cuda" else ON_CPU
-    profile_csv = given.out / f"steps-{given.device}.csv" if given.profile else None
-    return plan._replace(**once, beside=given.beside or plan.beside, profile_csv=profile_csv)
+    return plan._replace(**once, beside=given.beside or plan.beside)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from moe_bench.budgets import FRACTIONS
-from moe_bench.measure import DROPPED
+from moe_bench.measure import DROPPED, FUSED
 
-PANELS = {"layer": "decode", "prefill": "prefill"}
+# By kind and variant.
+PANELS = {
+    ("layer", DROPPED): "decode",
+    ("layer", FUSED): "decode, routed by our kernel",
+    ("prefill", DROPPED): "prefill",
+}
 MODE = "layer"
 COLOURS = ("#007c77", "#c8553d", "#8a8d91", "#5b5f97", "#d9a441")
 
@@ -27,20 +32,15 @@ def write_figure(rows: Sequence[dict[str, str]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    layers = [
-        row
-        for row in rows
-        if row.get("kind") in PANELS and (row["mode"], row["variant"]) == (MODE, DROPPED)
-    ]
+    layers = [row for row in rows if _panel(row) in PANELS and row["mode"] == MODE]
     if not layers:
         raise ValueError(f"no rows of layers in mode {MODE}: run the bench with --kinds layer")
     shape, device = layers[0]["shape"], layers[0]["device"]
     chosen = [row for row in layers if row["shape"] == shape]
-    panels = {kind: [row for row in chosen if row["kind"] == kind] for kind in PANELS}
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    for axis, (kind, found) in zip(axes, panels.items(), strict=True):
-        _draw(axis, found, allowed=kind == "layer")
-        axis.set_title(PANELS[kind], loc="left", fontsize=10)
+    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(12, 3.6), sharey=True)
+    for axis, (panel, title) in zip(axes, PANELS.items(), strict=True):
+        _draw(axis, [row for row in chosen if _panel(row) == panel], allowed=panel[0] == "layer")
+        axis.set_title(title, loc="left", fontsize=10)
         axis.set_xlabel("share of the full budget")
         axis.axhline(1.0, color="#d0d3d6", linewidth=0.8, zorder=0)
         axis.spines[["top", "right"]].set_visible(False)
@@ -49,6 +49,10 @@ def write_figure(rows: Sequence[dict[str, str]], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
+
+
+def _panel(row: dict[str, str]) -> tuple[str | None, str | None]:
+    return row.get("kind"), row.get("variant")
 
 
 def _draw(axis: Any, rows: Sequence[dict[str, str]], *, allowed: bool) -> None:

@@ -22,7 +22,7 @@ from moe_bench.budgets import FRACTIONS, MODES
 from moe_bench.dummy_models import even_tables, threshold_tables, write_model
 from moe_bench.measure import Row
 from moe_bench.results import STOCK
-from moe_bench.step_profile import append_profile, profile_step
+from moe_bench.step_profile import ProfileCsv, profile_step
 from sglang_alloc.demo.heldout_loss import BudgetOverride
 from sglang_alloc.demo.server_process import Server, started_server, wait_until_ready
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
@@ -60,7 +60,7 @@ class ServerPlan(NamedTuple):
     """What to serve and how much to measure; the defaults are for a GPU.
 
     `beside` modes are served at once beside stock: each holds the model's weights once more.
-    `profile_csv` gets where the time of the first decode case goes, kernel by kernel.
+    `profile` gets where the time of the first decode case goes, kernel by kernel.
     """
 
     arguments: Sequence[str] = GPU_ARGUMENTS
@@ -73,7 +73,7 @@ class ServerPlan(NamedTuple):
     decode_steps: int = DECODE_STEPS
     repeats: int = REPEATS
     beside: int = 1
-    profile_csv: Path | None = None
+    profile: ProfileCsv | None = None
     has_graphs: bool = True
 
     def cases(self) -> list[Case]:
@@ -84,7 +84,7 @@ class ServerPlan(NamedTuple):
     def profiles(self, case: Case) -> bool:
         """Return whether the steps of a case are profiled."""
         first = Case("decode", next(iter(self.concurrencies), 0))
-        return self.profile_csv is not None and case == first
+        return self.profile is not None and case == first
 
     def modes_left(self, is_left: IsLeft) -> list[str]:
         """Return the modes that miss a row."""
@@ -269,11 +269,11 @@ def _rows_of_case(
         for mode, server, table in budgeted:
             used = used_since(before[mode], table.worker_counters()[0], case, table)
             if plan.profiles(case):
-                _profile(plan.profile_csv, server, table, case, (shape_name, mode, budget))
+                _profile(plan, server, table, case, (shape_name, mode, budget))
             names = (shape_name, case, mode, budget, "plugin")
             rows.append(_row(*names, times.modes[mode], times.stock, used))
     if plan.profiles(case):
-        _profile(plan.profile_csv, stock, budgeted[0].table, case, (shape_name, STOCK, "full"))
+        _profile(plan, stock, budgeted[0].table, case, (shape_name, STOCK, "full"))
     beside = "stock beside " + ", ".join(one.mode for one in budgeted)
     yield _row(shape_name, case, STOCK, "full", beside, stock_times, stock_times, None)
     yield from rows
@@ -293,19 +293,19 @@ def _timed_in_turn(
 
 
 def _profile(
-    path: Path | None, server: Server, table: SharedTable, case: Case, names: tuple[str, str, str]
+    plan: ServerPlan, server: Server, table: SharedTable, case: Case, names: tuple[str, str, str]
 ) -> None:
     """Add where a decode step's time goes."""
-    assert path is not None  # as `profiles` says
+    assert plan.profile is not None  # as `profiles` says
     shape, mode, budget = names
     with client_of(server) as client:
 
         def decode(tokens: int) -> float:
             return generate(client, case.size, PROMPT_TOKENS, tokens, random.Random(0))
 
-        traces = path.parent / f"traces-{mode}"
+        traces = plan.profile.path.parent / f"traces-{mode}"
         profile = profile_step(client, table.shape.num_layers, decode, traces)
-    append_profile(path, (shape, case.size, mode, budget), profile)
+    plan.profile.append((shape, case.size, mode, budget), profile)
 
 
 class Used(NamedTuple):

@@ -24,6 +24,7 @@ PROFILED_STEPS = 8
 WRITTEN_SECONDS = 60.0
 # Runs twice in every MoE layer, so that it counts the steps.
 EXPERTS_KERNEL = "fused_moe_kernel"
+WHOLE_STEP = "-"
 COLUMNS = ("shape", "requests", "mode", "budget", "kernel", "calls", "us")
 
 
@@ -114,18 +115,19 @@ def short_name(name: str) -> str:
     return re.split(r"[<(]", bare, maxsplit=1)[0].strip()
 
 
-def append_profile(path: Path, names: Sequence[object], profile: StepProfile) -> None:
-    """Add a profile's rows to a CSV of `COLUMNS`; kernel `-` is the whole step.
+class ProfileCsv(NamedTuple):
+    """A CSV of profiles, and the columns that say on what they were measured."""
 
-    names: the first four columns.
-    """
-    is_new = not path.exists()
-    with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        if is_new:
-            writer.writerow(COLUMNS)
-        writer.writerow([*names, "-", 1, f"{profile.microseconds:.1f}"])
-        for kernel in profile.kernels:
-            writer.writerow(
-                [*names, kernel.name, f"{kernel.calls:.3g}", f"{kernel.microseconds:.2f}"]
-            )
+    path: Path
+    machine: Mapping[str, str]
+
+    def append(self, names: Sequence[object], profile: StepProfile) -> None:
+        """Add a profile's rows; kernel `-` is the whole step. names: the first four columns."""
+        is_new = not self.path.exists()
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            if is_new:
+                writer.writerow([*COLUMNS, *self.machine])
+            whole = KernelTime(WHOLE_STEP, 1.0, profile.microseconds)
+            for name, calls, us in (whole, *profile.kernels):
+                writer.writerow([*names, name, f"{calls:.3g}", f"{us:.2f}", *self.machine.values()])

@@ -109,6 +109,10 @@
     - name: SGLANG_ALLOC_PROTECTED_PRIORITY
       value: {{ .Values.worker.protectedPriority | quote }}
     {{- end }}
+    {{- if ne .Values.worker.routing "engine" }}
+    - name: SGLANG_ALLOC_ROUTING
+      value: {{ .Values.worker.routing }}
+    {{- end }}
     - name: HOME
       value: /cache
     - name: USER

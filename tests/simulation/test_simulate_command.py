@@ -170,3 +170,17 @@ def test_losses_are_stretched_over_a_bench_of_another_model(tmp_path: Path) -> N
     assert stretched.world.plant.decode_loss(40) == pytest.approx(shipped.decode_loss(20))
     assert stretched.world.plant.decode_loss(80) == 0.0
     assert "stretched" in stretched.description
+
+
+def test_a_bench_that_timed_prefill_at_long_prompts_alone_is_refused(tmp_path: Path) -> None:
+    """Below its smallest size a step's time is a guess, here one that no server can live by."""
+    bench = tmp_path / "bench.csv"
+    rows = ["phase,concurrency,budget,median_ms"]
+    for budget, share in ((40, 1.0), (5, 0.5)):
+        rows += [f"decode,{size},{budget},{share * 10:g}" for size in (1, 16)]
+        rows += [f"prefill,4096,{budget},{share * 90:g}", f"prefill,16384,{budget},{share * 600:g}"]
+    bench.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    with pytest.raises(
+        ConfigurationError, match="timed at 4096, 16384 tokens, and prompts"
+    ):
+        read_deployment(bench)

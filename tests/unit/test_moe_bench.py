@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+import launch_configs
 from moe_bench import __main__ as bench_main
-from moe_bench import engine, facts, plan, server_bench
+from moe_bench import engine, facts, latency, plan, server_bench
 from moe_bench.budgets import FRACTIONS, MODES, Budget, budgets_of, make_rule
 from moe_bench.dummy_models import (
     CONFIGS,
@@ -34,6 +35,7 @@ from sglang_alloc.compatibility_seams import DOWN_USES_TMA
 from sglang_alloc.demo.server_process import CPU_ARGUMENTS, Server
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
 from sglang_alloc.triton_experts import skip_dropped
+from sglang_alloc_controller.bench_csv import read_step_times
 from sglang_alloc_kernels.layer_rows import StepTensors
 from sglang_alloc_kernels.score_threshold import score_threshold_torch
 from sglang_alloc_kernels.slot_rules import TWINS
@@ -327,3 +329,54 @@ def test_the_row_is_taken_that_really_keeps_what_was_asked_for(
     found = server_bench.fit_thresholds(server, Table(), 4)  # type: ignore[arg-type]
     best = min(range(2, 8), key=lambda budget: abs(0.8 * budget + bias - 4.0))
     assert found == best
+
+
+_SERVED = {
+    "kind": "server decode",
+    "shape": "small",
+    "num_tokens": "8",
+    "mode": "layer",
+    "budget": "1/2",
+    "median_us": "600.0",
+    "stock_us": "800.0",
+}
+
+
+def test_served_rows_become_step_times_that_the_controller_reads(tmp_path: Path) -> None:
+    rows = [
+        _SERVED | {"kind": f"server {phase}", "budget": budget, "median_us": us, "mode": mode}
+        for phase in ("decode", "prefill")
+        for mode, budget, us in (
+            ("layer", "full", "800.0"),
+            ("layer", "1/2", "600.0"),
+            ("layer", "top-1", "500.0"),
+            ("layer+fused", "full", "700.0"),
+            ("-", "full", "800.0"),
+        )
+    ]
+    source, target = tmp_path / "moe-cuda.csv", tmp_path / "latency.csv"
+    with source.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    assert latency.main([str(source), str(target), "--shape", "small"]) == 0
+    times = read_step_times(target, "layer")
+    assert times.decode.budgets == (2, 4, 8)
+    assert times.decode.seconds == (pytest.approx((5e-4, 6e-4, 8e-4)),)
+    assert latency.main([str(source), str(target), "--shape", "small", "--mode", "token"]) == 1
+
+
+def test_launches_of_the_experts_fit_a_gpu_and_the_best_of_both_budgets_is_chosen() -> None:
+    configs = launch_configs.candidates()
+    assert configs[0] == launch_configs.DEFAULT
+    assert len({json.dumps(config) for config in configs}) == len(configs) > 20
+    for config in configs[1:]:
+        width = config["BLOCK_SIZE_M"] + config["BLOCK_SIZE_N"]
+        used = 2 * config["num_stages"] * config["BLOCK_SIZE_K"] * width
+        assert used <= launch_configs.SHARED_MEMORY_BYTES
+    timed = [
+        {"num_tokens": 8, "budget": budget, "config": index, "us": us}
+        for budget, times in (("full", (100, 90, 95)), ("1/2", (60, 70, 55)))
+        for index, us in enumerate(times)
+    ]
+    assert launch_configs.best_configs(timed, configs[:3]) == {8: configs[2]}

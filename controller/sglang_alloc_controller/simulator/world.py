@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, median
 from typing import Any
 
+from sglang_alloc.errors import ConfigurationError
 from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.histogram_window import quantile_seconds
 from sglang_alloc_controller.samples import Phase
@@ -62,10 +63,21 @@ def fitting_settings(plant: Plant, mix: RequestMix, content: Mapping[str, Any]) 
     """Return settings whose SLOs the plant can keep at full budget under a moderate load.
 
     `content` holds what else is to be set; a `slo` in it wins over what was found.
+
+    Raises:
+        ConfigurationError: first tokens take too long for any SLO even under a moderate load.
     """
     rate = 0.7 * saturation_rate(plant, mix)
     engine = _trial(plant, mix, rate, (plant.budget_max, plant.budget_max))
     ttft = _TTFT_SLACK * median(one.ttft_seconds for one in engine.outcomes)
+    if ttft > plant.ttft_edges[-2]:
+        sizes = ", ".join(f"{size:g}" for size in plant.times.prefill.sizes)
+        raise ConfigurationError(
+            f"By the step times of {plant.times.source} first tokens take {ttft:.0f} s at 0.7 of "
+            f"what a saturated server answers, so that no SLO fits. Prefill was timed at {sizes} "
+            f"tokens, and prompts have {mix.prompt_tokens}: time it at that size and at smaller "
+            "ones too."
+        )
     gaps = engine.itl.histogram()
     itl = _ITL_SLACK * (quantile_seconds(gaps, 0.95) or 0.0)
     slo = {

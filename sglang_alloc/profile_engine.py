@@ -27,7 +27,7 @@ from sglang_alloc.errors import AllocError
 from sglang_alloc.plugin_entry import TABLE_VARIABLE
 from sglang_alloc.profile_windows import Window
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
-from sglang_alloc.worker_settings import PROFILE_VARIABLE
+from sglang_alloc.worker_settings import PROFILE_VARIABLE, ROUTING_VARIABLE
 
 READY_TIMEOUT_SECONDS = 1800.0  # large checkpoints load for minutes
 _OVERRIDE_NS = 3600 * 10**9
@@ -219,6 +219,7 @@ def profiled_server(
         **({} if _has_accelerator(arguments) else CPU_ENVIRONMENT),
         TABLE_VARIABLE: str(table_path.absolute()),
         PROFILE_VARIABLE: str(folder.absolute()),
+        ROUTING_VARIABLE: "",  # probes look at SGLang's slots
     }
     log_path = folder / "server.log"
     with owned_process("SGLang", command, log_path=log_path, env=environment) as process:

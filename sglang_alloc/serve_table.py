@@ -106,7 +106,7 @@ def worker_environment(source: TableSource, options: WorkerOptions) -> dict[str,
         REQUEST_BUDGETS_VARIABLE: options.request_budgets,
         PROTECTED_PRIORITY_VARIABLE: "" if priority is None else str(priority),
         **({CORRECT_DRIFT_VARIABLE: "1"} if options.correct_drift else {}),
-        **({} if options.routing == "engine" else {ROUTING_VARIABLE: options.routing}),
+        ROUTING_VARIABLE: "" if options.routing == "engine" else options.routing,
     }
     _require_fit(_parsed(environment), source)
     return environment

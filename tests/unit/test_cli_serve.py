@@ -112,9 +112,31 @@ def test_serve_publishes_the_tables_and_becomes_sglang(launch: Launch) -> None:
         "SGLANG_ALLOC_STALE_AFTER_SECONDS": "10",
         "SGLANG_ALLOC_REQUEST_BUDGETS": "lower",
         "SGLANG_ALLOC_PROTECTED_PRIORITY": "",
+        "SGLANG_ALLOC_ROUTING": "",
     }
     assert launch.environment["PATH"] == os.environ["PATH"]
     assert "-m sglang.launch_server --model-path" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "exported", "expected"),
+    [
+        (["--routing", "fused"], None, "fused"),
+        ([], "fused", "fused"),
+        (["--routing", "engine"], "fused", ""),
+    ],
+)
+def test_what_serve_is_told_of_routing_wins_over_the_environment(
+    launch: Launch,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    exported: str | None,
+    expected: str,
+) -> None:
+    if exported is not None:
+        monkeypatch.setenv("SGLANG_ALLOC_ROUTING", exported)
+    assert launch.serve(*options).exit_code == 0
+    assert launch.environment["SGLANG_ALLOC_ROUTING"] == expected
 
 
 @pytest.mark.parametrize("separator", [["--"], []])

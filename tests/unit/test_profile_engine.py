@@ -1,6 +1,8 @@
 """What the profiler takes from a server's answers, and which answers it refuses."""
 
+import contextlib
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -11,10 +13,12 @@ from typing import Any
 import pytest
 from table_factory import make_tables
 
+from sglang_alloc import profile_engine
 from sglang_alloc.demo.owned_process import OwnedProcess
 from sglang_alloc.profile_engine import ProfiledServer, ProfileError
 from sglang_alloc.profile_windows import Window
 from sglang_alloc.shared_table import SharedTable, WorkerCounters, publish_shared_table
+from sglang_alloc.worker_settings import settings_from_environment
 
 WINDOW = Window((5, 6, 7), (8, 9))
 
@@ -143,3 +147,24 @@ def test_a_probe_counts_when_the_engine_has_acknowledged_it(
         thread.start()
         server.set_probe(5)
         thread.join()
+
+
+def test_probes_are_routed_by_sglang_whatever_is_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[dict[str, str]] = []
+
+    @contextlib.contextmanager
+    def owned_process(*_: object, env: dict[str, str], log_path: Path) -> Iterator[OwnedProcess]:
+        started.append({**os.environ, **env})
+        yield OwnedProcess("SGLang", _Living(), log_path)  # type: ignore[arg-type]
+
+    monkeypatch.setenv("SGLANG_ALLOC_ROUTING", "fused")
+    monkeypatch.setattr(profile_engine, "owned_process", owned_process)
+    monkeypatch.setattr(profile_engine, "wait_until_ready", lambda *_: None)
+    probes = make_tables()
+    with profile_engine.profiled_server(tmp_path, probes, "probe", folder=tmp_path, arguments=()):
+        settings = settings_from_environment(started[0])
+    assert settings is not None
+    assert settings.profile_folder == tmp_path
+    assert settings.routing == "engine"

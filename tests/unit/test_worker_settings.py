@@ -31,6 +31,7 @@ def test_every_variable_is_read() -> None:
             "SGLANG_ALLOC_REQUEST_BUDGETS": "any",
             "SGLANG_ALLOC_PROTECTED_PRIORITY": "-3",
             "SGLANG_ALLOC_STEP_RECORD": "/tmp/steps",
+            "SGLANG_ALLOC_ROUTING": "fused",
         }
     )
     assert settings is not None
@@ -39,6 +40,7 @@ def test_every_variable_is_read() -> None:
     assert settings.fallback == Fallback("budget", 26, 26)
     assert (settings.request_budgets, settings.protected_priority) == ("any", -3)
     assert settings.step_record == Path("/tmp/steps")
+    assert settings.routing == "fused"
 
 
 @pytest.mark.parametrize(
@@ -51,6 +53,7 @@ def test_every_variable_is_read() -> None:
         ("STALE_AFTER_SECONDS", "nan", "not a positive number of seconds"),
         ("REQUEST_BUDGETS", "all", "use one of off, lower, any"),
         ("PROTECTED_PRIORITY", "high", "give a whole number"),
+        ("ROUTING", "ours", "use 'engine' for SGLang's functions, or 'fused'"),
         ("FALLBACK", "none", "use 'full', 'hold', or a budget"),
         ("FALLBACK", "0", "use 'full', 'hold', or a budget"),
     ],

@@ -33,7 +33,7 @@ class BudgetFollower:
         self, table: SharedTable, rule: str, stale_after_seconds: float, fallback: Fallback
     ) -> None:
         self._table = table
-        self._rule = rule
+        self.rule = rule
         self._stale_after_ns = int(stale_after_seconds * 1e9)
         self._fallback = fallback
         self._announced: Selection | None = None
@@ -44,4 +44,4 @@ class BudgetFollower:
         if selection == self._announced:
             return None
         self._announced = selection
-        return BudgetChange(selection, self._rule)
+        return BudgetChange(selection, self.rule)

@@ -8,6 +8,7 @@ layer whose slots differ from SGLang's on made-up tokens, stays with SGLang's fu
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,9 @@ _KNOWN = {
     *("routed_scaling_factor", "apply_routed_scaling_factor_on_output"),
 }
 _PROOF_TOKENS = 16
+# With one of these set SGLang overwrites what was chosen, from 0.5.23 on in our own tensors.
+_SIMULATIONS = ("SGLANG_SIMULATE_UNIFORM_EXPERTS", "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS")
+_YES = {"1", "true", "yes", "y"}  # as SGLang reads them
 
 
 def router_of(arguments: Mapping[str, Any]) -> Router | None:
@@ -74,6 +78,7 @@ class FusedRouting:
         self._worker = worker
         self._layer_index_of = layer_index_of
         self._layers = set(layer_index_of.values())  # that our kernel may route
+        self._warns = False  # of a layer that was proved to be ours and is not in service
         self._config: Any = None
         self._ids: torch.Tensor | None = None
         self._was_ours = False
@@ -89,6 +94,7 @@ class FusedRouting:
             return None
         router = None if _scales_later(self._config, arguments) else router_of(arguments)
         if router is None:
+            self._warn_once(layer_index, arguments["gating_output"].dtype)
             return None
         slots = self._worker.route_logits(layer_index, arguments["gating_output"], router)
         self._ids = slots.ids
@@ -103,8 +109,8 @@ class FusedRouting:
     def prove(self, routers: Mapping[int, Any]) -> None:
         """Keep the layers whose slots are SGLang's own on made-up tokens at full budget.
 
-        routers: SGLang's, by layer id, in order. Each phase's kernel is compiled by the way. Raises
-        UnsupportedServerError where no layer is left.
+        routers: SGLang's, by layer id, in order. Ranks must have kept the same. Each phase's kernel
+        is compiled by the way. Raises UnsupportedServerError where no layer is left.
         """
         proved = {
             index for index, router in enumerate(routers.values()) if self._agrees(index, router)
@@ -116,6 +122,8 @@ class FusedRouting:
                 "no layer of this model (it knows softmax and sigmoid, with and without groups, "
                 "but no correction bias and no columns of shared experts): leave it out"
             )
+        self._worker.agree_on(",".join(str(index) for index in sorted(proved)))
+        self._warns = True
         logger.info(
             "sglang-alloc routes %d of %d MoE layers by one kernel", len(proved), len(routers)
         )
@@ -123,25 +131,38 @@ class FusedRouting:
     def _agrees(self, layer_index: int, router: Any) -> bool:
         """Return whether our kernel routes the layer, and as SGLang does in both phases."""
         model = self._worker.model
-        made_up = torch.Generator().manual_seed(layer_index)
-        logits = 2.0 * torch.randn(_PROOF_TOKENS, model.num_experts, generator=made_up)
-        logits = logits.to(model.device_type)
-        hidden_states = logits.new_zeros(_PROOF_TOKENS, 8)
+        is_ours = False
         for phase in PHASES:
             self._worker.enforcement.begin_forward(phase)
-            self._layers = set()
-            theirs = router(hidden_states, logits)
-            self._layers = {layer_index}
-            ours = router(hidden_states, logits)
-            if not self._was_ours:
-                return False
-            if not _same_slots(theirs, ours):
-                logger.warning(
-                    "sglang-alloc leaves the routing of MoE layer %d to SGLang: its own differs",
-                    model.layer_ids[layer_index],
-                )
-                return False
-        return True
+            for logits in _proof_logits(layer_index, model.num_experts):
+                theirs, ours = self._both_ways(layer_index, router, logits.to(model.device_type))
+                is_ours = is_ours or self._was_ours
+                if self._was_ours and not _same_slots(theirs, ours):
+                    logger.warning(
+                        "sglang-alloc leaves the routing of MoE layer %d to SGLang: its own "
+                        "differs for %s logits",
+                        *(model.layer_ids[layer_index], logits.dtype),
+                    )
+                    return False
+        return is_ours
+
+    def _both_ways(self, layer_index: int, router: Any, logits: torch.Tensor) -> tuple[Any, Any]:
+        """Return what the layer routes by SGLang's functions, and then by our kernel if it can."""
+        hidden_states = logits.new_zeros(_PROOF_TOKENS, 8)
+        self._layers = set()
+        theirs = router(hidden_states, logits)
+        self._layers = {layer_index}
+        return theirs, router(hidden_states, logits)
+
+    def _warn_once(self, layer_index: int, dtype: torch.dtype) -> None:
+        """Say that SGLang routes a layer that the log counts among ours."""
+        if self._warns:
+            self._warns = False
+            logger.warning(
+                "SGLang goes on to route MoE layer %d itself, and others like it: in service its "
+                "routing is called (with %s logits) as our kernel does not reproduce it",
+                *(self._worker.model.layer_ids[layer_index], dtype),
+            )
 
 
 @dataclass
@@ -157,11 +178,18 @@ _process = _Process()
 def start(worker: Worker, layer_index_of: Mapping[int, int]) -> None:
     """Let our kernel route the layers from now on, as far as it can.
 
-    Raises UnsupportedServerError on a CPU, where nothing runs it.
+    Raises UnsupportedServerError on a CPU, where nothing runs it, and where SGLang simulates a
+    routing instead.
     """
     if worker.model.device_type == "cpu":
         raise UnsupportedServerError(
             f"{ROUTING_VARIABLE}=fused asks for a kernel that needs a GPU: leave it out"
+        )
+    simulations = [name for name in _SIMULATIONS if os.environ.get(name, "").lower() in _YES]
+    if simulations:
+        raise UnsupportedServerError(
+            f"{ROUTING_VARIABLE}=fused drops slots while it chooses them, and "
+            f"{simulations[0]} overwrites what was chosen: leave one of them out"
         )
     _process.routing = FusedRouting(worker, layer_index_of)
 
@@ -206,6 +234,17 @@ def _scales_later(topk_config: Any, arguments: Mapping[str, Any]) -> bool:
     scaling = getattr(topk_config, "routed_scaling_factor", None)
     applies = bool(getattr(topk_config, "apply_routed_scaling_factor_on_output", False))
     return "num_expert_group" not in arguments and applies and scaling not in (None, 1.0)
+
+
+def _proof_logits(seed: int, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return made-up logits (T, E) of the types that routers give, float32 and bfloat16.
+
+    Those of bfloat16 tie, as a router's often do: the smaller id wins, in SGLang's kernels and
+    in ours. Those of float32 do not, because `grouped_topk` leaves ties to torch.
+    """
+    made_up = torch.Generator().manual_seed(seed)
+    logits = 2.0 * torch.randn(_PROOF_TOKENS, num_experts, generator=made_up)
+    return logits, (logits * 4).round().div(4).bfloat16()
 
 
 def _same_slots(theirs: Any, ours: Any) -> bool:

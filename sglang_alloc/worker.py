@@ -108,6 +108,10 @@ class Worker:
         )
         self.report(time.monotonic_ns())
 
+    def agree_on(self, fact: str) -> None:
+        """Let `apply` stop ranks that differ in this fact too. Call before the first `poll`."""
+        self.rule = self._follower.rule = f"{self.rule}:{fact}"
+
     def poll(self, now_ns: int) -> BudgetChange | None:
         """Leading rank, once per scheduler iteration: return a change for all ranks, or None."""
         change = self._follower.poll(now_ns)
@@ -150,8 +154,8 @@ class Worker:
             raise UnsupportedServerError(
                 f"rank {self.model.rank} follows {self.rule} and the leading rank {change.rule} "
                 f"(mode:contents of {self.settings.table_path}:request budgets:protected "
-                "priority:routing): give all ranks the same table and settings, and publish no "
-                "other table while the server starts"
+                "priority:routing:layers that our kernel routes): give all ranks the same table "
+                "and settings, and publish no other table while the server starts"
             )
         selection = change.selection
         if selection.source == "fallback" and self._controlled:

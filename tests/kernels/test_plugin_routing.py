@@ -55,6 +55,10 @@ class _Worker:
             num_experts=EXPERTS, device_type=device, layer_ids=tuple(range(LAYERS))
         )
         self.dropped = 0  # calls of the drop behind SGLang's own routing
+        self.agreed: list[str] = []
+
+    def agree_on(self, fact: str) -> None:
+        self.agreed.append(fact)
 
     def route(self, layer_index: int, slots: RoutedSlots) -> RoutedSlots:
         self.dropped += 1
@@ -80,7 +84,7 @@ class _Server:
         tables = tables._replace(prefill=plain[0], decode=plain[1], saliency=None)
         self.worker, self._topk, self._device = _Worker(tables, device), topk, device
         self.configs = [topk.TopKConfig(top_k=TOP_K, **CONFIGS[name]) for _ in range(LAYERS)]
-        self.routers = {index: self._router(config) for index, config in enumerate(self.configs)}
+        self.routers = {index: self._router(index) for index in range(LAYERS)}
         layer_index_of = {id(config): index for index, config in enumerate(self.configs)}
         self.routing = plugin_routing.FusedRouting(self.worker, layer_index_of)  # type: ignore[arg-type]
         self.gate_calls = 0
@@ -108,8 +112,8 @@ class _Server:
             layer_id=layer,
         )
 
-    def _router(self, config: Any) -> Any:
-        return lambda _, logits: self.route(self.configs.index(config), logits)
+    def _router(self, index: int) -> Any:
+        return lambda _, logits: self.route(index, logits)
 
     def _gate(self, original: Any) -> Any:
         eager = getattr(original, "_torchdynamo_orig_callable", original)
@@ -187,7 +191,8 @@ def test_the_proof_keeps_layers_that_agree_and_leaves_the_others_to_sglang(
 
     def other_weights(hidden_states: torch.Tensor, logits: torch.Tensor) -> Any:
         routed = honest(hidden_states, logits)
-        return routed._replace(topk_weights=routed.topk_weights * (1 + 1e-3 * server.gate_calls))
+        factor = 1.001 if server.routing._was_ours else 1.0
+        return routed._replace(topk_weights=routed.topk_weights * factor)
 
     server.routing.prove(server.routers | {1: other_weights})
     server.gate_calls = 0
@@ -196,6 +201,53 @@ def test_the_proof_keeps_layers_that_agree_and_leaves_the_others_to_sglang(
     assert server.gate_calls == 0
     server.route(1, _logits(device))
     assert server.gate_calls == 1
+    assert server.worker.agreed == [",".join(str(i) for i in range(LAYERS) if i != 1)]
+
+
+def test_a_layer_that_breaks_ties_of_bfloat16_logits_otherwise_is_left_to_sglang(
+    device: str,
+    engine_topk: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    server = _Server(engine_topk, "no groups", "layer", device, monkeypatch)
+    asked: list[torch.dtype] = []
+
+    def gate(**arguments: Any) -> Any:
+        """SGLang's routing on a GPU: ties to the smaller id, here to the greater one in layer 1."""
+        logits = arguments["gating_output"]
+        asked.append(logits.dtype)
+        is_other = server.routing._config is server.configs[1] and logits.dtype == torch.bfloat16
+        order = logits.float().flip(1) if is_other else logits.float()
+        ids = order.argsort(dim=1, descending=True, stable=True)[:, :TOP_K]
+        ids = EXPERTS - 1 - ids if is_other else ids
+        weights = logits.float().softmax(dim=1).gather(1, ids)
+        return weights / weights.sum(dim=1, keepdim=True), ids.int()
+
+    hooked = functools.partial(plugin_routing.around_gate, gate)
+    monkeypatch.setattr(engine_topk, "fused_topk", hooked)
+    server.routing.prove(server.routers)
+    assert set(asked) == {torch.float32, torch.bfloat16}
+    assert server.routing._layers == set(range(LAYERS)) - {1}
+    assert "bfloat16 logits" in caplog.text
+
+
+def test_logits_in_service_that_are_not_ours_are_told_once(
+    device: str,
+    engine_topk: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    server = _Server(engine_topk, "groups", "layer", device, monkeypatch)
+    server.routing.prove(server.routers)
+    server.set_budget(FULL)
+    server.gate_calls = 0
+    caplog.clear()
+    for layer in (0, 1):
+        server.route(layer, _logits(device).bfloat16())
+    assert server.gate_calls == 2
+    assert caplog.text.count("SGLang goes on to route MoE layer 0 itself") == 1
+    assert "layer 1 " not in caplog.text
 
 
 def test_where_no_layer_is_ours_the_server_is_refused(
@@ -210,6 +262,18 @@ def test_where_no_layer_is_ours_the_server_is_refused(
 def test_on_a_cpu_it_is_refused() -> None:
     worker = SimpleNamespace(model=SimpleNamespace(device_type="cpu"))
     with pytest.raises(UnsupportedServerError, match="needs a GPU"):
+        plugin_routing.start(worker, {})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", plugin_routing._SIMULATIONS)
+def test_a_simulated_routing_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang 0.5.23 writes it into the tensors that our kernel returned, dropped slots too."""
+    worker = SimpleNamespace(model=SimpleNamespace(device_type="cuda"))
+    monkeypatch.setattr(plugin_routing._process, "routing", None)
+    monkeypatch.setenv(name, "False")
+    plugin_routing.start(worker, {})  # type: ignore[arg-type]
+    monkeypatch.setenv(name, "True")
+    with pytest.raises(UnsupportedServerError, match=f"{name} overwrites what was chosen"):
         plugin_routing.start(worker, {})  # type: ignore[arg-type]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import time
 from collections.abc import Iterator
@@ -133,6 +134,16 @@ def test_an_override_that_expires_without_a_controller_is_no_fallback(worker: Wo
 
 def _apply(worker: Worker, *selection: Any) -> None:
     worker.apply(BudgetChange(Selection(*selection), worker.rule))
+
+
+def test_ranks_whose_kernel_routes_other_layers_stop(table: SharedTable, worker: Worker) -> None:
+    worker.agree_on("0,1,2")
+    change = worker.poll(time.monotonic_ns())
+    assert change is not None
+    worker.apply(change)
+    other = dataclasses.replace(change, rule=change.rule.removesuffix(",2"))
+    with pytest.raises(UnsupportedServerError, match=r"0,1,2 and the leading rank .*:0,1 "):
+        worker.apply(other)
 
 
 @pytest.mark.parametrize("rule", ["token:{digest}", "layer:{other}"])

@@ -1,7 +1,8 @@
-"""Data story: every hook on SGLang, but for those of `plugin_routing.py`, in this one file.
+"""Data story: every hook on SGLang in this one file, but for those of fused routing.
 
-`plugin_facts.py` reads SGLang's objects, `plugin_proof.py` proves that the hooks are reached, and
-`plugin_records.py` serves the profiler. No other file imports SGLang.
+Those are in `plugin_routing.py`. `plugin_facts.py` reads SGLang's objects, `plugin_proof.py` proves
+that the hooks are reached, and `plugin_records.py` serves the profiler. No other file imports
+SGLang.
 
 A plugin that is configured but not in place would serve without its budget. So a problem found
 before the hooks ends the process (`plugin_entry`), one found in a hook fails the load of the model,

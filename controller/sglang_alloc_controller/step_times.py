@@ -60,16 +60,17 @@ class Line(NamedTuple):
 def times_at(sizes: Sequence[float], rows: Sequence[Sequence[float]], size: float) -> list[float]:
     """Return the seconds of a step at each budget; a row has the times of one, by size.
 
-    Beyond the measured sizes the nearest slope goes on.
+    Beyond the measured sizes the nearest slope goes on. But a smaller step never costs less than in
+    proportion: where long prompts cost more than that, the slope would lead to nothing.
     """
     if len(sizes) == 1:
         return [row[0] for row in rows]
     right = min(max(bisect_right(sizes, size), 1), len(sizes) - 1)
     left = right - 1
     width, beyond = sizes[right] - sizes[left], size - sizes[left]
+    least = max(_SMALLEST_SHARE, min(1.0, size / sizes[0]))
     return [
-        max(row[left] + (row[right] - row[left]) / width * beyond, _SMALLEST_SHARE * row[0])
-        for row in rows
+        max(row[left] + (row[right] - row[left]) / width * beyond, least * row[0]) for row in rows
     ]
 
 

@@ -180,7 +180,5 @@ def test_a_bench_that_timed_prefill_at_long_prompts_alone_is_refused(tmp_path: P
         rows += [f"decode,{size},{budget},{share * 10:g}" for size in (1, 16)]
         rows += [f"prefill,4096,{budget},{share * 90:g}", f"prefill,16384,{budget},{share * 600:g}"]
     bench.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    with pytest.raises(
-        ConfigurationError, match="timed at 4096, 16384 tokens, and prompts"
-    ):
+    with pytest.raises(ConfigurationError, match="timed at 4096, 16384 tokens, and prompts"):
         read_deployment(bench)

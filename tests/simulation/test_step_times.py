@@ -7,6 +7,7 @@ from small_worlds import make_times
 
 from sglang_alloc.errors import ConfigurationError
 from sglang_alloc_controller.bench_csv import DEFAULT_BENCH, read_step_times
+from sglang_alloc_controller.step_times import PhaseTimes
 
 HEAD = "phase,concurrency,budget,median_ms,prefill_prompt_tokens"
 
@@ -27,6 +28,15 @@ def test_beyond_the_measured_sizes_the_slope_goes_on_and_budgets_end() -> None:
     assert times.prefill.at(400, 10) == pytest.approx(0.4)
     assert times.prefill.at(400, 99) == pytest.approx(0.4)
     assert times.prefill.at(1, 10) == pytest.approx(0.02)
+
+
+def test_below_the_measured_sizes_a_step_costs_at_least_its_proportion() -> None:
+    """Where four times the tokens take six times as long, the slope would reach nothing at 1,638."""
+    times = PhaseTimes((4096.0, 16384.0), (5, 10), ((0.05, 0.1), (0.3, 0.6)))
+    assert times.at(2048, 10) == pytest.approx(0.05)
+    assert times.at(2048, 5) == pytest.approx(0.025)
+    assert times.at(100, 10) == pytest.approx(0.02)
+    assert times.at(8192, 10) == pytest.approx(0.1 + 0.5 / 3)
 
 
 def test_a_gain_changes_what_the_budget_does_and_not_the_full_time() -> None:

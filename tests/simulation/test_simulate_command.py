@@ -172,13 +172,13 @@ def test_losses_are_stretched_over_a_bench_of_another_model(tmp_path: Path) -> N
     assert "stretched" in stretched.description
 
 
-def test_a_bench_that_timed_prefill_at_long_prompts_alone_is_refused(tmp_path: Path) -> None:
-    """Below its smallest size a step's time is a guess, here one that no server can live by."""
+def test_a_bench_on_which_no_slo_fits_is_refused(tmp_path: Path) -> None:
+    """Seconds in place of milliseconds, say."""
     bench = tmp_path / "bench.csv"
     rows = ["phase,concurrency,budget,median_ms"]
     for budget, share in ((40, 1.0), (5, 0.5)):
         rows += [f"decode,{size},{budget},{share * 10:g}" for size in (1, 16)]
-        rows += [f"prefill,4096,{budget},{share * 90:g}", f"prefill,16384,{budget},{share * 600:g}"]
+        rows += [f"prefill,{size},{budget},{share * 90 * size:g}" for size in (512, 2048)]
     bench.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    with pytest.raises(ConfigurationError, match="timed at 4096, 16384 tokens, and prompts"):
+    with pytest.raises(ConfigurationError, match="no SLO fits.*timed at 512, 2048 tokens"):
         read_deployment(bench)

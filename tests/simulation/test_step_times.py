@@ -31,7 +31,7 @@ def test_beyond_the_measured_sizes_the_slope_goes_on_and_budgets_end() -> None:
 
 
 def test_below_the_measured_sizes_a_step_costs_at_least_its_proportion() -> None:
-    """Where four times the tokens take six times as long, the slope would reach nothing at 1,638."""
+    """Four times the tokens take six times as long here: the slope would reach nothing."""
     times = PhaseTimes((4096.0, 16384.0), (5, 10), ((0.05, 0.1), (0.3, 0.6)))
     assert times.at(2048, 10) == pytest.approx(0.05)
     assert times.at(2048, 5) == pytest.approx(0.025)

@@ -75,8 +75,8 @@ def fitting_settings(plant: Plant, mix: RequestMix, content: Mapping[str, Any]) 
         raise ConfigurationError(
             f"By the step times of {plant.times.source} first tokens take {ttft:.0f} s at 0.7 of "
             f"what a saturated server answers, so that no SLO fits. Prefill was timed at {sizes} "
-            f"tokens, and prompts have {mix.prompt_tokens}: time it at that size and at smaller "
-            "ones too."
+            f"tokens, and prompts have {mix.prompt_tokens}: see that the times are milliseconds, "
+            "and time prefill at sizes about that of your prompts."
         )
     gaps = engine.itl.histogram()
     itl = _ITL_SLACK * (quantile_seconds(gaps, 0.95) or 0.0)

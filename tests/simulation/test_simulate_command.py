@@ -180,5 +180,5 @@ def test_a_bench_on_which_no_slo_fits_is_refused(tmp_path: Path) -> None:
         rows += [f"decode,{size},{budget},{share * 10:g}" for size in (1, 16)]
         rows += [f"prefill,{size},{budget},{share * 90 * size:g}" for size in (512, 2048)]
     bench.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    with pytest.raises(ConfigurationError, match="no SLO fits.*timed at 512, 2048 tokens"):
+    with pytest.raises(ConfigurationError, match=r"no SLO fits.*timed at 512, 2048 tokens"):
         read_deployment(bench)

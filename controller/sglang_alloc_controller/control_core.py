@@ -80,7 +80,9 @@ class ControlCore:
         if anew:
             self._load_history.clear()
         if self.history.newest is reading:
-            self._queue_requests = self._queue_gauge.take(reading.queue_requests)
+            self._queue_requests = self._queue_gauge.take(
+                reading.queue_requests, reading.taken_at_seconds
+            )
             self._load_history.add(reading, self._queue_requests)
         return anew
 

@@ -49,6 +49,7 @@ from sglang_alloc_controller.law_state import (
     Pressure,
     Reason,
     Seen,
+    changed_at_seconds,
 )
 from sglang_alloc_controller.samples import PHASES, SLO_OF_PHASE, InputState, Phase
 from sglang_alloc_controller.slo import at_floor, clamped_burn, pressures, smoothed
@@ -109,8 +110,7 @@ def window_start_seconds(state: LawState, constants: LawConstants) -> float:
 
     A change of either phase moves both latencies, since they share the engine.
     """
-    changed_at_seconds = max(phase.changed_at_seconds for phase in state.phases.values())
-    return changed_at_seconds + constants.law.dead_time_seconds
+    return changed_at_seconds(state) + constants.law.dead_time_seconds
 
 
 def _decide_stale(

@@ -28,10 +28,11 @@ share goes on growing a little with the logarithm of the odds, so that more spee
 c follows the counted misses k of each reading as the mean of a Poisson count with a normal prior
 does:
 
-    by load   = min(0.95, allowed * exp(load_slope * (utilisation - c))) * requests
+    odds      = allowed / objective * exp(load_slope * (utilisation - c))
+    by load   = odds / (1 + odds) * requests,   growth = load_slope * by load / (1 + odds)
     expected  = by load + allowed * load_stray_ratio * requests
-    precision += slope^2 * by load^2 / expected / dispersion
-    c         += slope * by load * (1 - k / expected) / dispersion / precision
+    precision += growth^2 / expected / dispersion
+    c         += growth * (1 - k / expected) / dispersion / precision
 
 where strays are answers that would be late on an idle server too. Misses come in clumps, hence the
 dispersion; old evidence fades, because servers change.
@@ -54,8 +55,8 @@ _BOUNDS = (0.1, 2.0)
 _PROMPTS_PER_STEP = 2.0
 # A rate known from a handful of requests shall not ask for the floor by doubt alone.
 _DOUBT_MAX = 1.5
-# Largest share of late answers that is expected when learning.
-_SHARE_MAX = 0.95
+# However large the gain, a budget cannot make a step free.
+_FASTEST_RATIO = 0.05
 # From odds of e on, the share grows by this for each further factor of e.
 _BEYOND = 0.05
 # Share of the largest batch under which few requests run.
@@ -88,6 +89,9 @@ class Engine(NamedTuple):
     """Running requests of the last minute."""
     slack: float = 1.0
     """Share of the TTFT SLO that is left after a prompt's own prefill."""
+    prefill_gain: float = 1.0
+    """What a smaller prefill budget saves over what the bench says (law_gain)."""
+    decode_gain: float = 1.0
 
 
 class Critical(NamedTuple):
@@ -117,14 +121,17 @@ def learned_from(
     kept = critical.precision * math.exp(-seconds / law.load_memory_seconds)
     precision = max(min(critical.precision, _prior_precision(law)), kept)
     allowed = 1.0 - objective_ratio
-    share = allowed * math.exp(min(50.0, slope * (utilisation - critical.utilisation)))
+    odds = math.exp(min(50.0, slope * (utilisation - critical.utilisation)))
+    odds *= allowed / objective_ratio
     if requests <= 0:
         return critical._replace(precision=precision)
-    share = min(share, _SHARE_MAX)  # far beyond everything misses, as expected
-    by_load, counted = share * requests, missed_ratio * requests
-    expected = by_load + allowed * law.load_stray_ratio * requests
-    precision += slope**2 * by_load**2 / expected / dispersion
-    step = slope * by_load * (1.0 - counted / expected) / dispersion / precision
+    share = odds / (1.0 + odds)
+    counted, expected = missed_ratio * requests, share * requests
+    # How much more are expected if c is less; far beyond everything misses, whatever c is.
+    growth = slope * (1.0 - share) * expected
+    expected += allowed * law.load_stray_ratio * requests
+    precision += growth**2 / expected / dispersion
+    step = growth * (1.0 - counted / expected) / dispersion / precision
     limit = _STEP_MAX * max(1.0, math.sqrt(_prior_precision(law) / precision))
     moved = critical.utilisation + min(limit, max(-limit, step))
     return Critical(min(_BOUNDS[1], max(_BOUNDS[0], moved)), precision)
@@ -135,7 +142,7 @@ def choices(
 ) -> Iterator[Choice]:
     """Yield the pairs of levels worth taking: the smallest loss first, each faster than before."""
     prefill, decode = ranges["prefill"], ranges["decode"]
-    before = _prefill_seconds(load, prefill, law)
+    before = _prefill_seconds(load, prefill, engine, law)
     after = _decode_seconds(load, decode, engine)
     fastest = math.inf
     for loss, i, j in _by_loss(tuple(prefill.losses), tuple(decode.losses)):
@@ -154,7 +161,7 @@ def work_of(
 ) -> Choice:
     """Return what these levels cost."""
     prefill, decode = ranges["prefill"], ranges["decode"]
-    seconds = _prefill_seconds(load, prefill, law)[levels.prefill]
+    seconds = _prefill_seconds(load, prefill, engine, law)[levels.prefill]
     seconds += _decode_seconds(load, decode, engine)[levels.decode]
     return Choice(
         levels,
@@ -163,17 +170,32 @@ def work_of(
     )
 
 
-def _prefill_seconds(load: Load, prefill: BudgetRange, law: LawSettings) -> list[float]:
+def _prefill_seconds(
+    load: Load, prefill: BudgetRange, engine: Engine, law: LawSettings
+) -> list[float]:
     """Return the engine's time for the prompt of a request, in steps of two such, by level."""
-    tokens = min(float(law.cost_prefill_tokens), _PROMPTS_PER_STEP * load.prefill_tokens)
-    tokens = max(tokens, prefill.sizes[0])
-    return [load.prefill_tokens * step / tokens for step in prefill.steps_seconds(tokens)]
+    tokens = step_tokens(load, prefill, law, _PROMPTS_PER_STEP)
+    steps = with_gain(prefill.steps_seconds(tokens), engine.prefill_gain)
+    return [load.prefill_tokens * step / tokens for step in steps]
+
+
+def step_tokens(load: Load, prefill: BudgetRange, law: LawSettings, prompts: float) -> float:
+    """Return the prompt tokens of a prefill step that so many prompts share under this load."""
+    tokens = min(float(law.cost_prefill_tokens), prompts * load.prefill_tokens)
+    return max(tokens, prefill.sizes[0])
+
+
+def with_gain(steps_seconds: list[float], gain: float) -> list[float]:
+    """Return the step times by level, of which the last is full, for what a budget really saves."""
+    full = steps_seconds[-1]
+    return [max(_FASTEST_RATIO * full, full + gain * (step - full)) for step in steps_seconds]
 
 
 def _decode_seconds(load: Load, decode: BudgetRange, engine: Engine) -> list[float]:
     """Return a request's share of the decode steps that it takes part in, by level."""
     tokens = min(1.0, engine.mean / (_FEW_SHARE * engine.most)) ** 2 * load.decode_tokens
-    return [tokens * step / engine.most for step in decode.steps_seconds(engine.most)]
+    steps = with_gain(decode.steps_seconds(engine.most), engine.decode_gain)
+    return [tokens * step / engine.most for step in steps]
 
 
 class Demand(NamedTuple):

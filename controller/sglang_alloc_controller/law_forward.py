@@ -1,28 +1,9 @@
 """Control story, third step, forward: budgets for the load that is measured, before it is felt.
 
 With step times by budget and the tokens of the requests known, the law does not wait for latencies.
-Once per reading it looks whether the load changed (law_load), what each pair of levels would cost
-under the present one, in loss and late answers (law_capacity), and takes the cheapest pair if
-
-    worth      the gain is at least load_worth_nats, and a share of the larger loss
-    wait       the load is known for load_wait_factor times as long as at the last change: the
-               changes under one load are ever further apart, about log(3600 s) / log(factor) of
-               them in its first hour
-
-Regimes of the wait:
-
-    restless   the load is young, or loads of the last half hour kept changing: down at once, and
-               what waits beyond the queue's SLO counts as arriving within load_drain_seconds; back
-               as soon as the queue is gone
-    violation  late answers or a queue: down after a minute, or a quarter of the time known, and
-               after five minutes at most
-    easy       a deep cut of which most is needless: back after two minutes, or half the time known
-    settling   a cut under a load that changed less than five minutes ago: back as soon as it is
-               known for twice as long as at the last change, since the first cuts insure against
-               doubt
-    drift      the rate has moved surely away from that of the last change, too slowly for a jump:
-               after two minutes
-    start      without any change seen yet, nothing is given up in the first half minute
+Once per reading it looks whether the load changed (law_load), what the server's own step times say
+of its bench (law_steps), what each pair of levels would cost under the present load, in loss and
+late answers (law_capacity), and takes the cheapest pair if that is worth a change now (law_wait).
 
 Where loads came and went, the next peak is insured against: a budget is charged with the late
 answers that the peak would bring before it is seen, as often as peaks came in the last half hour.
@@ -34,7 +15,6 @@ detection say nothing about the budgets.
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import NamedTuple
 
 from sglang_alloc_controller.law_capacity import (
     Choice,
@@ -59,6 +39,16 @@ from sglang_alloc_controller.law_state import (
     Pressure,
     Reason,
     Seen,
+    changed_at_seconds,
+    levels_of,
+)
+from sglang_alloc_controller.law_steps import with_step_times
+from sglang_alloc_controller.law_wait import (
+    PEAKS_RESTLESS,
+    Look,
+    is_restless,
+    refusal,
+    with_alarm,
 )
 from sglang_alloc_controller.samples import PHASES, Phase
 
@@ -66,9 +56,8 @@ Moved = tuple[LawState, dict[Phase, Reason]]
 
 # A change is seen within this time, even where metrics are late.
 _LEARN_DELAY_SECONDS = 15.0
-_YOUNG_SECONDS = 45.0
-# Peaks are remembered for so long; so many make the load restless; one is answered after so long.
-_PEAK_MEMORY_SECONDS, _PEAKS_RESTLESS, _REACTION_SECONDS, _PEAK_RATIO = 1800.0, 2, 8.0, 1.2
+# Peaks are remembered for so long; one is answered after so long.
+_PEAK_MEMORY_SECONDS, _REACTION_SECONDS, _PEAK_RATIO = 1800.0, 8.0, 1.2
 # Variance of the work that arrives over that of the requests: their sizes differ too.
 _COMPOUND = 1.3
 # Once the load is older than this, a rate that is higher than it was thought to be is answered
@@ -78,36 +67,6 @@ _DOUBT_SECONDS = 12.0
 _RUNNING_READINGS = 60.0
 # The least share of the TTFT SLO that is left for waiting.
 _SLACK_MIN = 0.2
-# The smallest gain worth a change, as a share of the larger loss: of a small one, and of any.
-_WORTH_SHARE, _WORTH_SHARE_MIN = 0.4, 0.15
-_VIOLATION_WAIT_SECONDS, _DRAINED_WAIT_SECONDS, _START_SECONDS = 60.0, 10.0, 30.0
-# Longest time that a violation waits, under a load that has been the same for long.
-_PATIENCE_SECONDS = 300.0
-_EASY_LOSS, _EASY_SHARE, _EASY_WAIT_SECONDS = 0.02, 0.75, 120.0
-# A slow load counts as another one from so many standard deviations on; it is followed so often.
-_DRIFT_SIGMAS, _DRIFT_WAIT_SECONDS = 4.0, 120.0
-# A load settles for so long after a change; budgets that lose so much come back then each time it
-# is known for so many times as long as at the last change. Less is not worth more changes.
-_SETTLING_SECONDS, _SETTLING_FACTOR, _SETTLING_LOSS = 300.0, 2.0, 0.01
-# After somebody else has moved the budgets the load counts as this young.
-_TAKEN_OVER_SECONDS = 3.0
-
-
-class _Look(NamedTuple):
-    """What one reading says of the present budgets and of others."""
-
-    now: Choice
-    wanted: Choice
-    gain: float
-    """What the change would save, in loss and price of late answers, nats per token."""
-    age_seconds: float
-    """Of the load."""
-    violating: bool = False
-    """Whether late answers or a queue complain."""
-
-    @property
-    def down(self) -> bool:
-        return self.wanted.loss > self.now.loss
 
 
 def goes_forward(seen: Seen, constants: LawConstants) -> bool:
@@ -124,16 +83,16 @@ def forward(
     if seen.reading_at_seconds <= belief.learned_at_seconds:
         return state, _reasons(state, belief.reason)
     belief = _with_load(belief, seen, constants)
-    if belief.levels is not None and belief.levels != _levels(state, constants):
-        # Somebody else moved: staleness, idleness, a person.
-        since_seconds = seen.reading_at_seconds - _TAKEN_OVER_SECONDS
-        belief = belief._replace(load_since_seconds=since_seconds)
+    levels = levels_of(state, constants)
+    taken_over = belief.levels is not None and belief.levels != levels
+    belief = with_alarm(belief, taken_over, state, seen, constants)
     load = belief.load
     if load is None:
         belief = belief._replace(learned_at_seconds=seen.reading_at_seconds)
         return replace(state, forward=belief), dict.fromkeys(PHASES, Reason.TOO_FEW_SAMPLES)
+    belief = with_step_times(belief, load, state, seen, constants)
     engine = _engine(belief, load, constants)
-    now = work_of(_levels(state, constants), load, constants.ranges, engine, constants.law)
+    now = work_of(levels, load, constants.ranges, engine, constants.law)
     utilisation = load.recent_per_second * now.work_seconds
     belief = _with_evidence(belief, utilisation, state, seen, constants)
     violating = any(one.excess > 0 for one in asked.values())
@@ -141,12 +100,12 @@ def forward(
     demand = _demand(belief, load, state, age_seconds, constants)
     found = choices(load, constants.ranges, engine, constants.law)
     wanted, gain = _cheapest(now, found, demand, belief.critical, constants)
-    look = _Look(now, wanted, gain, age_seconds, violating)
-    reason = _refusal(belief, look, state, seen, constants)
+    look = Look(now, wanted, gain, age_seconds, violating)
+    reason = refusal(belief, look, state, seen, constants)
     if reason is not None:
         belief = belief._replace(reason=reason, levels=look.now.levels)
         return replace(state, forward=belief), _reasons(state, reason)
-    draining = look.down and _is_restless(belief, look.age_seconds)
+    draining = look.down and is_restless(belief, look.age_seconds)
     belief = belief._replace(
         reason=Reason.HOLD,
         levels=look.wanted.levels,
@@ -172,7 +131,7 @@ def _with_load(belief: ForwardState, seen: Seen, constants: LawConstants) -> For
         belief = belief._replace(load_since_seconds=now - seen.load_windows[-1].seconds)
     windows = within_age(seen.load_windows, now - belief.load_since_seconds)
     age = now - belief.load_since_seconds
-    if len(belief.peaks) >= _PEAKS_RESTLESS:
+    if len(belief.peaks) >= PEAKS_RESTLESS:
         age = 0.0
     change = changed_window(windows, age, constants.law)
     before = belief.load
@@ -204,9 +163,9 @@ def _with_evidence(
     constants: LawConstants,
 ) -> ForwardState:
     now, law, newest = seen.reading_at_seconds, constants.law, seen.newest
-    settled = now - max(belief.load_since_seconds, _changed_at(state)) >= law.load_settle_seconds
     pending = belief.pending
-    if newest is not None and settled:
+    changed_at = max(belief.load_since_seconds, changed_at_seconds(state))
+    if newest is not None and now - newest.seconds >= changed_at + law.load_settle_seconds:
         evidence = Evidence(
             now, utilisation, newest.requests, newest.missed_ratio, newest.seconds
         )  # fmt: skip
@@ -258,7 +217,7 @@ def _demand(
     constants: LawConstants,
 ) -> Demand:
     rate = load.rate_per_second
-    if _is_restless(belief, age_seconds):
+    if is_restless(belief, age_seconds):
         rate += _backlog_per_second(state, constants)
     peaks = [peak for _, peak in belief.peaks if peak > _PEAK_RATIO * load.rate_per_second]
     # Before any change there is no doubt: what shows a change exaggerates it, a start does not.
@@ -267,54 +226,6 @@ def _demand(
         doubt = _COMPOUND * load.variance * min(1.0, _DOUBT_SECONDS / max(1.0, age_seconds))
     weight = len(peaks) * _REACTION_SECONDS / _PEAK_MEMORY_SECONDS
     return Demand(rate, doubt, max(peaks, default=0.0), weight)
-
-
-def _refusal(
-    belief: ForwardState, look: _Look, state: LawState, seen: Seen, constants: LawConstants
-) -> Reason | None:
-    """Return why the budgets stay, or None."""
-    law = constants.law
-    largest = max(look.now.loss, look.wanted.loss)
-    worth = max(min(law.load_worth_nats, _WORTH_SHARE * largest), _WORTH_SHARE_MIN * largest)
-    if look.wanted.levels == look.now.levels or look.gain < worth:
-        at_floor = look.violating and max(look.now.levels) == 0
-        return Reason.AT_FLOOR if at_floor else Reason.DEADBAND
-    at_start = belief.before_per_second is None and look.age_seconds < _START_SECONDS
-    if look.down and at_start and not look.violating:
-        return Reason.TOO_FEW_SAMPLES
-    since_seconds = seen.now_seconds - _changed_at(state)
-    if since_seconds < _wait_seconds(belief, look, since_seconds, constants):
-        return Reason.HOLD
-    waiting = (state.queue_requests or 0.0) / constants.slo.queue_requests
-    if not look.down and waiting > law.queue_restore_ratio:
-        return Reason.DRAINING
-    return None
-
-
-def _wait_seconds(
-    belief: ForwardState, look: _Look, since_seconds: float, constants: LawConstants
-) -> float:
-    """Return how long after the last change this one may come."""
-    law = constants.law
-    known_seconds = max(0.0, look.age_seconds - since_seconds)
-    wait_seconds = (law.load_wait_factor - 1.0) * known_seconds
-    if _drifted(belief):
-        wait_seconds = min(wait_seconds, _DRIFT_WAIT_SECONDS)
-    if look.down:
-        if _is_restless(belief, look.age_seconds):
-            wait_seconds = 0.0
-        elif look.violating:
-            patience = min(_PATIENCE_SECONDS, max(_VIOLATION_WAIT_SECONDS, known_seconds / 4))
-            wait_seconds = min(wait_seconds, patience)
-        return max(law.degrade_hold_seconds, wait_seconds)
-    if look.now.loss >= _EASY_LOSS and look.gain >= _EASY_SHARE * look.now.loss:
-        wait_seconds = min(wait_seconds, max(_EASY_WAIT_SECONDS, known_seconds / 2))
-    settling = belief.before_per_second is not None and look.age_seconds < _SETTLING_SECONDS
-    if settling and look.now.loss >= _SETTLING_LOSS:
-        wait_seconds = min(wait_seconds, (_SETTLING_FACTOR - 1.0) * known_seconds)
-    if belief.draining or len(belief.peaks) >= _PEAKS_RESTLESS:
-        wait_seconds = min(wait_seconds, _DRAINED_WAIT_SECONDS)
-    return max(law.restore_hold_seconds, wait_seconds)
 
 
 def _at(
@@ -342,39 +253,14 @@ def _engine(belief: ForwardState, load: Load, constants: LawConstants) -> Engine
         prefill = constants.ranges["prefill"]
         own = prefill.step_seconds(len(prefill.levels) - 1, load.prefill_tokens)
         slack = max(_SLACK_MIN, 1.0 - own / slo_seconds)
-    return Engine(belief.batch, belief.running, slack)
-
-
-def _is_restless(belief: ForwardState, age_seconds: float) -> bool:
-    """Tell whether the load is likely to change: then speed matters more than calm."""
-    changed = belief.before_per_second is not None
-    return (changed and age_seconds < _YOUNG_SECONDS) or len(belief.peaks) >= _PEAKS_RESTLESS
-
-
-def _drifted(belief: ForwardState) -> bool:
-    """Tell whether the rate is surely another than at the last change, though it did not jump."""
-    now, then = belief.load, belief.chosen_for
-    if now is None or then is None:
-        return False
-    moved_by = abs(now.rate_per_second - then.rate_per_second)
-    return moved_by > _DRIFT_SIGMAS * math.sqrt(now.variance + then.variance)
-
-
-def _levels(state: LawState, constants: LawConstants) -> Levels:
-    prefill, decode = (
-        constants.ranges[phase].level(state.phases[phase].position) for phase in PHASES
-    )
-    return Levels(prefill, decode)
+    gains = belief.prefill_gain.factor(), belief.decode_gain.factor()
+    return Engine(belief.batch, belief.running, slack, *gains)
 
 
 def _backlog_per_second(state: LawState, constants: LawConstants) -> float:
     waiting = (state.queue_requests or 0.0) - constants.slo.queue_requests
     waiting = min(waiting, constants.law.load_backlog_ratio * constants.slo.queue_requests)
     return max(0.0, waiting) / constants.law.load_drain_seconds
-
-
-def _changed_at(state: LawState) -> float:
-    return max(phase.changed_at_seconds for phase in state.phases.values())
 
 
 def _reasons(state: LawState, reason: Reason) -> dict[Phase, Reason]:

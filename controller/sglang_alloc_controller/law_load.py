@@ -8,13 +8,16 @@ of two loads to one (a GLR detector), in nats:
     rate   n1 * ln(r1 / r) + n0 * ln(r0 / r),             r1 = n1 / T1, r0 = n0 / T0, r = all / all
     size   shape * (n1 * ln(m / m1) + n0 * ln(m / m0)),    mean prompts m1, m0, m = of all
 
-A change needs load_change_nats + ln(age / 30 s): a load that lasted long is less likely to change
-just now. A fall needs 1.6 times as much, since a needless return brings late answers and a needless
-cut only loss. The window with most evidence beyond that dates the change: from then on only what
-came after it counts. The rate is the mean since the change (at most the last 300 s), drawn to the
-rate before as if one more second had been seen at it: what shows a change exaggerates it. Beside it
-stands the rate of the last 100 s, which late answers are charged to: under a load that rises slowly
-the longer mean is too small, and would have the server blamed for what the load did.
+Each counts as negative where it says less work, and only their sum is evidence: more requests with
+shorter prompts are the same work. A change needs load_change_nats + ln(age / 30 s), of an age of 10
+minutes at least: a load that lasted long is less likely to change just now. Where loads kept
+changing it needs load_change_nats alone. A fall needs 1.6 times as much, since a needless return
+brings late answers and a needless cut only loss. The window with most evidence beyond that dates
+the change: from then on only what came after it counts. The rate is the mean since the change (at
+most the last 300 s), drawn to the rate before as if one more second had been seen at it: what shows
+a change exaggerates it. Beside it stands the rate of the last 100 s, which late answers are charged
+to: under a load that rises slowly the longer mean is too small, and would have the server blamed
+for what the load did.
 """
 
 import math
@@ -36,6 +39,9 @@ _BEFORE_SECONDS = 1.0
 _FALL_FACTOR = 1.6
 # A load that has lasted is less likely to change now: odds against it grow with its age.
 _RESTLESS_SECONDS = 30.0
+# A load that is younger counts as this old: at less, clumps in the first minutes of a load were
+# taken for another one and cost up to four changes.
+_YOUNGEST_SECONDS = 600.0
 # What is longer ago than this does not count even if nothing is seen to have changed.
 _SPAN_SECONDS_MAX = 300.0
 # Late answers are charged to the rate of so long: half of it made the law too sure of the server.
@@ -82,13 +88,15 @@ def changed_window(
         return None
     whole = windows[-1]
     best, most = None, 0.0
-    asked = law.load_change_nats + math.log(max(1.0, age_seconds / _RESTLESS_SECONDS))
+    asked = law.load_change_nats
+    if age_seconds > 0:
+        asked += math.log(max(_YOUNGEST_SECONDS, age_seconds) / _RESTLESS_SECONDS)
     for window in windows[:-1]:
         if min(window.seconds, whole.seconds - window.seconds) < _SIDE_SECONDS_MIN:
             continue
-        falls = window.arrivals * whole.seconds < whole.arrivals * window.seconds
-        enough = asked * (_FALL_FACTOR if falls else 1.0)
-        evidence = _rate_evidence(window, whole) + _size_evidence(window, whole) - enough
+        evidence = _rate_evidence(window, whole) + _size_evidence(window, whole)
+        enough = asked * (_FALL_FACTOR if evidence < 0 else 1.0)
+        evidence = abs(evidence) - enough
         if evidence > most:
             best, most = window, evidence
     return best
@@ -123,7 +131,8 @@ def _rate_evidence(window: LoadWindow, whole: LoadWindow) -> float:
     arrivals, seconds, whole_seconds = window.arrivals, window.seconds, whole.seconds
     before = max(0.0, whole.arrivals - arrivals)
     rate = (arrivals + before) / whole_seconds
-    return _part(arrivals, seconds, rate) + _part(before, whole_seconds - seconds, rate)
+    nats = _part(arrivals, seconds, rate) + _part(before, whole_seconds - seconds, rate)
+    return nats if arrivals > seconds * rate else -nats
 
 
 def _part(arrivals: float, seconds: float, rate: float) -> float:
@@ -140,4 +149,5 @@ def _size_evidence(window: LoadWindow, whole: LoadWindow) -> float:
     then = (whole.prefill_tokens - window.prefill_tokens) / before
     if now <= 0 or then <= 0:
         return 0.0
-    return _SIZE_SHAPE * (requests * math.log(mean / now) + before * math.log(mean / then))
+    nats = _SIZE_SHAPE * (requests * math.log(mean / now) + before * math.log(mean / then))
+    return nats if now > mean else -nats

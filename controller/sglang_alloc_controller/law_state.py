@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.law_capacity import Levels
+from sglang_alloc_controller.law_gain import Gain
 from sglang_alloc_controller.law_load import Load
 from sglang_alloc_controller.law_settings import LawSettings
 from sglang_alloc_controller.load_history import LoadWindow
 from sglang_alloc_controller.reading_history import Newest, Sample
-from sglang_alloc_controller.samples import InputState, Phase, Slo
+from sglang_alloc_controller.samples import PHASES, InputState, Phase, Slo
 from sglang_alloc_controller.settings import FreshnessSettings, SloSettings
 
 
@@ -136,6 +137,8 @@ class ForwardState(NamedTuple):
     """Running requests, on the average of the last minute."""
     levels: Levels | None = None
     """Where the law left prefill and decode."""
+    alarm_at_seconds: float = -math.inf
+    """When somebody else was last seen to have moved the budgets, or a queue surged."""
     draining: bool = False
     """Whether the last change was to work off a queue."""
     load: Load | None = None
@@ -148,6 +151,9 @@ class ForwardState(NamedTuple):
     """Evidence not learned from yet, the oldest first."""
     peaks: tuple[tuple[float, float], ...] = ()
     """(when it ended, requests per second) of loads that a lower one followed."""
+    prefill_gain: Gain = Gain()
+    decode_gain: Gain = Gain()
+    """What smaller budgets save on this server, over what its bench says."""
     reason: Reason = Reason.DEADBAND
     """Of the last decision."""
 
@@ -198,3 +204,16 @@ def initial_state(
         for phase, position in positions.items()
     }
     return LawState(phases)
+
+
+def changed_at_seconds(state: LawState) -> float:
+    """Return when a budget was last changed."""
+    return max(phase.changed_at_seconds for phase in state.phases.values())
+
+
+def levels_of(state: LawState, constants: LawConstants) -> Levels:
+    """Return the levels in force."""
+    prefill, decode = (
+        constants.ranges[phase].level(state.phases[phase].position) for phase in PHASES
+    )
+    return Levels(prefill, decode)

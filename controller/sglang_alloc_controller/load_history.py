@@ -4,7 +4,6 @@ Kept longer than the readings themselves, because a load that does not change is
 the longer it is counted; a few numbers of each reading are enough for that.
 """
 
-import math
 from bisect import bisect_left
 from typing import NamedTuple
 
@@ -106,18 +105,20 @@ def _between(older: _Totals, newer: _Totals) -> LoadWindow:
 class PlausibleQueue:
     """The queue gauge without single absurd values."""
 
-    # A queue does not grow by more at once than to this multiple of what it was, and by so many.
-    _GROWTH_RATIO, _GROWTH_REQUESTS = 2.0, 20.0
+    # A queue does not grow by more to this multiple of what it was, and by so many in a second.
+    _GROWTH_RATIO, _GROWTH_PER_SECOND = 2.0, 20.0
 
     def __init__(self) -> None:
         """Begin without a value."""
-        self._accepted, self._limit = 0.0, math.inf
+        self._accepted, self._at_seconds, self._doubted = 0.0, 0.0, True
 
-    def take(self, queue_requests: float) -> float:
+    def take(self, queue_requests: float, at_seconds: float) -> float:
         """Return the value, or the last plausible one until the next reading confirms the jump."""
-        if queue_requests <= self._limit:
+        passed_seconds = max(1.0, at_seconds - self._at_seconds)
+        limit = self._GROWTH_RATIO * self._accepted + self._GROWTH_PER_SECOND * passed_seconds
+        plausible = self._doubted or queue_requests <= limit
+        self._doubted = not plausible
+        if plausible:
             self._accepted = queue_requests
-            self._limit = self._GROWTH_RATIO * queue_requests + self._GROWTH_REQUESTS
-        else:
-            self._limit = math.inf
+        self._at_seconds = at_seconds
         return self._accepted

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from sglang_alloc_controller import histogram_window
 from sglang_alloc_controller.law_settings import LawSettings
-from sglang_alloc_controller.samples import SLOS, InputState, Reading, Slo
+from sglang_alloc_controller.samples import SLOS, InputState, RankTime, Reading, Slo
 from sglang_alloc_controller.settings import FreshnessSettings, SloSettings
 
 
@@ -37,6 +37,8 @@ class Newest(NamedTuple):
     """Requests that got their first token."""
     missed_ratio: float
     """Share of the events beyond the SLO, of the latency that was worse."""
+    work: RankTime = RankTime()
+    """What the engine did, summed over ranks; nothing: the server does not tell."""
 
 
 class _Entry(NamedTuple):
@@ -156,6 +158,7 @@ class ReadingHistory:
             newer.taken_at_seconds - older.taken_at_seconds,
             newer.events["ttft"] - older.events["ttft"],
             max(missed),
+            _work(older.reading, newer.reading),
         )
 
     def event_rate(self, slo: Slo) -> float:
@@ -191,6 +194,15 @@ class ReadingHistory:
         old = min(bisect_right(self._times, horizon_seconds) - 1, len(self._times) - 2)
         if old > 0:
             del self._entries[:old], self._times[:old]
+
+
+def _work(older: Reading, newer: Reading) -> RankTime:
+    before, after = older.rank_times, newer.rank_times
+    if before.keys() != after.keys():
+        return RankTime()
+    pairs = [(before[rank], after[rank]) for rank in after]
+    fields = range(len(RankTime._fields))
+    return RankTime(*(sum(new[i] - old[i] for old, new in pairs) for i in fields))
 
 
 def _restarted(older: Reading, newer: Reading) -> bool:

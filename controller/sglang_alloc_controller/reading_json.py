@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_alloc_controller.samples import Histogram, Reading, Slo
+from sglang_alloc_controller.samples import Histogram, RankTime, Reading, Slo
 
 
 def reading_to_json(reading: Reading) -> dict[str, Any]:
@@ -17,6 +17,7 @@ def reading_to_json(reading: Reading) -> dict[str, Any]:
         "running_requests": reading.running_requests,
         "prefill_tokens": reading.prefill_tokens,
         "engines": reading.engines,
+        "rank_times": {rank: list(one) for rank, one in reading.rank_times.items()},
         "edges": {slo: _edges_to_json(tuple(sorted(e))) for slo, e in reading.edges.items()},
     }
 
@@ -30,7 +31,8 @@ def reading_from_json(content: Mapping[str, Any]) -> Reading:
     edges: dict[Slo, frozenset[float]] = {
         slo: frozenset(_edges_from_json(found)) for slo, found in content["edges"].items()
     }
-    tokens = content.get("prefill_tokens")  # logs of earlier versions lack it, and the engines
+    # Logs of earlier versions lack the tokens, the engines and the decode times.
+    tokens, decoded = content.get("prefill_tokens"), content.get("rank_times", {})
     return Reading(
         taken_at_seconds=float(content["taken_at_seconds"]),
         ttft=_series_from_json(content["ttft"]),
@@ -40,6 +42,7 @@ def reading_from_json(content: Mapping[str, Any]) -> Reading:
         edges=edges,
         prefill_tokens=None if tokens is None else float(tokens),
         engines=int(content.get("engines", 1)),
+        rank_times={int(rank): RankTime(*map(float, one)) for rank, one in decoded.items()},
     )
 
 

@@ -41,11 +41,18 @@ class Histogram(NamedTuple):
     """Sum of the latencies."""
 
 
-class DecodeTime(NamedTuple):
-    """What one rank has decoded since its start."""
+class RankTime(NamedTuple):
+    """What one rank has done since its start."""
 
-    steps: float
-    seconds: float
+    steps: float = 0.0
+    """Decode steps."""
+    seconds: float = 0.0
+    """Their time."""
+    requests: float = 0.0
+    """Sum over them of the requests that took part in each."""
+    prefill_tokens: float = 0.0
+    """Prompt tokens that were computed; 0: the release does not tell."""
+    prefill_seconds: float = 0.0
 
 
 class EngineLoad(NamedTuple):
@@ -63,7 +70,7 @@ class EngineLoad(NamedTuple):
     """Filled share of the KV cache, of the fullest rank."""
     tokens_per_second: float
     """Generated tokens per second, summed over ranks."""
-    decode_times: Mapping[int, DecodeTime]
+    rank_times: Mapping[int, RankTime]
     """By data-parallel rank; empty before 0.5.17 and until the first decode step."""
 
 
@@ -93,6 +100,8 @@ class Reading:
     engines: int = 1
     """Engines that `prefill_tokens` and the histograms are of: servers, or their data-parallel
     ranks."""
+    rank_times: Mapping[int, RankTime] = field(default_factory=dict)
+    """What each data-parallel rank has done since its start; empty: the server does not tell."""
     model_names: frozenset[str] = frozenset()
     """Names of the models that the series belong to."""
 

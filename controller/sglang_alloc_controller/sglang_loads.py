@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sglang_alloc_controller.samples import DecodeTime, EngineLoad, SourceError
+from sglang_alloc_controller.samples import EngineLoad, RankTime, SourceError
 
 LOADS_PATH = "/v1/loads?include=core"
 # Every release from 0.5.16 on has these; decode_moments came with 0.5.17.
@@ -26,6 +26,8 @@ FIELDS = (
 MOMENTS = "decode_moments"
 # The sums are over decode steps: steps, batch, time in microseconds, batch², batch·time, tokens.
 _MOMENT_COUNT = 6
+# Not in every release: without them the law goes by the bench.
+_PREFILLED = ("total_prefill_uncached_tokens", "total_prefill_busy_us")
 _MICROSECONDS = 1_000_000
 
 
@@ -38,6 +40,8 @@ class _Rank(NamedTuple):
     token_usage: float
     throughput: float
     moments: tuple[float, ...]
+    prefilled: tuple[float, ...]
+    """Prompt tokens, and the microseconds that they took."""
 
 
 def parse_loads(text: str) -> EngineLoad:
@@ -79,13 +83,13 @@ def missing_fields(text: str) -> list[str]:
 def decode_step_seconds(older: EngineLoad, newer: EngineLoad) -> float | None:
     """Return the mean time of a decode step in between, of the slowest rank; None: no step."""
     means = [
-        _mean_between(older.decode_times.get(rank, DecodeTime(0.0, 0.0)), after)
-        for rank, after in newer.decode_times.items()
+        _mean_between(older.rank_times.get(rank, RankTime()), after)
+        for rank, after in newer.rank_times.items()
     ]
     return max((mean for mean in means if mean is not None), default=None)
 
 
-def _mean_between(before: DecodeTime, after: DecodeTime) -> float | None:
+def _mean_between(before: RankTime, after: RankTime) -> float | None:
     steps = after.steps - before.steps
     return (after.seconds - before.seconds) / steps if steps > 0 else None
 
@@ -93,7 +97,8 @@ def _mean_between(before: DecodeTime, after: DecodeTime) -> float | None:
 def _rank(load: Mapping[str, Any], answered_at_seconds: float) -> _Rank:
     numbers = {name: float(load[name]) for name in FIELDS}
     moments = tuple(float(value) for value in load.get(MOMENTS) or ())
-    if not all(math.isfinite(value) for value in (*numbers.values(), *moments)):
+    prefilled = tuple(float(load.get(name) or 0.0) for name in _PREFILLED)
+    if not all(math.isfinite(value) for value in (*numbers.values(), *moments, *prefilled)):
         raise ValueError("a finite number in every field")
     return _Rank(
         age_seconds=max(0.0, answered_at_seconds - numbers["timestamp"]),
@@ -104,6 +109,7 @@ def _rank(load: Mapping[str, Any], answered_at_seconds: float) -> _Rank:
         token_usage=numbers["token_usage"],
         throughput=numbers["gen_throughput"],
         moments=moments,
+        prefilled=prefilled,
     )
 
 
@@ -117,8 +123,14 @@ def _folded(ranks: list[_Rank]) -> EngineLoad:
         waiting_tokens=max(rank.waiting_tokens for rank in ranks),
         token_usage_ratio=max(rank.token_usage for rank in ranks),
         tokens_per_second=sum(rank.throughput for rank in ranks),
-        decode_times={
-            rank.dp_rank: DecodeTime(rank.moments[0], rank.moments[2] / _MICROSECONDS)
+        rank_times={
+            rank.dp_rank: RankTime(
+                steps=rank.moments[0],
+                seconds=rank.moments[2] / _MICROSECONDS,
+                requests=rank.moments[1],
+                prefill_tokens=rank.prefilled[0],
+                prefill_seconds=rank.prefilled[1] / _MICROSECONDS,
+            )
             for rank in ranks
             if len(rank.moments) == _MOMENT_COUNT
         },

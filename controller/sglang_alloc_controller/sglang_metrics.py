@@ -114,13 +114,19 @@ def with_load(reading: Reading, load: EngineLoad, settings: SourceSettings) -> R
     """
     taken_at_seconds = reading.taken_at_seconds - load.age_seconds
     if settings.priorities is not None:
-        return replace(reading, taken_at_seconds=taken_at_seconds, load=load)
+        return replace(
+            reading,
+            taken_at_seconds=taken_at_seconds,
+            load=load,
+            rank_times=load.rank_times,
+        )
     return replace(
         reading,
         taken_at_seconds=taken_at_seconds,
         queue_requests=load.queue_requests,
         running_requests=load.running_requests,
         load=load,
+        rank_times=load.rank_times,
     )
 
 

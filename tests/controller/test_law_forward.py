@@ -83,6 +83,15 @@ def test_without_any_change_seen_nothing_is_given_up_in_the_first_half_minute() 
     assert positions_of(state) == (0.0, 1.0)
 
 
+@pytest.mark.parametrize(("now_seconds", "cut"), [(14.0, False), (16.0, True)])
+def test_a_violation_at_the_start_is_answered_when_the_rate_is_known(
+    now_seconds: float, cut: bool
+) -> None:
+    waiting = _seen(now_seconds, _steady(RUSH, now_seconds), queue=40.0)
+    state, _ = _decided(make_state(), waiting)
+    assert (min(positions_of(state)) < 1) is cut
+
+
 def test_what_is_cheap_goes_first() -> None:
     state, _ = _decided(make_state(), _seen(100.0, _steady(6.0, 100.0)))
     assert positions_of(state) == (1.0, 0.0)
@@ -164,6 +173,32 @@ def test_a_queue_counts_as_load_only_while_the_load_is_young() -> None:
     assert positions_of(drained) < positions_of(kept)
     old, _ = _decided(make_state(), _seen(100.0, _steady(1.0, 100.0), queue=40.0))
     assert positions_of(old) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(("queue", "rate"), [(40.0, 5.0), (40.0, 4.0), (3.0, 5.0)])
+def test_a_queue_is_worked_off_under_a_load_that_rose_and_waited_for_under_a_calm_one(
+    queue: float, rate: float
+) -> None:
+    """Full carries 4 and 5 requests a second; the budgets were chosen for 4."""
+    state, _ = _decided(make_state(), _seen(100.0, _steady(4.0, 100.0)))
+    assert state.forward is not None
+    assert state.forward.load is not None
+    chosen = state.forward._replace(chosen_for=state.forward.load)
+    state = replace(state, forward=chosen)
+    windows = _windows((5.0, rate), (290.0, rate), (305.0, rate))
+    state, _ = _decided(state, _seen(600.0, windows, queue=queue))
+    worked_off = min(positions_of(state)) < 1
+    assert worked_off is (queue > 6.0 and rate > 4.5)
+
+
+def test_late_answers_of_a_reading_that_spans_a_change_teach_nothing() -> None:
+    state, _ = _decided(make_state(), _seen(100.0, _steady(RUSH, 100.0)))
+    assert min(positions_of(state)) < 1
+    for seconds, kept in ((1.0, 1), (60.0, 0)):
+        late = Newest(seconds, 300.0, 0.9)
+        after, _ = _decided(state, _seen(130.0, _steady(RUSH, 130.0), newest=late))
+        assert after.forward is not None
+        assert len(after.forward.pending) == kept
 
 
 def test_late_answers_teach_after_a_delay_and_not_if_the_load_changed_meanwhile() -> None:

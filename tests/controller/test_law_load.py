@@ -102,6 +102,17 @@ def test_longer_prompts_at_the_same_rate_are_another_load() -> None:
     assert load.prefill_tokens == 400.0
 
 
+def test_more_requests_with_shorter_prompts_are_no_other_load() -> None:
+    def found(prompt_tokens: float) -> bool:
+        young = _window(5.0, 9.8, prompt_tokens)
+        return changed_window([young, _after(600.0, 6.0, young)], 605.0, LAW) is not None
+
+    # Neither the rate nor the prompts are evidence enough alone: both have to say more work.
+    assert not found(100.0)
+    assert found(140.0)
+    assert not found(71.0)
+
+
 def test_too_few_requests_say_nothing_of_the_sizes() -> None:
     assert load_of([_window(3, 0.5)], None, None) is None
     load = load_of([_window(3, 0.5)], None, LOAD)
@@ -146,8 +157,17 @@ def test_of_engines_read_as_one_the_load_of_each_counts() -> None:
 
 def test_an_absurd_queue_is_not_believed_until_the_next_reading_says_it_again() -> None:
     gauge = PlausibleQueue()
-    assert [gauge.take(value) for value in (3.0, 1e6, 4.0, 25.0)] == [3.0, 3.0, 4.0, 25.0]
-    assert [gauge.take(value) for value in (500.0, 510.0, 520.0)] == [25.0, 510.0, 520.0]
+
+    def taken(first_second: int, *values: float) -> list[float]:
+        return [gauge.take(value, float(first_second + i)) for i, value in enumerate(values)]
+
+    assert taken(0, 3.0, 1e6, 4.0, 25.0) == [3.0, 3.0, 4.0, 25.0]
+    assert taken(4, 500.0, 510.0, 520.0) == [25.0, 510.0, 520.0]
+
+
+def test_a_queue_may_have_grown_long_while_nobody_looked() -> None:
+    gauge = PlausibleQueue()
+    assert [gauge.take(3.0, 0.0), gauge.take(300.0, 60.0), gauge.take(1e6, 61.0)] == [3, 300, 300]
 
 
 def test_the_work_of_a_request_is_its_prompt_and_its_share_of_decode_steps() -> None:
@@ -218,3 +238,18 @@ def test_more_misses_than_expected_lower_the_critical_utilisation_and_fewer_rais
     assert after(0.05 * 1.05) == pytest.approx(LAW.load_critical_prior)
     # On a server with little to do neither says anything.
     assert after(1.0, utilisation=0.05) == pytest.approx(LAW.load_critical_prior, abs=1e-4)
+
+
+def test_where_everything_is_late_the_critical_utilisation_is_learned_no_better() -> None:
+    def precision(utilisation: float) -> float:
+        return learned_from(
+            prior(LAW),
+            utilisation=utilisation,
+            requests=500.0,
+            missed_ratio=0.95,
+            seconds=1.0,
+            objective_ratio=0.95,
+            law=LAW,
+        ).precision
+
+    assert precision(1.5) < 1.01 * prior(LAW).precision < precision(0.9)

@@ -12,6 +12,7 @@ from virtual_loop import NS, VirtualController, make_settings, publish_table
 from sglang_alloc_controller.cli_replay import replay_files
 from sglang_alloc_controller.reading_json import reading_from_json, reading_to_json
 from sglang_alloc_controller.replay import ReplayedTick, ReplayError, replay
+from sglang_alloc_controller.samples import RankTime
 from sglang_alloc_controller.settings import parse_settings
 
 
@@ -120,5 +121,6 @@ def test_a_reading_comes_back_bit_for_bit(tmp_path: Path) -> None:
     publish_table(tmp_path / "t.tbl")
     engine = Engine(VirtualController(make_settings(tmp_path / "t.tbl")))
     engine.within_ratio, engine.queue_requests = 1 / 3, 0.1 + 0.2
-    reading = replace(engine(), prefill_tokens=0.1 + 0.7, engines=3)
+    rank_times = {1: RankTime(7.0, 0.1 + 0.2, 9.0, 11.0, 1 / 3)}
+    reading = replace(engine(), prefill_tokens=0.1 + 0.7, engines=3, rank_times=rank_times)
     assert reading_from_json(json.loads(json.dumps(reading_to_json(reading)))) == reading

@@ -6,7 +6,7 @@ import pytest
 from loads_answers import answer, rank
 from stand_in_server import StandInServer, serving
 
-from sglang_alloc_controller.samples import Reading, SourceError
+from sglang_alloc_controller.samples import RankTime, Reading, SourceError
 from sglang_alloc_controller.settings import SourceSettings
 from sglang_alloc_controller.sglang_loads import decode_step_seconds, missing_fields, parse_loads
 from sglang_alloc_controller.sglang_metrics import SGLangMetrics, with_load
@@ -62,11 +62,28 @@ def test_the_decode_step_is_that_of_the_slowest_rank_between_two_readings() -> N
     assert decode_step_seconds(newer, newer) is None
 
 
+def test_the_time_of_prefill_steps_is_told_by_some_releases() -> None:
+    told = {"total_prefill_uncached_tokens": 700, "total_prefill_busy_us": 90_000}
+    load = parse_loads(
+        answer(
+            rank(0, decode_moments=_moments(10, 1.0), **told),
+            rank(1, decode_moments=_moments(20, 1.5)),
+        )
+    )
+    assert load.rank_times == {
+        0: RankTime(10.0, 1.0, requests=20.0, prefill_tokens=700.0, prefill_seconds=0.09),
+        1: RankTime(20.0, 1.5, requests=40.0),
+    }
+    assert with_load(READING, load, SourceSettings()).rank_times == load.rank_times
+    with pytest.raises(SourceError, match="finite"):
+        parse_loads(answer(rank(0, total_prefill_busy_us=float("nan"))))
+
+
 def test_a_release_without_decode_moments_has_no_step_time() -> None:
     old = rank()
     del old["decode_moments"]
     load = parse_loads(answer(old))
-    assert load.decode_times == {}
+    assert load.rank_times == {}
     assert missing_fields(answer(old)) == ["decode_moments"]
 
 

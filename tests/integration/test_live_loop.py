@@ -126,7 +126,7 @@ def test_sglang_still_has_every_field_of_its_loads_that_the_controller_reads(
     evidence: Evidence,
 ) -> None:
     assert missing_fields(evidence.server_loads) == []
-    assert parse_loads(evidence.server_loads).decode_times[0].steps > 0
+    assert parse_loads(evidence.server_loads).rank_times[0].steps > 0
 
 
 @pytest.mark.parametrize(("series", "labels"), LABELS.items())

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_worlds import FLOOR, FULL, make_plant, make_workload
 
+from sglang_alloc_controller.samples import RankTime
 from sglang_alloc_controller.simulator.engine import Engine, Outcome
 from sglang_alloc_controller.simulator.plant import Plant
 from sglang_alloc_controller.simulator.workload import Workload
@@ -33,6 +34,18 @@ def test_one_request_takes_its_prefill_and_then_a_step_per_token() -> None:
     assert outcome.finished_seconds == pytest.approx(1.0 + 0.1 + 4 * 0.01)
     assert engine.generated_tokens == 5
     assert engine.loss_sum == 0.0
+
+
+def test_the_engine_tells_its_steps_and_their_time() -> None:
+    engine = Engine(make_workload((0.0, 100, 5), (0.0, 100, 5)), make_plant(), (FLOOR, FULL))
+    ahead = engine.clone()
+    ahead.advance(5.0)
+    assert ahead.work == pytest.approx(
+        RankTime(4.0, 4 * 0.01, requests=8.0, prefill_tokens=200.0, prefill_seconds=0.1)
+    )
+    assert engine.work == RankTime()
+    ahead.restart(6.0)
+    assert ahead.work == RankTime()
 
 
 def test_a_smaller_budget_is_faster_and_costs_its_predicted_loss() -> None:

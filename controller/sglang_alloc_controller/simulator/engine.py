@@ -14,6 +14,7 @@ from bisect import bisect_right
 from heapq import heappop, heappush
 from typing import NamedTuple
 
+from sglang_alloc_controller.samples import RankTime
 from sglang_alloc_controller.simulator.latency_counts import LatencyCounts
 from sglang_alloc_controller.simulator.plant import Plant
 from sglang_alloc_controller.simulator.workload import Workload
@@ -75,6 +76,8 @@ class Engine:
         self.generated_tokens = 0
         self.lost_requests = 0
         self.prefilled_tokens = 0  # prompt tokens computed since the start
+        self._work = [0.0] * len(RankTime._fields)  # since the start
+        self._step_seconds = 0.0  # of the prefill step under way
         self._step_tokens = 0  # of the prefill step under way
         self.set_budgets(*budgets)
 
@@ -91,6 +94,11 @@ class Engine:
     def running_requests(self) -> int:
         """Requests that hold KV memory."""
         return len(self._running) + (self._cut is not None) + self._being_prefilled()
+
+    @property
+    def work(self) -> RankTime:
+        """What the engine has done since its start."""
+        return RankTime(*self._work)
 
     @property
     def done(self) -> bool:
@@ -137,7 +145,7 @@ class Engine:
         self._head = self._tail
         self.now_seconds = self._token_at = until_seconds
         self.ttft, self.itl = LatencyCounts(self.ttft.edges), LatencyCounts(self.itl.edges)
-        self.prefilled_tokens = 0
+        self.prefilled_tokens, self._work = 0, [0.0] * len(RankTime._fields)
 
     def clone(self) -> "Engine":
         """Return a copy that goes its own way, with outcomes and sums of its own from now on."""
@@ -146,6 +154,7 @@ class Engine:
         other._running, other._started = list(self._running), dict(self._started)
         other._fresh = list(self._fresh)
         other.ttft, other.itl = self.ttft.copy(), self.itl.copy()
+        other._work = list(self._work)
         other.outcomes = []
         return other
 
@@ -210,7 +219,8 @@ class Engine:
         line = self._prefill_line.get(budget)
         if line is None:
             line = self._prefill_line[budget] = self._plant.times.prefill.line(budget)
-        self._step_end = self.now_seconds + line.at(tokens) * self.slowdown_ratio
+        self._step_seconds = line.at(tokens) * self.slowdown_ratio
+        self._step_end = self.now_seconds + self._step_seconds
 
     def _fits(self) -> bool:
         if self._head >= self._tail:
@@ -251,6 +261,8 @@ class Engine:
         self.now_seconds, self._step_end = self._step_end, _NEVER
         completed, self._prefilled = self._prefilled, None
         self.prefilled_tokens += self._step_tokens
+        self._work[3] += self._step_tokens
+        self._work[4] += self._step_seconds
         for request in completed:
             self._first_token(request)
 
@@ -283,6 +295,8 @@ class Engine:
         self._fresh.clear()
         self.now_seconds = self._token_at = self.now_seconds + steps * seconds
         self._steps += steps
+        for field, done in enumerate((steps, steps * seconds, steps * batch)):
+            self._work[field] += done
         self.generated_tokens += batch * steps
         self.loss_sum += self._decode_loss * batch * steps
         while self._running and self._running[0][0] == self._steps:

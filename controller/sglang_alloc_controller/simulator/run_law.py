@@ -81,6 +81,7 @@ def reading_of(engine: Engine, now_seconds: float) -> Reading:
         queue_requests=float(engine.waiting_requests),
         running_requests=float(engine.running_requests),
         prefill_tokens=float(engine.prefilled_tokens),
+        rank_times={0: engine.work} if engine.work.steps else {},
     )
 
 
@@ -112,6 +113,8 @@ class Scraper:
             self._scrape = self._scrape._replace(failures_total=failures)
             return
         reading = reading_of(engine, now_seconds)
+        if not faults.tells_steps:
+            reading = replace(reading, rank_times={})
         if self._random.random() < faults.wrong_queue_ratio:
             reading = replace(reading, queue_requests=_WRONG_QUEUE_REQUESTS)
         self._underway.append((now_seconds + faults.delay_seconds, reading))

@@ -41,6 +41,8 @@ class Faults:
     """Share of the readings that fail or are rejected as garbled."""
     outages: tuple[tuple[float, float], ...] = ()
     """(from, to) without any reading."""
+    tells_steps: bool = True
+    """Whether the readings have the engine's own step times: a Prometheus server does not."""
     wrong_queue_ratio: float = 0.0
     """Share of the readings whose queue gauge is absurd."""
 
@@ -140,7 +142,8 @@ SCENARIOS: tuple[Scenario, ...] = (
              _steps((0.0, 1.0), (10 * _MINUTE, 1.5), (20 * _MINUTE, 1.0)), 1.5,
              disturbed_at_seconds=10 * _MINUTE),
     Scenario("metrics-delayed", 40 * _MINUTE, _BURST, 1.6,
-             faults=Faults(poll_seconds=5.0, delay_seconds=3.0), settings=_SLOW_SCRAPES),
+             faults=Faults(poll_seconds=5.0, delay_seconds=3.0, tells_steps=False),
+             settings=_SLOW_SCRAPES),
     Scenario("metrics-dropped", 40 * _MINUTE, _BURST, 1.6,
              faults=Faults(failing_ratio=0.3, outages=((15 * _MINUTE, 16 * _MINUTE),))),
     Scenario("metrics-garbled", 40 * _MINUTE, _BURST, 1.6,

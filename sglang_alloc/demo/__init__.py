@@ -1,1 +1,1 @@
-"""The demo: one request trace, served at full budget and again under the controller."""
+"""The demo: one request trace, served under the controller and at full budget around that."""

@@ -1,4 +1,7 @@
-"""Demo: `python -m sglang_alloc.demo` serves one trace twice and writes a report."""
+"""Demo: `python -m sglang_alloc.demo` serves one trace three times and writes a report.
+
+At full quality, under the controller, and at full quality again.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from sglang_alloc.demo.report import write_report
 from sglang_alloc.demo.run import STAGES, WRITE, DemoOptions, run_demo
 from sglang_alloc.errors import AllocError
 
+RUNS = ("full_before", "controlled", "full_after")
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 
 
@@ -45,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(_kept(given.out), markup=False, highlight=False, soft_wrap=True)
         return INTERRUPTED
     _print_summary(console, report, options.out)
-    errors: int = report["full"]["errors"] + report["controlled"]["errors"]
+    errors: int = sum(report[name]["errors"] for name in RUNS)
     return DONE if errors == 0 else FAILED
 
 
@@ -66,10 +70,11 @@ def _kept(out: Path) -> str:
 
 def _print_summary(console: Console, report: dict[str, Any], out: Path) -> None:
     console.print(report["verdict"], markup=False, highlight=False)
-    for name in ("full", "controlled"):
+    console.print(report["drift"]["sentence"], markup=False, highlight=False)
+    for name in RUNS:
         run = report[name]
         console.print(
-            f"  {name:<10}  {run['slo_attainment_ratio']:6.1%} of {run['requests']} requests "
+            f"  {name:<11}  {run['slo_attainment_ratio']:6.1%} of {run['requests']} requests "
             f"within both SLOs, TTFT p95 {run['ttft_seconds']['p95']:.2f} s, "
             f"ITL p95 {1000 * run['itl_seconds']['p95']:.0f} ms, {run['errors']} errors",
             markup=False,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from sglang_alloc.demo.load import RequestRecord
-from sglang_alloc.demo.load_plan import Slo
+from sglang_alloc.demo.load_plan import BURST, Slo
 from sglang_alloc.demo.observation import RunRecord
 
 
@@ -81,6 +81,18 @@ def budget_changes(run: RunRecord) -> int:
     return max(0, len(run.budgets) - 1)
 
 
+def served_per_second(run: RunRecord, phase: str) -> float:
+    """Return the requests per second answered in full while `phase` lasted.
+
+    Where more arrived than the server could answer, this is the machine's speed.
+    """
+    start, end = next(
+        (start, end) for name, start, end in run.trace.phase_bounds() if name == phase
+    )
+    answered = [r for r in run.requests if r.error is None and start <= r.finished_second < end]
+    return len(answered) / (end - start)
+
+
 def summarise_run(run: RunRecord, slo: Slo) -> dict[str, Any]:
     """Return the numbers of one run under the names that report.json uses; seconds and ratios."""
     answered = [request for request in run.requests if request.ttft_seconds is not None]
@@ -94,6 +106,7 @@ def summarise_run(run: RunRecord, slo: Slo) -> dict[str, Any]:
         "error_examples": sorted({r.error for r in run.requests if r.error is not None})[:5],
         "slo_attainment_ratio": attainment_ratio(run.requests, slo),
         "slo_attainment_ratio_by_phase": _by_phase(run, slo),
+        "burst_served_requests_per_second": served_per_second(run, BURST),
         "ttft_seconds": _percentiles(ttfts),
         "itl_seconds": _percentiles(gaps),
         "queue_requests": {

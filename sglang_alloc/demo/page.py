@@ -38,6 +38,13 @@ code { font-size: 0.92em; }
 footer { margin-top: 40px; border-top: 1px solid var(--line); padding-top: 16px; }
 """
 
+# The runs' keys in report.json and the columns that they become.
+_COLUMNS = (
+    ("full_before", "full quality, before"),
+    ("full_after", "full quality, after"),
+    ("controlled", "controlled"),
+)
+
 
 def render_page(report: dict[str, Any], timeline_svg: str, distribution_svg: str) -> str:
     """Return the page for report.json's content and the two plots; any text in it is escaped."""
@@ -57,10 +64,11 @@ def render_page(report: dict[str, Any], timeline_svg: str, distribution_svg: str
 <p class="soft">SLOs of this run: first token within {slo["ttft_seconds"]:g} s of the request's due
 time, and a mean inter-token latency of at most {1000 * slo["itl_seconds"]:g} ms.
 {html.escape(report["load"]["sentence"])}</p>
-{_cards(report["full"], report["controlled"])}
+{_cards(report)}
 <h2>What happened when</h2>
 <figure>{timeline_svg}
-<figcaption>Both runs got the same requests at the same seconds, from the same server process.
+<figcaption>All runs got the same requests at the same seconds, from the same server process; of
+the two at full quality, before and after the controlled one, the better is drawn.
 Top: the budgets that the server acknowledged. Middle: the server's own count of waiting requests,
 once a second. Bottom: what each request waited for its first token.</figcaption></figure>
 <h2>Distributions</h2>
@@ -78,18 +86,21 @@ once a second. Bottom: what each request waited for its first token.</figcaption
 """
 
 
-def _cards(full: dict[str, Any], controlled: dict[str, Any]) -> str:
+def _cards(report: dict[str, Any]) -> str:
+    before, after, controlled = (report[key] for key, _ in _COLUMNS)
     increase = controlled["heldout_nll"] - controlled["heldout_nll_full"]
     cards = (
         (
             "Within both SLOs",
             _percent(controlled["slo_attainment_ratio"]),
-            f"{_percent(full['slo_attainment_ratio'])} at full quality",
+            f"{_percent(before['slo_attainment_ratio'])} and "
+            f"{_percent(after['slo_attainment_ratio'])} at full quality",
         ),
         (
             "TTFT, 95th percentile",
             _seconds(controlled["ttft_seconds"]["p95"]),
-            f"{_seconds(full['ttft_seconds']['p95'])} at full quality",
+            f"{_seconds(before['ttft_seconds']['p95'])} and "
+            f"{_seconds(after['ttft_seconds']['p95'])} at full quality",
         ),
         (
             "Held-out loss",
@@ -99,12 +110,12 @@ def _cards(full: dict[str, Any], controlled: dict[str, Any]) -> str:
         (
             "Budget, prefill / decode",
             f"{controlled['mean_prefill_budget']:.1f} / {controlled['mean_decode_budget']:.1f}",
-            f"mean, of {full['mean_decode_budget']:.0f}; {controlled['budget_changes']} changes",
+            f"mean, of {before['mean_decode_budget']:.0f}; {controlled['budget_changes']} changes",
         ),
         (
             "Failed requests",
-            str(full["errors"] + controlled["errors"]),
-            f"of {full['requests'] + controlled['requests']} in both runs",
+            str(sum(run["errors"] for run in (before, after, controlled))),
+            f"of {sum(run['requests'] for run in (before, after, controlled))} in all runs",
         ),
     )
     boxes = "".join(
@@ -119,22 +130,23 @@ def _cards(full: dict[str, Any], controlled: dict[str, Any]) -> str:
 def _table(report: dict[str, Any]) -> str:
     rows: list[str] = []
     for group, entries in _table_rows(report):
-        rows.append(f'<tr class="group"><th colspan="3">{html.escape(group)}</th></tr>')
-        for name, before, after in entries:
-            cells = f"<td>{html.escape(before)}</td><td>{html.escape(after)}</td>"
+        group_cell = f'<th colspan="{1 + len(_COLUMNS)}">{html.escape(group)}</th>'
+        rows.append(f'<tr class="group">{group_cell}</tr>')
+        for name, *values in entries:
+            cells = "".join(f"<td>{html.escape(value)}</td>" for value in values)
             rows.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
-    head = "<thead><tr><th></th><th>full quality</th><th>controlled</th></tr></thead>"
-    return f"<table>{head}<tbody>{''.join(rows)}</tbody></table>"
+    names = "".join(f"<th>{html.escape(name)}</th>" for _, name in _COLUMNS)
+    return f"<table><thead><tr><th></th>{names}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-Rows = list[tuple[str, str, str]]
+Rows = list[tuple[str, ...]]
 
 
 def _table_rows(report: dict[str, Any]) -> list[tuple[str, Rows]]:
-    full, controlled = report["full"], report["controlled"]
+    full = report["full"]
 
-    def row(name: str, *path: str, show: Any = str) -> tuple[str, str, str]:
-        return name, show(_at(full, path)), show(_at(controlled, path))
+    def row(name: str, *path: str, show: Any = str) -> tuple[str, ...]:
+        return name, *(show(_at(report[key], path)) for key, _ in _COLUMNS)
 
     phases = list(full["slo_attainment_ratio_by_phase"])
     attainment = [row("whole trace", "slo_attainment_ratio", show=_percent)]
@@ -150,6 +162,7 @@ def _table_rows(report: dict[str, Any]) -> list[tuple[str, Rows]]:
         row("queue, mean", "queue_requests", "mean", show=_one_decimal),
         row("queue, largest", "queue_requests", "max", show=_one_decimal),
         row("output tokens per second", "throughput_tokens_per_second", show=_one_decimal),
+        row("requests served per second of burst", "burst_served_requests_per_second", show=_two),
         row("prompt tokens per second", "prompt_tokens_per_second", show=_one_decimal),
     ]
     quality = [
@@ -168,7 +181,11 @@ def _table_rows(report: dict[str, Any]) -> list[tuple[str, Rows]]:
 
 
 def _method(report: dict[str, Any]) -> str:
-    paragraphs = [report["load"]["rule"], report["controlled"]["heldout_method"]]
+    paragraphs = [
+        report["load"]["rule"],
+        report["drift"]["sentence"],
+        report["controlled"]["heldout_method"],
+    ]
     levels = ", ".join(
         f"{level['prefill_budget']}/{level['decode_budget']} ({_percent(level['weight'])}: "
         f"{level['nll']:.4f})"
@@ -208,6 +225,10 @@ def _seconds(seconds: float) -> str:
 
 def _one_decimal(value: float) -> str:
     return "-" if _missing(value) else f"{value:.1f}"
+
+
+def _two(value: float) -> str:
+    return "-" if _missing(value) else f"{value:.2f}"
 
 
 def _loss(value: float) -> str:

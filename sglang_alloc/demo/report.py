@@ -1,4 +1,4 @@
-"""Demo, step 5: report.json and report.html from the two runs and the measured losses."""
+"""Demo, step 5: report.json and report.html from the three runs and the measured losses."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from typing import Any
 
 from sglang_alloc.demo import machine, plots
 from sglang_alloc.demo.calibration import ClosedLoop, RequestShape
+from sglang_alloc.demo.comparison import RUNS_MAX, Comparison
 from sglang_alloc.demo.heldout_loss import LevelLoss, loss_increase_error, weighted_loss
 from sglang_alloc.demo.load_plan import (
     BURST_POSITION_RATIO,
     CALM_UTILISATION_RATIO,
+    CARRIED_ATTAINMENT_RATIO,
     ITL_SLACK_RATIO,
     RAISED_BURST_RATIO,
     TTFT_SLACK_RATIO,
     LoadPlan,
 )
 from sglang_alloc.demo.observation import RunRecord
-from sglang_alloc.demo.outcome import summarise_run
+from sglang_alloc.demo.outcome import attainment_ratio, summarise_run
 from sglang_alloc.demo.page import render_page
-from sglang_alloc.demo.verdict import verdict
+from sglang_alloc.demo.verdict import drift, verdict
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 HELDOUT_METHOD = (
     "Held-out loss is measured through the same server after the runs: each window's prompt is "
@@ -43,27 +45,42 @@ class DemoResult:
     model: str
     mode: str
     shape: RequestShape
-    plan: LoadPlan
+    runs: Comparison
     full_budget: int
     floor_budget: int
     max_predicted_loss: float
-    full: RunRecord
-    controlled: RunRecord
     full_loss: LevelLoss
     level_losses: tuple[LevelLoss, ...]
     scored_tokens: int
 
+    @property
+    def better_full(self) -> RunRecord:
+        """The run at full quality that kept more requests within the SLOs, the first if equal."""
+        slo, before, after = self.runs.plan.slo, self.runs.before, self.runs.after
+        better = attainment_ratio(after.requests, slo) > attainment_ratio(before.requests, slo)
+        return after if better else before
+
 
 def build_report(result: DemoResult) -> dict[str, Any]:
-    """Return the content of report.json: seconds, ratios, nats per token, activations per token."""
-    slo = result.plan.slo
-    full = summarise_run(result.full, slo) | _loss_of(result, (result.full_loss,))
-    controlled = summarise_run(result.controlled, slo) | _loss_of(result, result.level_losses)
+    """Return the content of report.json: seconds, ratios, nats per token, activations per token.
+
+    `full` is the better of the two runs at full quality, `full_before` and `full_after`.
+    """
+    slo = result.runs.plan.slo
+    full_loss = _loss_of(result, (result.full_loss,))
+    before = summarise_run(result.runs.before, slo) | full_loss
+    after = summarise_run(result.runs.after, slo) | full_loss
+    controlled = summarise_run(result.runs.controlled, slo) | _loss_of(result, result.level_losses)
     return {
         "schema_version": SCHEMA_VERSION,
-        "verdict": verdict(full, controlled, result.max_predicted_loss),
-        "full": full,
+        "verdict": verdict(
+            before, after, controlled, result.max_predicted_loss, len(result.runs.plan.carried)
+        ),
+        "full": before if result.better_full is result.runs.before else after,
+        "full_before": before,
+        "full_after": after,
         "controlled": controlled,
+        "drift": drift(before, after),
         "slo": slo._asdict() | {"itl_is": "mean inter-token latency of a request"},
         "load": _load(result),
         "model": result.model,
@@ -84,9 +101,9 @@ def write_report(result: DemoResult, out: Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(without_nan(report), indent=2, allow_nan=False, ensure_ascii=False)
     (out / "report.json").write_text(text + "\n", encoding="utf-8")
-    slo = result.plan.slo
-    timeline = plots.timeline_svg(result.full, result.controlled, slo, result.full_budget)
-    distribution = plots.distribution_svg(result.full, result.controlled, slo)
+    slo, full, controlled = result.runs.plan.slo, result.better_full, result.runs.controlled
+    timeline = plots.timeline_svg(full, controlled, slo, result.full_budget)
+    distribution = plots.distribution_svg(full, controlled, slo)
     page = render_page(report, timeline, distribution)
     (out / "report.html").write_text(page, encoding="utf-8")
     return report
@@ -117,7 +134,7 @@ def _loss_of(result: DemoResult, levels: Sequence[LevelLoss]) -> dict[str, Any]:
 
 
 def _load(result: DemoResult) -> dict[str, Any]:
-    plan, shape = result.plan, result.shape
+    plan, shape = result.runs.plan, result.shape
     phases = ", ".join(
         f"{phase.seconds:.0f} s {phase.name} at {phase.requests_per_second:.2f} requests/s"
         for phase in plan.phases
@@ -152,17 +169,23 @@ def _load(result: DemoResult) -> dict[str, Any]:
             "one_below": _closed_loop(plan.one_below),
             "floor": _closed_loop(plan.floor),
         },
+        "carried_bursts": [burst._asdict() for burst in plan.carried],
     }
 
 
 def _raised(plan: LoadPlan) -> str:
-    if plan.carried_ratio is None:
-        return ""
-    return (
-        f" With that burst full quality kept {plan.carried_ratio:.0%} within both SLOs: the "
-        "machine was faster in the run than when it was measured. The burst was raised by "
-        f"{RAISED_BURST_RATIO - 1:.0%} and the run at full budget repeated."
+    rule = (
+        f" A burst of which full quality keeps {CARRIED_ATTAINMENT_RATIO:.0%} or more within both "
+        f"SLOs is no overload: it is raised by {RAISED_BURST_RATIO - 1:.0%} and the runs begin "
+        f"again, in {RUNS_MAX} runs at most. "
     )
+    if not plan.carried:
+        return rule + "That was not needed here."
+    tried = ", ".join(
+        f"{burst.requests_per_second:.2f} requests/s ({burst.attainment_ratio:.0%} kept)"
+        for burst in plan.carried
+    )
+    return rule + f"That was done after bursts of {tried}."
 
 
 def _closed_loop(measured: ClosedLoop) -> dict[str, Any]:

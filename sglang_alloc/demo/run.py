@@ -7,22 +7,21 @@ import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from sglang_alloc.allocation_mode import predicted_loss
 from sglang_alloc.budget_tables import load_budget_tables
+from sglang_alloc.demo.comparison import compare
 from sglang_alloc.demo.controller_process import controller, controller_settings
 from sglang_alloc.demo.load_plan import (
     AFTER_SECONDS,
-    BURST,
     BURST_SECONDS,
     CALM_SECONDS,
-    CARRIED_ATTAINMENT_RATIO,
     LoadPlan,
     bucket_arguments,
 )
 from sglang_alloc.demo.observation import RunRecord
-from sglang_alloc.demo.outcome import attainment_ratio
 from sglang_alloc.demo.progress import Stage, StageProgress
 from sglang_alloc.demo.report import DemoResult
 from sglang_alloc.demo.server_process import Server, free_port, serve
@@ -33,10 +32,11 @@ from sglang_alloc.demo.stages import (
     WINDOWS,
     Session,
     calibrate,
+    full_budget_held,
     measure_losses,
     run_trace,
 )
-from sglang_alloc.demo.trace import make_trace
+from sglang_alloc.demo.trace import Trace, make_trace
 from sglang_alloc.enforcement import PHASES
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
 
@@ -52,14 +52,16 @@ SERVER_ARGUMENTS = (
 )
 
 START, CALIBRATE = "starting SGLang", "measuring the capacity"
-FULL, CONTROLLED = "run at full budget", "run under the controller"
+BEFORE, CONTROLLED = "run at full budget", "run under the controller"
+AFTER = "run at full budget again"
 LOSS, WRITE = "held-out loss", "writing the report"
 _TRACE_SECONDS = CALM_SECONDS + BURST_SECONDS + AFTER_SECONDS
 STAGES = (
     Stage(START, 40.0),
     Stage(CALIBRATE, 53.0),
-    Stage(FULL, _TRACE_SECONDS + 5.0),
+    Stage(BEFORE, _TRACE_SECONDS + 5.0),
     Stage(CONTROLLED, _TRACE_SECONDS + 8.0),
+    Stage(AFTER, _TRACE_SECONDS + 5.0),
     Stage(LOSS, 35.0),
     Stage(WRITE, 5.0),
 )
@@ -78,7 +80,7 @@ class DemoOptions:
 
 
 def run_demo(options: DemoOptions, progress: StageProgress) -> DemoResult:
-    """Serve the trace twice, measure the losses, stop everything, return what was observed.
+    """Serve the trace three times, measure the losses, stop everything, return what was observed.
 
     Raises an AllocError with a sentence for the terminal when a step cannot be done.
     """
@@ -97,22 +99,34 @@ def _measure(session: Session, options: DemoOptions, progress: StageProgress) ->
     max_loss = _loss_allowed(session.table, floor_budget)
     with progress.stage(CALIBRATE):
         plan = calibrate(session, floor_budget)
-    with progress.stage(FULL):
-        plan, full = _overload(session, plan, options)
-    with progress.stage(CONTROLLED), _controller(options, session, plan, floor_budget, max_loss):
-        controlled = run_trace(session, full.trace, options.out / "controlled.jsonl")
+
+    def full(stage: str, keep: str, plan: LoadPlan) -> RunRecord:
+        with progress.stage(stage), full_budget_held(session):
+            return run_trace(session, _trace(session, plan), options.out / keep)
+
+    def controlled(plan: LoadPlan) -> RunRecord:
+        with (
+            progress.stage(CONTROLLED),
+            _controller(options, session, plan, floor_budget, max_loss),
+        ):
+            return run_trace(session, _trace(session, plan), options.out / "controlled.jsonl")
+
+    runs = compare(
+        plan,
+        partial(full, BEFORE, "full-before.jsonl"),
+        controlled,
+        partial(full, AFTER, "full-after.jsonl"),
+    )
     with progress.stage(LOSS):
-        full_loss, level_losses = measure_losses(session, controlled)
+        full_loss, level_losses = measure_losses(session, runs.controlled)
     return DemoResult(
         model=options.model.name,
         mode=options.mode,
         shape=SHAPE,
-        plan=plan,
+        runs=runs,
         full_budget=session.full_budget,
         floor_budget=floor_budget,
         max_predicted_loss=max_loss,
-        full=full,
-        controlled=controlled,
         full_loss=full_loss,
         level_losses=tuple(level_losses),
         scored_tokens=WINDOWS * WINDOW_SCORED_BYTES,
@@ -125,20 +139,8 @@ def _loss_allowed(table: SharedTable, floor_budget: int) -> float:
     return max(float(predicted_loss(table, phase)[first:].max()) for phase in PHASES)
 
 
-def _overload(session: Session, plan: LoadPlan, options: DemoOptions) -> tuple[LoadPlan, RunRecord]:
-    """Run the trace at full budget, and once more with a heavier burst if that carried it."""
-
-    def run(plan: LoadPlan) -> RunRecord:
-        trace = make_trace(session.texts, plan.phases, **SHAPE._asdict(), seed=options.seed)
-        return run_trace(session, trace, options.out / "full.jsonl")
-
-    full = run(plan)
-    burst = [request for request in full.requests if request.phase == BURST]
-    carried_ratio = attainment_ratio(burst, plan.slo)
-    if carried_ratio < CARRIED_ATTAINMENT_RATIO:
-        return plan, full
-    heavier = plan.raised(carried_ratio)
-    return heavier, run(heavier)
+def _trace(session: Session, plan: LoadPlan) -> Trace:
+    return make_trace(session.texts, plan.phases, **SHAPE._asdict(), seed=session.seed)
 
 
 @contextlib.contextmanager

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +79,17 @@ def calibrate(session: Session, floor_budget: int) -> LoadPlan:
     override.clear()
     full, one_below, floor = (faster(loops) for loops in zip(*turns, strict=True))
     return plan_load(idle, full, one_below, floor)
+
+
+@contextlib.contextmanager
+def full_budget_held(session: Session) -> Iterator[None]:
+    """Hold the full budget for the block, whatever a controller before it left in the table."""
+    override = BudgetOverride(session.table)
+    override.set(session.full_budget, session.full_budget)
+    try:
+        yield
+    finally:
+        override.clear()
 
 
 def run_trace(session: Session, trace: Trace, keep: Path) -> RunRecord:

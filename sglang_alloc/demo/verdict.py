@@ -1,36 +1,98 @@
-"""Demo, step 5: the sentence that says what the controller did, from the numbers alone."""
+"""Demo, step 5: the sentences that say what the controller did, from the numbers alone."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from sglang_alloc.demo.load_plan import BURST, CARRIED_ATTAINMENT_RATIO
+
 # Below this difference two runs of a few hundred requests cannot be told apart.
 SAME_ATTAINMENT_RATIO = 0.01
+# A machine whose speed changed by more than this between the runs is called unsteady.
+DRIFT_BOUND_RATIO = 0.10
+
+Numbers = dict[str, Any]
 
 
-def verdict(full: dict[str, Any], controlled: dict[str, Any], max_loss: float) -> str:
-    """Return one honest sentence or two: attainment with and without, and what it cost.
+def verdict(
+    before: Numbers, after: Numbers, controlled: Numbers, max_loss: float, raises: int
+) -> str:
+    """Return a few honest sentences: attainment with and without, and what it cost.
 
-    `max_loss`, nats per token, is what the controller was allowed to give up.
+    `before` and `after` are the runs at full quality around the controlled one, which is only
+    credited or blamed for what lies outside both. `max_loss`, nats per token, is what the
+    controller was allowed to give up; `raises` how often the burst was raised.
     """
-    cost = _cost(full, controlled, max_loss)
-    return f"{_attainment(full, controlled)} {cost}{_errors(full, controlled)}"
+    sentences = (
+        _attainment(before, after, controlled),
+        _carried(before, after, raises),
+        _cost(before, controlled, max_loss),
+        _errors(before, after, controlled),
+    )
+    return " ".join(sentence for sentence in sentences if sentence)
 
 
-def _attainment(full: dict[str, Any], controlled: dict[str, Any]) -> str:
-    before, after = full["slo_attainment_ratio"], controlled["slo_attainment_ratio"]
-    figures = f"from {_percent(before)} to {_percent(after)}"
-    if after > before + SAME_ATTAINMENT_RATIO:
+def drift(before: Numbers, after: Numbers) -> Numbers:
+    """Return how the machine's speed changed between the runs at full quality, and a sentence.
+
+    The speed is the requests per second served in the burst, which overloads full quality; a run
+    that carried it was at least as fast as that.
+    """
+    first, last = (run["burst_served_requests_per_second"] for run in (before, after))
+    change_ratio = last / first - 1 if first else float("nan")
+    steady = abs(change_ratio) <= DRIFT_BOUND_RATIO
+    return {
+        "change_ratio": change_ratio,
+        "bound_ratio": DRIFT_BOUND_RATIO,
+        "within_bound": steady,
+        "sentence": (
+            f"In the burst full quality served {first:.2f} requests/s before the controlled run "
+            f"and {last:.2f} after it ({change_ratio:+.1%}): by that measure the machine "
+            f"{'kept its speed' if steady else 'changed its speed'}, the bound being "
+            f"{DRIFT_BOUND_RATIO:.0%}. What full quality would have kept in between lies between "
+            "its two figures, as long as the speed moved one way; the better one is drawn."
+        ),
+    }
+
+
+def _attainment(before: Numbers, after: Numbers, controlled: Numbers) -> str:
+    low, high = sorted(run["slo_attainment_ratio"] for run in (before, after))
+    reached = controlled["slo_attainment_ratio"]
+    figures = (
+        f"to {_percent(reached)}, from {_around(before, after)} "
+        f"(in the burst: to {_percent(_burst(controlled))}, from "
+        f"{_percent(_burst(before))} and {_percent(_burst(after))})"
+    )
+    if reached > high + SAME_ATTAINMENT_RATIO:
         return f"The controller raised the share of requests within both SLOs {figures}."
-    if after < before - SAME_ATTAINMENT_RATIO:
+    if reached < low - SAME_ATTAINMENT_RATIO:
         return f"The controller lowered the share of requests within both SLOs {figures}."
+    around = f"{_around(before, after)}, {_percent(reached)} with the controller"
+    if high - low > 2 * SAME_ATTAINMENT_RATIO:
+        return (
+            "What the controller did for the share of requests within both SLOs cannot be told, "
+            f"as the machine changed its speed: {around}."
+        )
+    return f"The controller did not change the share of requests within both SLOs: {around}."
+
+
+def _around(before: Numbers, after: Numbers) -> str:
+    first, last = (_percent(run["slo_attainment_ratio"]) for run in (before, after))
+    return f"{first} at full quality before it and {last} after it"
+
+
+def _carried(before: Numbers, after: Numbers, raises: int) -> str:
+    carried = sum(_burst(run) >= CARRIED_ATTAINMENT_RATIO for run in (before, after))
+    if not carried:
+        return ""
+    times = "once" if raises == 1 else f"{raises} times"
     return (
-        "The controller did not change the share of requests within both SLOs "
-        f"({_percent(before)} without it, {_percent(after)} with it)."
+        f"Full quality carried the burst in {('one', 'both')[carried - 1]} of its runs, though it "
+        f"was raised {times}: this is not the overload that the demo is about."
     )
 
 
-def _cost(full: dict[str, Any], controlled: dict[str, Any], max_loss: float) -> str:
+def _cost(full: Numbers, controlled: Numbers, max_loss: float) -> str:
     if controlled["budget_changes"] == 0:
         return "It never moved the budget, so quality was full throughout."
     increase = controlled["heldout_nll"] - controlled["heldout_nll_full"]
@@ -52,11 +114,16 @@ def _direction(increase: float, error: float) -> str:
     return "rose" if increase > 0 else "fell"
 
 
-def _errors(full: dict[str, Any], controlled: dict[str, Any]) -> str:
-    errors = full["errors"] + controlled["errors"]
+def _errors(*runs: Numbers) -> str:
+    errors = sum(run["errors"] for run in runs)
     if errors == 0:
-        return " No request failed."
-    return f" {errors} requests failed, so these figures are not to be trusted."
+        return "No request failed."
+    return f"{errors} requests failed, so these figures are not to be trusted."
+
+
+def _burst(run: Numbers) -> float:
+    ratio: float = run["slo_attainment_ratio_by_phase"][BURST]
+    return ratio
 
 
 def _percent(ratio: float) -> str:

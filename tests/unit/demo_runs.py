@@ -1,6 +1,7 @@
 """Small made-up runs of the demo whose numbers can be worked out by hand."""
 
 from sglang_alloc.demo.calibration import ClosedLoop, RequestShape
+from sglang_alloc.demo.comparison import Comparison
 from sglang_alloc.demo.heldout_loss import Level, LevelLoss
 from sglang_alloc.demo.load import RequestRecord
 from sglang_alloc.demo.load_plan import LoadPlan, Slo
@@ -56,24 +57,28 @@ def make_loop(
     return ClosedLoop(clients, 8.0, requests_per_second, ttft, itl)
 
 
-def make_result(full: RunRecord, controlled: RunRecord, model: str = "tiny-moe") -> DemoResult:
+def make_plan() -> LoadPlan:
+    return LoadPlan(
+        phases=PHASES,
+        slo=SLO,
+        idle=make_loop(3.0),
+        full=make_loop(6.0),
+        one_below=make_loop(7.0),
+        floor=make_loop(9.0),
+    )
+
+
+def make_result(
+    before: RunRecord, controlled: RunRecord, after: RunRecord, model: str = "tiny-moe"
+) -> DemoResult:
     return DemoResult(
         model=model,
         mode="threshold",
         shape=RequestShape(100, 3),
-        plan=LoadPlan(
-            phases=PHASES,
-            slo=SLO,
-            idle=make_loop(3.0),
-            full=make_loop(6.0),
-            one_below=make_loop(7.0),
-            floor=make_loop(9.0),
-        ),
+        runs=Comparison(make_plan(), before, controlled, after),
         full_budget=FULL,
         floor_budget=13,
         max_predicted_loss=0.15,
-        full=full,
-        controlled=controlled,
         full_loss=LevelLoss(Level(FULL, FULL, 1.0), (1.0, 1.2, 1.4)),
         level_losses=(
             LevelLoss(Level(FULL, FULL, 0.5), (1.0, 1.2, 1.4)),
@@ -83,19 +88,26 @@ def make_result(full: RunRecord, controlled: RunRecord, model: str = "tiny-moe")
     )
 
 
-def make_usual_result(model: str = "tiny-moe") -> DemoResult:
-    """Full quality misses in the burst; the controlled run lowers the budgets and keeps it."""
-    full = make_run(
+def make_full_run(burst_ttft: float = 4.0) -> RunRecord:
+    """A run at full quality that misses in the burst, or keeps it with a `burst_ttft` below 1."""
+    return make_run(
         make_record(0, due=1.0),
-        make_record(1, due=12.0, ttft=4.0, phase="burst"),
+        make_record(1, due=12.0, ttft=burst_ttft, phase="burst"),
         make_record(2, due=25.0, phase="calm again"),
         queue=(0.0, 5.0, 1.0),
     )
-    controlled = make_run(
+
+
+def make_controlled_run() -> RunRecord:
+    return make_run(
         make_record(0, due=1.0),
         make_record(1, due=12.0, ttft=0.8, phase="burst"),
         make_record(2, due=25.0, phase="calm again"),
         budgets=((0.0, FULL, FULL), (11.0, 20, 30), (20.0, FULL, FULL)),
         queue=(0.0, 2.0, 1.0),
     )
-    return make_result(full, controlled, model)
+
+
+def make_usual_result(model: str = "tiny-moe") -> DemoResult:
+    """Full quality misses in the burst; the controlled run lowers the budgets and keeps it."""
+    return make_result(make_full_run(), make_controlled_run(), make_full_run(5.0), model)

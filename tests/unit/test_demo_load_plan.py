@@ -66,4 +66,6 @@ def test_a_burst_that_full_quality_carried_is_raised_and_the_calm_is_not() -> No
         for before, after in zip(plan.phases, heavier.phases, strict=True)
     ]
     assert ratios == pytest.approx([1.0, RAISED_BURST_RATIO, 1.0])
-    assert (heavier.carried_ratio, heavier.slo) == (0.99, plan.slo)
+    assert heavier.slo == plan.slo
+    assert heavier.carried == ((plan.burst_per_second, 0.99),)
+    assert heavier.raised(0.8).carried == (*heavier.carried, (heavier.burst_per_second, 0.8))

@@ -12,6 +12,7 @@ from sglang_alloc.demo.outcome import (
     attainment_ratio,
     percentile,
     served_budgets,
+    served_per_second,
     summarise_run,
     within_slo,
 )
@@ -92,6 +93,17 @@ def test_a_run_is_summarised_in_seconds_ratios_and_tokens() -> None:
     assert numbers["mean_prefill_budget"] == 30.0
     assert numbers["mean_decode_budget"] == 35.0
     assert numbers["budget_changes"] == 1
+
+
+def test_only_what_is_answered_in_full_while_the_burst_lasts_counts_as_served_in_it() -> None:
+    run = make_run(
+        make_record(0, due=9.0, ttft=2.0, gaps=()),  # done at 11: arrived before, served in it
+        make_record(1, due=9.0, ttft=0.9, gaps=()),
+        make_record(2, due=12.0, phase="burst"),
+        make_record(3, due=19.0, ttft=1.0, gaps=(), phase="burst"),  # done at 20, when it is over
+        make_record(4, due=13.0, phase="burst", error="HTTP 503"),
+    )
+    assert served_per_second(run, "burst") == pytest.approx(0.2)
 
 
 def test_levels_keep_full_quality_apart_and_weigh_by_output_tokens() -> None:

@@ -12,11 +12,10 @@ from typing import NamedTuple
 
 from sglang_alloc.demo.load_plan import BURST, CARRIED_ATTAINMENT_RATIO, LoadPlan
 from sglang_alloc.demo.observation import RunRecord
-from sglang_alloc.demo.outcome import attainment_ratio
+from sglang_alloc.demo.outcome import attainment_ratio, served_per_second
 
 # Bounds the time that the demo takes on a machine that keeps getting faster.
-RUNS_MAX = 6
-_RUNS_OF_A_COMPARISON = 3
+RAISES_MAX = 2
 
 Run = Callable[[LoadPlan], RunRecord]
 
@@ -30,34 +29,21 @@ class Comparison(NamedTuple):
     after: RunRecord
 
 
-def compare(
-    plan: LoadPlan, run_before: Run, run_controlled: Run, run_after: Run, runs_max: int = RUNS_MAX
-) -> Comparison:
-    """Run full quality, controlled, full quality; raise the burst while full quality carries it.
+def compare(plan: LoadPlan, run_before: Run, run_controlled: Run, run_after: Run) -> Comparison:
+    """Run full quality, controlled, full quality; first raise the burst until full quality misses.
 
-    What the controlled run does has no say in it. A burst that the last run carried starts the
-    comparison again; after `runs_max` runs the last one stands, whether or not full quality missed.
+    What the controlled run does has no say in the load. After RAISES_MAX raises the comparison is
+    made whether or not full quality missed, and the report says so.
     """
-    runs_left = runs_max
-    while True:
+    before = run_before(plan)
+    while (kept_ratio := burst_attainment(before, plan)) >= CARRIED_ATTAINMENT_RATIO:
+        if len(plan.carried) == RAISES_MAX:
+            break
+        plan = plan.raised(kept_ratio, served_per_second(before, BURST))
         before = run_before(plan)
-        runs_left -= 1
-        kept_ratio = burst_attainment(before, plan)
-        if _carried(kept_ratio) and runs_left >= _RUNS_OF_A_COMPARISON:
-            plan = plan.raised(kept_ratio)
-            continue
-        controlled, after = run_controlled(plan), run_after(plan)
-        runs_left -= 2
-        kept_ratio = burst_attainment(after, plan)
-        if not _carried(kept_ratio) or runs_left < _RUNS_OF_A_COMPARISON:
-            return Comparison(plan, before, controlled, after)
-        plan = plan.raised(kept_ratio)
+    return Comparison(plan, before, run_controlled(plan), run_after(plan))
 
 
 def burst_attainment(run: RunRecord, plan: LoadPlan) -> float:
     """Return the share of the burst's requests within both SLOs."""
     return attainment_ratio([r for r in run.requests if r.phase == BURST], plan.slo)
-
-
-def _carried(kept_ratio: float) -> bool:
-    return kept_ratio >= CARRIED_ATTAINMENT_RATIO

@@ -22,10 +22,10 @@ CALM_UTILISATION_RATIO = 0.5
 BURST_POSITION_RATIO = 0.45
 # Where the floor gains next to nothing, the burst still overloads full quality by this much.
 BURST_OVERLOAD_MIN_RATIO = 1.12
-# A shared machine may be faster in the run than when it was measured. Where full quality keeps at
-# least this share of the burst within the SLOs, nobody could keep half as many again: the burst is
-# no overload, and is raised by so much.
-CARRIED_ATTAINMENT_RATIO, RAISED_BURST_RATIO = 2 / 3, 1.12
+# A shared machine may be faster in the run than when it was measured. A burst of which full quality
+# keeps at least this share within the SLOs is no overload: it is raised to so many times what full
+# quality served in it, and by so much at least.
+CARRIED_ATTAINMENT_RATIO, RAISED_OVERLOAD_RATIO, RAISED_BURST_RATIO = 0.5, 1.25, 1.12
 # An SLO is this many times what a request gets in a full batch without a queue.
 TTFT_SLACK_RATIO, ITL_SLACK_RATIO = 4.0, 4.0
 
@@ -74,12 +74,13 @@ class LoadPlan(NamedTuple):
         """Arrivals per second in the burst."""
         return next(phase.requests_per_second for phase in self.phases if phase.name == BURST)
 
-    def raised(self, attainment_ratio: float) -> LoadPlan:
-        """Return the plan with a heavier burst, since full quality kept `attainment_ratio`."""
+    def raised(self, attainment_ratio: float, served_per_second: float) -> LoadPlan:
+        """Return the plan with a heavier burst, as full quality kept and served so much of it."""
+        burst_per_second = max(
+            RAISED_OVERLOAD_RATIO * served_per_second, RAISED_BURST_RATIO * self.burst_per_second
+        )
         phases = tuple(
-            phase._replace(requests_per_second=phase.requests_per_second * RAISED_BURST_RATIO)
-            if phase.name == BURST
-            else phase
+            phase._replace(requests_per_second=burst_per_second) if phase.name == BURST else phase
             for phase in self.phases
         )
         tried = CarriedBurst(self.burst_per_second, attainment_ratio)

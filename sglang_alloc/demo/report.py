@@ -11,7 +11,7 @@ from typing import Any
 
 from sglang_alloc.demo import machine, plots
 from sglang_alloc.demo.calibration import ClosedLoop, RequestShape
-from sglang_alloc.demo.comparison import RUNS_MAX, Comparison
+from sglang_alloc.demo.comparison import RAISES_MAX, Comparison
 from sglang_alloc.demo.heldout_loss import LevelLoss, loss_increase_error, weighted_loss
 from sglang_alloc.demo.load_plan import (
     BURST_POSITION_RATIO,
@@ -19,6 +19,7 @@ from sglang_alloc.demo.load_plan import (
     CARRIED_ATTAINMENT_RATIO,
     ITL_SLACK_RATIO,
     RAISED_BURST_RATIO,
+    RAISED_OVERLOAD_RATIO,
     TTFT_SLACK_RATIO,
     LoadPlan,
 )
@@ -73,9 +74,7 @@ def build_report(result: DemoResult) -> dict[str, Any]:
     controlled = summarise_run(result.runs.controlled, slo) | _loss_of(result, result.level_losses)
     return {
         "schema_version": SCHEMA_VERSION,
-        "verdict": verdict(
-            before, after, controlled, result.max_predicted_loss, len(result.runs.plan.carried)
-        ),
+        "verdict": verdict(before, after, controlled, result.max_predicted_loss),
         "full": before if result.better_full is result.runs.before else after,
         "full_before": before,
         "full_after": after,
@@ -176,8 +175,9 @@ def _load(result: DemoResult) -> dict[str, Any]:
 def _raised(plan: LoadPlan) -> str:
     rule = (
         f" A burst of which full quality keeps {CARRIED_ATTAINMENT_RATIO:.0%} or more within both "
-        f"SLOs is no overload: it is raised by {RAISED_BURST_RATIO - 1:.0%} and the runs begin "
-        f"again, in {RUNS_MAX} runs at most. "
+        f"SLOs is no overload: it is raised to {RAISED_OVERLOAD_RATIO:g} times what full quality "
+        f"served in it, at least by {RAISED_BURST_RATIO - 1:.0%}, and tried again, up to "
+        f"{RAISES_MAX} times and before any controlled run. "
     )
     if not plan.carried:
         return rule + "That was not needed here."

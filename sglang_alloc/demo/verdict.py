@@ -14,18 +14,16 @@ DRIFT_BOUND_RATIO = 0.10
 Numbers = dict[str, Any]
 
 
-def verdict(
-    before: Numbers, after: Numbers, controlled: Numbers, max_loss: float, raises: int
-) -> str:
+def verdict(before: Numbers, after: Numbers, controlled: Numbers, max_loss: float) -> str:
     """Return a few honest sentences: attainment with and without, and what it cost.
 
     `before` and `after` are the runs at full quality around the controlled one, which is only
     credited or blamed for what lies outside both. `max_loss`, nats per token, is what the
-    controller was allowed to give up; `raises` how often the burst was raised.
+    controller was allowed to give up.
     """
     sentences = (
         _attainment(before, after, controlled),
-        _carried(before, after, raises),
+        _carried(before, after),
         _cost(before, controlled, max_loss),
         _errors(before, after, controlled),
     )
@@ -81,14 +79,14 @@ def _around(before: Numbers, after: Numbers) -> str:
     return f"{first} at full quality before it and {last} after it"
 
 
-def _carried(before: Numbers, after: Numbers, raises: int) -> str:
+def _carried(before: Numbers, after: Numbers) -> str:
     carried = sum(_burst(run) >= CARRIED_ATTAINMENT_RATIO for run in (before, after))
     if not carried:
         return ""
-    times = "once" if raises == 1 else f"{raises} times"
     return (
-        f"Full quality carried the burst in {('one', 'both')[carried - 1]} of its runs, though it "
-        f"was raised {times}: this is not the overload that the demo is about."
+        f"Full quality kept {CARRIED_ATTAINMENT_RATIO:.0%} of the burst or more in "
+        f"{('one', 'both')[carried - 1]} of its runs: that is less of an overload than the demo "
+        "means to show."
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from demo_runs import make_controlled_run, make_full_run, make_plan
 
-from sglang_alloc.demo.comparison import Comparison, compare
+from sglang_alloc.demo.comparison import RAISES_MAX, Comparison, compare
 from sglang_alloc.demo.load_plan import RAISED_BURST_RATIO, LoadPlan
 from sglang_alloc.demo.observation import RunRecord
 
@@ -22,7 +22,7 @@ class Runs:
 
     def compared(self) -> Comparison:
         fulls = (self._full("before"), self._full("after"))
-        return compare(make_plan(), fulls[0], self._controlled, fulls[1], runs_max=6)
+        return compare(make_plan(), fulls[0], self._controlled, fulls[1])
 
     def _full(self, name: str) -> Callable[[LoadPlan], RunRecord]:
         def run(plan: LoadPlan) -> RunRecord:
@@ -57,23 +57,16 @@ def test_a_burst_that_full_quality_carries_is_raised_before_the_controlled_run()
     assert [burst.attainment_ratio for burst in compared.plan.carried] == [1.0, 1.0]
 
 
-def test_a_burst_that_the_last_run_carried_starts_the_comparison_again() -> None:
-    runs = Runs(MISSED, KEPT, MISSED, MISSED)
-    compared = runs.compared()
-    assert runs.order == ["before", "controlled", "after"] * 2
-    assert len(compared.plan.carried) == 1
-    assert set(runs.loads[3:]) == {compared.plan.burst_per_second}
-
-
-def test_a_machine_that_always_carries_the_burst_gets_a_report_after_six_runs() -> None:
+def test_a_machine_that_always_carries_the_burst_is_compared_after_so_many_raises() -> None:
     runs = Runs(*[KEPT] * 10)
     compared = runs.compared()
-    assert runs.order == [*["before"] * 4, "controlled", "after"]
-    assert len(compared.plan.carried) == 3
+    assert runs.order == [*["before"] * (1 + RAISES_MAX), "controlled", "after"]
+    assert len(compared.plan.carried) == RAISES_MAX
 
 
-def test_runs_too_few_for_another_comparison_let_the_last_one_stand() -> None:
-    runs = Runs(KEPT, MISSED, KEPT)
+@pytest.mark.parametrize("last", [KEPT, MISSED])
+def test_neither_the_controlled_run_nor_the_last_one_has_a_say_in_the_load(last: float) -> None:
+    runs = Runs(KEPT, MISSED, last)
     compared = runs.compared()
     assert runs.order == ["before", "before", "controlled", "after"]
     assert len(compared.plan.carried) == 1

@@ -11,6 +11,7 @@ from sglang_alloc.demo.load_plan import (
     CALM_UTILISATION_RATIO,
     ITL_EDGES_SECONDS,
     RAISED_BURST_RATIO,
+    RAISED_OVERLOAD_RATIO,
     TTFT_EDGES_SECONDS,
     bucket_arguments,
     next_edge,
@@ -58,14 +59,19 @@ def test_of_two_measurements_the_faster_counts() -> None:
     assert faster([make_loop(3.0), make_loop(3.6), make_loop(3.2)]) == make_loop(3.6)
 
 
-def test_a_burst_that_full_quality_carried_is_raised_and_the_calm_is_not() -> None:
+@pytest.mark.parametrize(
+    ("served_ratio", "raised_ratio"), [(1.0, RAISED_OVERLOAD_RATIO), (0.8, RAISED_BURST_RATIO)]
+)
+def test_a_carried_burst_is_raised_beyond_what_was_served_in_it_and_the_calm_is_not(
+    served_ratio: float, raised_ratio: float
+) -> None:
     plan = plan_load(make_loop(3.0), make_loop(6.0), make_loop(7.0), make_loop(9.0))
-    heavier = plan.raised(0.99)
+    heavier = plan.raised(0.99, served_ratio * plan.burst_per_second)
     ratios = [
         after.requests_per_second / before.requests_per_second
         for before, after in zip(plan.phases, heavier.phases, strict=True)
     ]
-    assert ratios == pytest.approx([1.0, RAISED_BURST_RATIO, 1.0])
+    assert ratios == pytest.approx([1.0, raised_ratio, 1.0])
     assert heavier.slo == plan.slo
     assert heavier.carried == ((plan.burst_per_second, 0.99),)
-    assert heavier.raised(0.8).carried == (*heavier.carried, (heavier.burst_per_second, 0.8))
+    assert heavier.raised(0.8, 1.0).carried == (*heavier.carried, (heavier.burst_per_second, 0.8))

@@ -40,7 +40,7 @@ def _edges(first_decade: int, decades: int) -> tuple[float, ...]:
 
 
 TTFT_EDGES_SECONDS = _edges(-2, 4)  # 10 ms to 80 s
-ITL_EDGES_SECONDS = _edges(-3, 3)  # 1 ms to 800 ms
+ITL_EDGES_SECONDS = _edges(-3, 4)  # 1 ms to 8 s
 
 
 class Slo(NamedTuple):

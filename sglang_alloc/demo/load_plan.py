@@ -20,12 +20,13 @@ CALM_UTILISATION_RATIO = 0.5
 # half-way, because arrivals one by one are prefilled one by one: at the floor, a server that closed
 # loops drove to 8.9 requests/s carried no more than 7 to 7.7 of them.
 BURST_POSITION_RATIO = 0.45
-# Where the floor gains next to nothing, the burst still overloads full quality by this much.
-BURST_OVERLOAD_MIN_RATIO = 1.12
+# Where the floor gains next to nothing, the burst still overloads full quality by this much, and
+# anywhere by so much that its queue outgrows the TTFT SLO when this share of the burst is over.
+BURST_OVERLOAD_MIN_RATIO, KEPT_SHARE_RATIO = 1.12, 0.45
 # A shared machine may be faster in the run than when it was measured. A burst of which full quality
-# keeps at least this share within the SLOs is no overload: it is raised to so many times what full
-# quality served in it, and by so much at least.
-CARRIED_ATTAINMENT_RATIO, RAISED_OVERLOAD_RATIO, RAISED_BURST_RATIO = 0.5, 1.25, 1.12
+# keeps at least this share within the SLOs is no overload: it is raised by the same rule from what
+# full quality served in it, and by so much at least.
+CARRIED_ATTAINMENT_RATIO, RAISED_BURST_RATIO = 0.6, 1.12
 # An SLO is this many times what a request gets in a full batch without a queue.
 TTFT_SLACK_RATIO, ITL_SLACK_RATIO = 4.0, 4.0
 
@@ -77,7 +78,8 @@ class LoadPlan(NamedTuple):
     def raised(self, attainment_ratio: float, served_per_second: float) -> LoadPlan:
         """Return the plan with a heavier burst, as full quality kept and served so much of it."""
         burst_per_second = max(
-            RAISED_OVERLOAD_RATIO * served_per_second, RAISED_BURST_RATIO * self.burst_per_second
+            overloading_rate(served_per_second, self.slo),
+            RAISED_BURST_RATIO * self.burst_per_second,
         )
         phases = tuple(
             phase._replace(requests_per_second=burst_per_second) if phase.name == BURST else phase
@@ -95,24 +97,34 @@ def plan_load(
     `idle` is one client at full budget, `full` and `floor` a full batch at full budget and at the
     smallest budget that the controller may use; `one_below`, one activation below full, is only
     reported: there our code computes the experts and spares next to none of them. Calm arrives at
-    half of the full capacity, the burst a little less than half-way between full and floor. Raises
-    DemoError when an SLO would lie above the largest edge: the machine is too slow or too busy for
-    the demo.
+    half of the full capacity, the burst a little less than half-way between full and floor, or
+    higher where that would not make full quality miss its SLO. Raises DemoError when an SLO would
+    lie above the largest edge: the machine is too slow or too busy for the demo.
     """
+    slo = Slo(
+        ttft_seconds=next_edge(TTFT_SLACK_RATIO * full.median_ttft_seconds, TTFT_EDGES_SECONDS),
+        itl_seconds=next_edge(ITL_SLACK_RATIO * full.mean_itl_seconds, ITL_EDGES_SECONDS),
+    )
     capacity = full.requests_per_second
     between = capacity + BURST_POSITION_RATIO * (floor.requests_per_second - capacity)
-    burst = max(between, BURST_OVERLOAD_MIN_RATIO * capacity)
+    overload = max(BURST_OVERLOAD_MIN_RATIO * capacity, overloading_rate(capacity, slo))
+    burst = max(between, overload)
     calm = CALM_UTILISATION_RATIO * capacity
     phases = (
         Phase("calm", CALM_SECONDS, calm),
         Phase(BURST, BURST_SECONDS, burst),
         Phase("calm again", AFTER_SECONDS, calm),
     )
-    slo = Slo(
-        ttft_seconds=next_edge(TTFT_SLACK_RATIO * full.median_ttft_seconds, TTFT_EDGES_SECONDS),
-        itl_seconds=next_edge(ITL_SLACK_RATIO * full.mean_itl_seconds, ITL_EDGES_SECONDS),
-    )
     return LoadPlan(phases, slo, idle, full, one_below, floor)
+
+
+def overloading_rate(served_per_second: float, slo: Slo) -> float:
+    """Return the arrivals per second that make a server miss the TTFT SLO early in the burst.
+
+    While r arrive and c are served per second, a request that comes t seconds after the start of
+    the burst waits t (r / c - 1) seconds: the SLO, at t = KEPT_SHARE_RATIO of the burst.
+    """
+    return served_per_second * (1 + slo.ttft_seconds / (KEPT_SHARE_RATIO * BURST_SECONDS))
 
 
 def next_edge(seconds: float, edges: Sequence[float]) -> float:

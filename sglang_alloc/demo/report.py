@@ -18,8 +18,8 @@ from sglang_alloc.demo.load_plan import (
     CALM_UTILISATION_RATIO,
     CARRIED_ATTAINMENT_RATIO,
     ITL_SLACK_RATIO,
+    KEPT_SHARE_RATIO,
     RAISED_BURST_RATIO,
-    RAISED_OVERLOAD_RATIO,
     TTFT_SLACK_RATIO,
     LoadPlan,
 )
@@ -153,8 +153,9 @@ def _load(result: DemoResult) -> dict[str, Any]:
             f"{plan.floor.requests_per_second:.2f} at the floor of {result.floor_budget} "
             f"activations per token. Calm arrives at {CALM_UTILISATION_RATIO:.0%} of the full "
             f"capacity, the burst at {BURST_POSITION_RATIO:.0%} of the way from the full to the "
-            "floor capacity, so full quality cannot keep up and the floor can. Requests are sent "
-            "at their due times whether or not earlier ones were answered, and TTFT counts from "
+            "floor capacity, and no lower than where full quality's queue outgrows the TTFT SLO "
+            f"after {KEPT_SHARE_RATIO:.0%} of the burst. Requests are sent at "
+            "their due times whether or not earlier ones were answered, and TTFT counts from "
             f"the due time. The SLOs are {TTFT_SLACK_RATIO:g} times the median TTFT and "
             f"{ITL_SLACK_RATIO:g} times the mean inter-token latency of the closed loop at full "
             "budget, rounded up to a bucket edge of the server's histograms." + _raised(plan)
@@ -175,8 +176,8 @@ def _load(result: DemoResult) -> dict[str, Any]:
 def _raised(plan: LoadPlan) -> str:
     rule = (
         f" A burst of which full quality keeps {CARRIED_ATTAINMENT_RATIO:.0%} or more within both "
-        f"SLOs is no overload: it is raised to {RAISED_OVERLOAD_RATIO:g} times what full quality "
-        f"served in it, at least by {RAISED_BURST_RATIO - 1:.0%}, and tried again, up to "
+        f"SLOs is no overload: it is raised by the same rule from what full quality served in it, "
+        f"at least by {RAISED_BURST_RATIO - 1:.0%}, and tried again, up to "
         f"{RAISES_MAX} times and before any controlled run. "
     )
     if not plan.carried:

@@ -8,13 +8,15 @@ from sglang_alloc.demo.errors import DemoError
 from sglang_alloc.demo.load_plan import (
     BURST_OVERLOAD_MIN_RATIO,
     BURST_POSITION_RATIO,
+    BURST_SECONDS,
     CALM_UTILISATION_RATIO,
     ITL_EDGES_SECONDS,
+    KEPT_SHARE_RATIO,
     RAISED_BURST_RATIO,
-    RAISED_OVERLOAD_RATIO,
     TTFT_EDGES_SECONDS,
     bucket_arguments,
     next_edge,
+    overloading_rate,
     plan_load,
 )
 
@@ -59,19 +61,28 @@ def test_of_two_measurements_the_faster_counts() -> None:
     assert faster([make_loop(3.0), make_loop(3.6), make_loop(3.2)]) == make_loop(3.6)
 
 
-@pytest.mark.parametrize(
-    ("served_ratio", "raised_ratio"), [(1.0, RAISED_OVERLOAD_RATIO), (0.8, RAISED_BURST_RATIO)]
-)
+def test_the_burst_outgrows_a_long_slo_too() -> None:
+    slow = make_loop(6.0, ttft=2.5)
+    plan = plan_load(make_loop(3.0), slow, make_loop(7.0), make_loop(9.0))
+    wait_seconds = KEPT_SHARE_RATIO * BURST_SECONDS * (plan.burst_per_second / 6.0 - 1)
+    assert wait_seconds == pytest.approx(plan.slo.ttft_seconds) == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("served_ratio", [1.0, 0.8])
 def test_a_carried_burst_is_raised_beyond_what_was_served_in_it_and_the_calm_is_not(
-    served_ratio: float, raised_ratio: float
+    served_ratio: float,
 ) -> None:
-    plan = plan_load(make_loop(3.0), make_loop(6.0), make_loop(7.0), make_loop(9.0))
-    heavier = plan.raised(0.99, served_ratio * plan.burst_per_second)
-    ratios = [
+    plan = plan_load(make_loop(3.0), make_loop(6.0, ttft=0.8), make_loop(7.0), make_loop(9.0))
+    served = served_ratio * plan.burst_per_second
+    heavier = plan.raised(0.99, served)
+    calm, burst, after = (
         after.requests_per_second / before.requests_per_second
         for before, after in zip(plan.phases, heavier.phases, strict=True)
-    ]
-    assert ratios == pytest.approx([1.0, raised_ratio, 1.0])
+    )
+    assert (calm, after) == (1.0, 1.0)
+    overloading = overloading_rate(served, plan.slo) / plan.burst_per_second
+    assert burst == pytest.approx(max(overloading, RAISED_BURST_RATIO))
+    assert (burst > RAISED_BURST_RATIO) is (served_ratio == 1.0)
     assert heavier.slo == plan.slo
     assert heavier.carried == ((plan.burst_per_second, 0.99),)
     assert heavier.raised(0.8, 1.0).carried == (*heavier.carried, (heavier.burst_per_second, 0.8))

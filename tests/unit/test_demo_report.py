@@ -135,7 +135,7 @@ def test_the_verdict_says_when_full_quality_carried_the_burst(
     report = build_report(make_result(before, make_controlled_run(), after))
     text = verdict(report["full_before"], report["full_after"], report["controlled"], 0.15)
     assert ("less of an overload" in text) is (told is not None)
-    assert told is None or f"Full quality kept 50% of the burst or more {told} its runs" in text
+    assert told is None or f"Full quality kept 60% of the burst or more {told} its runs" in text
 
 
 @pytest.mark.parametrize("later_first", [False, True])

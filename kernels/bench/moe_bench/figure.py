@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,20 +71,32 @@ def _draw(axis: Any, rows: Sequence[dict[str, str]], *, allowed: bool) -> None:
     axis.legend(frameon=False, fontsize=8)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Draw what a CSV of the bench has of layers."""
+def draw(
+    arguments: Sequence[str],
+    usage: str,
+    write: Callable[[Sequence[dict[str, str]], Path], None],
+) -> int:
+    """Draw what a CSV has by `write`; return the exit status.
+
+    arguments: the CSV and the picture.
+    """
     if len(arguments) != 2:
-        print("usage: python -m moe_bench.figure moe-cuda.csv layers.png", file=sys.stderr)
+        print(f"usage: python -m {usage}", file=sys.stderr)
         return 2
     source, target = (Path(argument) for argument in arguments)
     with source.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     try:
-        write_figure(rows, target)
+        write(rows, target)
     except ValueError as error:
         print(f"{source}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Draw what a CSV of the bench has of layers."""
+    return draw(arguments, "moe_bench.figure moe-cuda.csv layers.png", write_figure)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@ A bar per server and budget, from the kernels that `--profile` wrote, summed by 
 
 from __future__ import annotations
 
-import csv
 import re
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from moe_bench.figure import draw
 from moe_bench.results import STOCK
 from moe_bench.step_profile import WHOLE_STEP
 
@@ -74,18 +74,7 @@ def write_figure(rows: Sequence[dict[str, str]], path: Path) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Draw what a CSV of step profiles has."""
-    if len(arguments) != 2:
-        print("usage: python -m moe_bench.step_figure steps.csv step.png", file=sys.stderr)
-        return 2
-    source, target = (Path(argument) for argument in arguments)
-    with source.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    try:
-        write_figure(rows, target)
-    except ValueError as error:
-        print(f"{source}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return draw(arguments, "moe_bench.step_figure steps.csv step.png", write_figure)
 
 
 if __name__ == "__main__":

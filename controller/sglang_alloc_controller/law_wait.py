@@ -13,14 +13,14 @@ Regimes of the wait:
     alarm      somebody else has moved the budgets (staleness, idleness, a person), or a load that
                is not calm has a queue: restless for a while, with what is known of the load
     violation  late answers or a queue: down after a minute, or a quarter of the time known, and
-               after five minutes at most
+               after ten minutes at most
     easy       a deep cut of which most is needless: back after two minutes, or half the time known
     settling   a cut under a load that changed less than five minutes ago: back as soon as it is
                known for twice as long as at the last change, since the first cuts insure against
                doubt
     drift      the rate has moved surely away from that of the last change, too slowly for a jump:
                after two minutes
-    start      without any change seen yet, nothing is given up in the first ten seconds, and in the
+    start      without any change seen yet, nothing is given up in the first 15 seconds, and in the
                first half minute only for a violation: a rate from a handful of requests is none
 """
 

@@ -135,6 +135,8 @@ class FusedRouting:
         for phase in PHASES:
             self._worker.enforcement.begin_forward(phase)
             for logits in _proof_logits(layer_index, model.num_experts):
+                if logits.dtype != torch.float32 and _is_grouped(router):
+                    continue  # `router_of` leaves these to SGLang: it would compile them for this
                 theirs, ours = self._both_ways(layer_index, router, logits.to(model.device_type))
                 is_ours = is_ours or self._was_ours
                 if self._was_ours and not _same_slots(theirs, ours):
@@ -234,6 +236,11 @@ def _scales_later(topk_config: Any, arguments: Mapping[str, Any]) -> bool:
     scaling = getattr(topk_config, "routed_scaling_factor", None)
     applies = bool(getattr(topk_config, "apply_routed_scaling_factor_on_output", False))
     return "num_expert_group" not in arguments and applies and scaling not in (None, 1.0)
+
+
+def _is_grouped(router: Any) -> bool:
+    """Return whether SGLang's `grouped_topk` routes a layer."""
+    return bool(getattr(getattr(router, "topk_config", None), "use_grouped_topk", False))
 
 
 def _proof_logits(seed: int, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:

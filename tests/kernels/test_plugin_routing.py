@@ -88,6 +88,7 @@ class _Server:
         layer_index_of = {id(config): index for index, config in enumerate(self.configs)}
         self.routing = plugin_routing.FusedRouting(self.worker, layer_index_of)  # type: ignore[arg-type]
         self.gate_calls = 0
+        self.gate_types: set[torch.dtype] = set()  # of the logits that SGLang routed
         process = plugin._Process(layer_index_of=layer_index_of)
         process.worker = self.worker  # type: ignore[assignment]
         patch.setattr(plugin, "_process", process)
@@ -113,13 +114,20 @@ class _Server:
         )
 
     def _router(self, index: int) -> Any:
-        return lambda _, logits: self.route(index, logits)
+        """Return a stand-in for SGLang's module of a layer: it routes, and has a configuration."""
+
+        def router(_hidden_states: torch.Tensor, logits: torch.Tensor) -> Any:
+            return self.route(index, logits)
+
+        router.topk_config = self.configs[index]  # type: ignore[attr-defined]
+        return router
 
     def _gate(self, original: Any) -> Any:
         eager = getattr(original, "_torchdynamo_orig_callable", original)
 
         def counted(**arguments: Any) -> Any:
             self.gate_calls += 1
+            self.gate_types.add(arguments["gating_output"].dtype)
             known = eager.__code__.co_varnames[: eager.__code__.co_argcount]
             return eager(**{name: arguments[name] for name in known if name in arguments})
 
@@ -230,6 +238,25 @@ def test_a_layer_that_breaks_ties_of_bfloat16_logits_otherwise_is_left_to_sglang
     assert set(asked) == {torch.float32, torch.bfloat16}
     assert server.routing._layers == set(range(LAYERS)) - {1}
     assert "bfloat16 logits" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "types"),
+    [("groups", {torch.float32}), ("no groups", {torch.float32, torch.bfloat16})],
+)
+def test_the_proof_asks_sglang_only_for_logits_that_we_would_route(
+    name: str,
+    types: set[torch.dtype],
+    device: str,
+    engine_topk: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Any other type would have SGLang's `grouped_topk` compiled for nothing."""
+    server = _Server(engine_topk, name, "layer", device, monkeypatch)
+    # A CPU's stand-in for `fused_topk` leaves ties to torch; how they fall is another test's matter.
+    monkeypatch.setattr(plugin_routing, "_same_slots", lambda _theirs, _ours: True)
+    server.routing.prove(server.routers)
+    assert server.gate_types == types
 
 
 def test_logits_in_service_that_are_not_ours_are_told_once(

@@ -253,7 +253,7 @@ def test_the_proof_asks_sglang_only_for_logits_that_we_would_route(
 ) -> None:
     """Any other type would have SGLang's `grouped_topk` compiled for nothing."""
     server = _Server(engine_topk, name, "layer", device, monkeypatch)
-    # A CPU's stand-in for `fused_topk` leaves ties to torch; how they fall is another test's matter.
+    # A CPU's stand-in for `fused_topk` leaves ties to torch: how they fall is not asked here.
     monkeypatch.setattr(plugin_routing, "_same_slots", lambda _theirs, _ours: True)
     server.routing.prove(server.routers)
     assert server.gate_types == types

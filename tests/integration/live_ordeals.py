@@ -111,16 +111,19 @@ async def _send(url: str, request: TracedRequest) -> RequestRecord:
 def _hanging_scheduler(pair: Pair) -> Iterator[None]:
     """Stop SGLang's scheduler in the middle of its work, and leave its HTTP server alive.
 
-    A scheduler that last said that it had nothing to do is one that sleeps, not one that hangs.
+    A scheduler that last said that it had nothing to do is one that sleeps, not one that hangs. One
+    that was stopped while it wrote that down holds a lock that SGLang's HTTP server waits for: it
+    goes on, to be stopped elsewhere.
     """
     pids = [pid for pid in _members(pair.server_group) if "scheduler" in _title(pid)]
     assert pids, "no scheduler among SGLang's processes"
 
     def caught_at_work() -> bool:
         _signal(pids, signal.SIGSTOP)
-        loads = httpx2.get(f"{pair.server_url}{LOADS_PATH}", timeout=10.0, trust_env=False)
-        if parse_loads(loads.text).running_requests > 0:
-            return True
+        with suppress(httpx2.TimeoutException):
+            loads = httpx2.get(f"{pair.server_url}{LOADS_PATH}", timeout=5.0, trust_env=False)
+            if parse_loads(loads.text).running_requests > 0:
+                return True
         _signal(pids, signal.SIGCONT)
         return False
 

@@ -47,6 +47,7 @@ from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.law_load import Load
 from sglang_alloc_controller.law_settings import LawSettings
 from sglang_alloc_controller.samples import Phase
+from sglang_alloc_controller.step_times import with_gain
 
 # c may move by this at once: one clump of late answers is no other server.
 _STEP_MAX = 0.01
@@ -55,8 +56,6 @@ _BOUNDS = (0.1, 2.0)
 _PROMPTS_PER_STEP = 2.0
 # A rate known from a handful of requests shall not ask for the floor by doubt alone.
 _DOUBT_MAX = 1.5
-# However large the gain, a budget cannot make a step free.
-_FASTEST_RATIO = 0.05
 # From odds of e on, the share grows by this for each further factor of e.
 _BEYOND = 0.05
 # Share of the largest batch under which few requests run.
@@ -183,12 +182,6 @@ def step_tokens(load: Load, prefill: BudgetRange, law: LawSettings, prompts: flo
     """Return the prompt tokens of a prefill step that so many prompts share under this load."""
     tokens = min(float(law.cost_prefill_tokens), prompts * load.prefill_tokens)
     return max(tokens, prefill.sizes[0])
-
-
-def with_gain(steps_seconds: list[float], gain: float) -> list[float]:
-    """Return the step times by level, of which the last is full, for what a budget really saves."""
-    full = steps_seconds[-1]
-    return [max(_FASTEST_RATIO * full, full + gain * (step - full)) for step in steps_seconds]
 
 
 def _decode_seconds(load: Load, decode: BudgetRange, engine: Engine) -> list[float]:

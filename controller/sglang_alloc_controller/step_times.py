@@ -39,11 +39,7 @@ class PhaseTimes(NamedTuple):
 
     def scaled(self, gain: float) -> "PhaseTimes":
         """Return times that the budget changes `gain` times as much; those at full stay."""
-        rows = tuple(
-            tuple(row[-1] * max(_FASTEST_RATIO, 1 + gain * (one / row[-1] - 1)) for one in row)
-            for row in self.seconds
-        )
-        return self._replace(seconds=rows)
+        return self._replace(seconds=tuple(tuple(with_gain(row, gain)) for row in self.seconds))
 
 
 class Line(NamedTuple):
@@ -55,6 +51,12 @@ class Line(NamedTuple):
     def at(self, size: float) -> float:
         """Return the seconds of a step of this size."""
         return times_at(self.sizes, (self.seconds,), size)[0]
+
+
+def with_gain(steps_seconds: Sequence[float], gain: float) -> list[float]:
+    """Return step times by budget, the last being full, for one that saves `gain` times as much."""
+    full = steps_seconds[-1]
+    return [max(_FASTEST_RATIO * full, full + gain * (step - full)) for step in steps_seconds]
 
 
 def times_at(sizes: Sequence[float], rows: Sequence[Sequence[float]], size: float) -> list[float]:

@@ -70,15 +70,14 @@ class Worker:
         self.table = SharedTable.open(settings.table_path)
         profiling = settings.profile_folder is not None
         self.mode: Mode = choose_mode(settings.mode, self.table, profiling=profiling)
-        # What ranks must agree on, or their partial sums are those of different mixtures.
-        self.rule = ":".join(
+        rule = ":".join(
             (
                 *(self.mode, self.table.payload_digest),
                 *(settings.request_budgets, str(settings.protected_priority), settings.routing),
             )
         )
         self._follower = BudgetFollower(
-            self.table, self.rule, settings.stale_after_seconds, settings.fallback
+            self.table, rule, settings.stale_after_seconds, settings.fallback
         )
         full = self.table.shape.budget_max
         self.in_force = Selection("fallback", 0, full, full)
@@ -108,9 +107,14 @@ class Worker:
         )
         self.report(time.monotonic_ns())
 
+    @property
+    def rule(self) -> str:
+        """What ranks must agree on, or their partial sums are those of different mixtures."""
+        return self._follower.rule
+
     def agree_on(self, fact: str) -> None:
         """Let `apply` stop ranks that differ in this fact too. Call before the first `poll`."""
-        self.rule = self._follower.rule = f"{self.rule}:{fact}"
+        self._follower.rule = f"{self.rule}:{fact}"
 
     def poll(self, now_ns: int) -> BudgetChange | None:
         """Leading rank, once per scheduler iteration: return a change for all ranks, or None."""

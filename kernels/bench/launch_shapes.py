@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from types import ModuleType
 
 import torch
 
-from moe_bench.budgets import Rule, Slots, make_rule
+from moe_bench.budgets import make_rule
 from moe_bench.engine import prepare_engine, stock_routing
 from moe_bench.facts import machine_columns, require_gpu
-from moe_bench.measure import HALF, step_as_served
+from moe_bench.measure import HALF, dropped, step_as_served
 from moe_bench.shapes import SHAPES, MoEShape, make_inputs
 from moe_bench.timing import Timer
 from sglang_alloc_kernels import budgeted_slots, token_slots, union_slots
-from sglang_alloc_kernels.layer_rows import StepTensors
 from sglang_alloc_kernels.slot_rules import KERNELS
 
 # Where each mode asks how many warps a program gets.
@@ -53,15 +52,11 @@ def rows(shape: MoEShape, num_tokens: int, timer: Timer) -> Iterator[dict[str, o
             for warps in WARPS:
                 setattr(module, name, lambda _size, warps=warps: warps)
                 for sums, step in (("no", plain), ("yes", counted)):
-                    timing = timer.seconds(partial(_routed, route, rule, step))
+                    timing = timer.seconds(partial(dropped, rule, route, step))
                     launch = {"mode": mode, "warps": warps, "sums": sums}
                     yield names | launch | {"median_us": 1e6 * timing.median}
         finally:
             setattr(module, name, chosen)
-
-
-def _routed(route: Callable[[], Slots], rule: Rule, step: StepTensors) -> Slots:
-    return rule.drop(*route(), step)
 
 
 def main() -> None:

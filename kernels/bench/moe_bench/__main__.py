@@ -64,10 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(given: argparse.Namespace, console: Console) -> None:
     device = torch.device(given.device)
+    machine = machine_columns(device)
     if given.profile:
         path = given.out / f"steps-{device.type}.csv"
-        given.server = given.server._replace(profile=ProfileCsv(path, machine_columns(device)))
-    results = Results(given.out / f"moe-{device.type}.csv", machine_columns(device))
+        given.server = given.server._replace(profile=ProfileCsv(path, machine))
+    results = Results(given.out / f"moe-{device.type}.csv", machine)
     units = cpu_units() if device.type == "cpu" else gpu_units(given.kinds, given.shapes)
     wanted = [u for u in units if u.kind in given.kinds and _has_size(u, given.tokens)]
     units = [u for u in wanted if not _is_done(results, u, given.server)]

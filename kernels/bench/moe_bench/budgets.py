@@ -18,9 +18,12 @@ Slots = tuple[torch.Tensor, torch.Tensor]  # weights (T, K), ids (T, K)
 
 
 class Rule(NamedTuple):
-    """A mode at a budget: `drop` maps routed slots to kept ones, by the kernels or their twins."""
+    """A mode at a budget: `drop` maps routed slots to kept ones, by the kernels or their twins.
 
-    mode: str
+    kind: what the limits in `rows` are, for a kernel that asks: `threshold` or `quota`.
+    """
+
+    kind: str
     rows: LayerRows
     drop: Callable[[torch.Tensor, torch.Tensor, StepTensors], Slots]
 
@@ -62,15 +65,16 @@ def make_rule(shape: MoEShape, mode: str, budget: Budget, slots: Slots, rules: S
     if budget.cap_share is not None:
         rows = rows._replace(caps=_one(round(budget.cap_share * shape.num_experts), slots))
 
+    kind = "threshold" if mode == "threshold" else "quota"
+
     def drop(weights: torch.Tensor, ids: torch.Tensor, step: StepTensors) -> Slots:
         if mode == "union":
             return rules.union(weights, ids, rows, 0, shape.num_experts, step=step)
         if mode == "token":
             return rules.token(weights, ids, rows, 0, step=step)
-        kind = "threshold" if mode == "threshold" else "quota"
         return rules.budgeted(weights, ids, rows, 0, kind, step=step)
 
-    return Rule(mode, rows, drop)
+    return Rule(kind, rows, drop)
 
 
 def _one(value: float, slots: Slots) -> torch.Tensor:

@@ -123,7 +123,7 @@ def _fused_routing(
     """Return routing and drop in one launch, as a call without arguments."""
     return lambda: bench.rules.routing(
         *(inputs.router_logits, shape.router, rule.rows, 0),
-        "threshold" if rule.mode == "threshold" else "quota",
+        rule.kind,
         correction_bias=inputs.correction_bias,
         step=step,
     )
@@ -162,7 +162,7 @@ def measure_layer(
             work = _work(rule.drop(*slots, step)[1])
 
             routings: dict[str, Callable[[], Slots]] = {
-                DROPPED: partial(_dropped, rule, route, step)
+                DROPPED: partial(dropped, rule, route, step)
             }
             if mode in {"layer", "threshold"}:
                 routings[FUSED] = _fused_routing(bench, shape, inputs, rule, step)
@@ -176,7 +176,8 @@ def measure_layer(
         yield _layer_row(bench, shape, kind, names, timing, work, stock, full)
 
 
-def _dropped(rule: Rule, route: Callable[[], Slots], step: StepTensors) -> Slots:
+def dropped(rule: Rule, route: Callable[[], Slots], step: StepTensors) -> Slots:
+    """Route by SGLang and drop behind it."""
     return rule.drop(*route(), step)
 
 

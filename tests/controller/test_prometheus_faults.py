@@ -12,6 +12,8 @@ from virtual_loop import publish_table
 
 from sglang_alloc.shared_table import SharedTable
 
+pytestmark = pytest.mark.server
+
 RECORDED = Path(__file__).parent / "recorded"
 CALM, BURST = ((RECORDED / f"{name}.txt").read_text() for name in ("first", "burst"))
 QUEUE_LINE = next(line for line in BURST.splitlines() if line.startswith("sglang:num_queue_reqs"))

@@ -17,6 +17,8 @@ from sglang_alloc_controller.samples import Reading, SourceError
 from sglang_alloc_controller.settings import SourceSettings
 from sglang_alloc_controller.sglang_metrics import SGLangMetrics
 
+pytestmark = pytest.mark.server
+
 PATIENCE_SECONDS = 60.0
 
 

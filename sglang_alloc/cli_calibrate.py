@@ -53,10 +53,10 @@ def calibrate(
     from sglang_alloc.budget_tables import save_budget_tables
     from sglang_alloc.calibrate_run import run_calibration
     from sglang_alloc.cli_profile_run import make_job
-    from sglang_alloc.demo.interruption import sigterm_interrupts
     from sglang_alloc.profile_progress import TokenProgress
     from sglang_alloc.profile_settings import ProfileSettings
     from sglang_alloc.sensitivity_file import load_sensitivities
+    from sglang_alloc.server_runs.interruption import sigterm_interrupts
     from sglang_alloc.solve_bounds import parse_bounds
 
     loaded = load_sensitivities(sensitivity)

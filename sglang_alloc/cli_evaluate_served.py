@@ -35,9 +35,9 @@ def evaluate_served(
     """
     # Imported here because help must not wait for numpy.
     from sglang_alloc.cli_set import parse_budget
-    from sglang_alloc.demo.interruption import sigterm_interrupts
     from sglang_alloc.evaluation.harness import HarnessRun, run_harness
     from sglang_alloc.evaluation.harness_results import read_scores, summary, write_scores
+    from sglang_alloc.server_runs.interruption import sigterm_interrupts
     from sglang_alloc.shared_table import SharedTable
 
     with SharedTable.open(table) as opened:

@@ -7,8 +7,6 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from sglang_alloc.demo.interruption import sigterm_interrupts
-from sglang_alloc.demo.reference_files import REFERENCE
 from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.launch_checks import require_plugin_allowed, require_sglang
 from sglang_alloc.moe_layers import read_model_folder
@@ -17,6 +15,8 @@ from sglang_alloc.profile_run import Profile, run_profile, work_folder
 from sglang_alloc.profile_settings import ProfileJob, ProfileSettings
 from sglang_alloc.profile_windows import read_text
 from sglang_alloc.sensitivity_file import save_sensitivities
+from sglang_alloc.server_runs.interruption import sigterm_interrupts
+from sglang_alloc.server_runs.reference_files import REFERENCE
 
 INTERRUPTED = 130
 

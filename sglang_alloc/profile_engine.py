@@ -7,7 +7,6 @@ import contextlib
 import math
 import statistics
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,25 +14,23 @@ from typing import Any, NamedTuple
 import httpx2
 
 from sglang_alloc.budget_tables import BudgetTables
-from sglang_alloc.demo.owned_process import OwnedProcess, owned_process
-from sglang_alloc.demo.server_process import (
+from sglang_alloc.errors import AllocError
+from sglang_alloc.plugin_entry import TABLE_VARIABLE
+from sglang_alloc.profile_windows import Window
+from sglang_alloc.server_runs.budget_override import BudgetOverride
+from sglang_alloc.server_runs.owned_process import OwnedProcess, owned_process
+from sglang_alloc.server_runs.server_process import (
     CPU_ARGUMENTS,
     CPU_ENVIRONMENT,
     OnWait,
     free_port,
     wait_until_ready,
 )
-from sglang_alloc.errors import AllocError
-from sglang_alloc.plugin_entry import TABLE_VARIABLE
-from sglang_alloc.profile_windows import Window
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
 from sglang_alloc.worker_settings import PROFILE_VARIABLE, ROUTING_VARIABLE
 
 READY_TIMEOUT_SECONDS = 1800.0  # large checkpoints load for minutes
-_OVERRIDE_NS = 3600 * 10**9
-_ACKNOWLEDGE_SECONDS = 60.0
-_OVERRIDE_SOURCE = 2  # WorkerCounters.acknowledged_source
-_ACTOR = "profile"
+_OVERRIDE_SECONDS = 3600.0
 
 
 class ProfileError(AllocError):
@@ -59,6 +56,9 @@ class ProfiledServer:
         self._client = httpx2.Client(base_url=url, timeout=1800.0, trust_env=False)
         self._table = table
         self._process = process
+        self._override = BudgetOverride(
+            table, limit_seconds=_OVERRIDE_SECONDS, actor="profile", on_wait=process.require_alive
+        )
 
     def close(self) -> None:
         """Close the connection; the server is stopped by who started it."""
@@ -74,25 +74,9 @@ class ProfiledServer:
         """Put a probe (its row number from 0) in force, and wait until the engine says so.
 
         Raises:
-            ProfileError: the engine does not acknowledge it.
+            ServerRunError: the engine does not acknowledge it.
         """
-        now_ns = time.monotonic_ns()
-        self._table.set_override(probe + 1, probe + 1, now_ns + _OVERRIDE_NS, _ACTOR)
-        override = self._table.override(now_ns)
-        assert override is not None
-        wanted = (_OVERRIDE_SOURCE, override.generation)
-        give_up = time.monotonic() + _ACKNOWLEDGE_SECONDS
-        while wanted not in {
-            (rank.acknowledged_source, rank.acknowledged_generation)
-            for rank in self._table.worker_counters()
-        }:
-            self._process.require_alive()
-            if time.monotonic() > give_up:
-                raise ProfileError(
-                    f"Probe {probe} was asked for and after {_ACKNOWLEDGE_SECONDS:.0f} s the "
-                    f"engine has not acknowledged it. Its log is {self._process.log_path}."
-                )
-            time.sleep(0.002)
+        self._override.set(probe + 1, probe + 1)
 
     def flush(self) -> None:
         """Empty the prefix cache."""

@@ -13,6 +13,11 @@ _GENERATION_HALF = 1 << 31
 SOURCES = ("none", "controller", "override", "fallback")
 
 
+def source_code(source: Literal["none", "controller", "override", "fallback"]) -> int:
+    """Return the code of a source."""
+    return SOURCES.index(source)
+
+
 class Selector(NamedTuple):
     """One selector word, unpacked; budgets in activations per token over all MoE layers."""
 

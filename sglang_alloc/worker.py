@@ -27,6 +27,7 @@ from sglang_alloc.errors import (
 )
 from sglang_alloc.request_budget import OwnBudgets, budgets_of_tokens
 from sglang_alloc.shared_table import Selection, SharedTable, WorkerCounters
+from sglang_alloc.shared_table_words import source_code
 from sglang_alloc.step_record import StepRecord
 from sglang_alloc.threshold_drift import ThresholdDrift
 from sglang_alloc.worker_settings import CORRECT_DRIFT_VARIABLE
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sglang_alloc")
 
-SOURCE_CODES = {"controller": 1, "override": 2, "fallback": 3}
 REPORT_EVERY_NS = 500_000_000  # counters and metrics are for people and scrapers: twice a second
 
 
@@ -291,7 +291,7 @@ class Worker:
             pid=os.getpid(),
             rank=self.model.rank,
             acknowledged_generation=self.in_force.generation,
-            acknowledged_source=SOURCE_CODES[self.in_force.source],
+            acknowledged_source=source_code(self.in_force.source),
             prefill_budget=self.in_force.prefill_budget,
             decode_budget=self.in_force.decode_budget,
             steps=self.steps,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sglang_alloc.enforcement import Phase
     from sglang_alloc.worker import Worker
 
-SOURCES = ("controller", "override", "fallback")
+DECIDING_SOURCES = ("controller", "override", "fallback")
 
 
 def _gauge(name: str, documentation: str, *labels: str) -> Gauge:
@@ -82,7 +82,7 @@ class WorkerMetrics:
     def export(self, worker: Worker) -> None:
         """Refresh every metric from `worker`."""
         self._generation.labels(self._rank).set(worker.in_force.generation)
-        for source in SOURCES:
+        for source in DECIDING_SOURCES:
             in_use = worker.in_force.source == source
             self._source.labels(self._rank, source).set(float(in_use))
         self._fallbacks.labels(self._rank).inc(worker.fallbacks - self._counted_fallbacks)

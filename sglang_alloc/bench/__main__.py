@@ -17,11 +17,11 @@ from sglang_alloc.bench.latency import (
 )
 from sglang_alloc.bench.summary import markdown, write_csv
 from sglang_alloc.bench.timing import DECODE_PROMPT_BYTES, DECODE_STEPS, PREFILL_PROMPT_BYTES
-from sglang_alloc.demo import machine
-from sglang_alloc.demo.interruption import sigterm_interrupts
-from sglang_alloc.demo.progress import StageProgress
-from sglang_alloc.demo.reference_files import add_model_arguments, heldout_texts, tables_path
 from sglang_alloc.errors import AllocError
+from sglang_alloc.server_runs import machine
+from sglang_alloc.server_runs.interruption import sigterm_interrupts
+from sglang_alloc.server_runs.progress import StageProgress
+from sglang_alloc.server_runs.reference_files import add_model_arguments, heldout_texts, tables_path
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 

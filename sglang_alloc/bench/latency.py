@@ -20,10 +20,10 @@ import httpx2
 from sglang_alloc.bench.summary import Pair, Row, summarise
 from sglang_alloc.bench.timing import Timing, measure_timings
 from sglang_alloc.budget_tables import load_budget_tables
-from sglang_alloc.demo.heldout_loss import BudgetOverride
-from sglang_alloc.demo.owned_process import pause_group, resume_group
-from sglang_alloc.demo.progress import Stage, StageProgress
-from sglang_alloc.demo.server_process import Server, serve
+from sglang_alloc.server_runs.budget_override import BudgetOverride
+from sglang_alloc.server_runs.owned_process import pause_group, resume_group
+from sglang_alloc.server_runs.progress import Stage, StageProgress
+from sglang_alloc.server_runs.server_process import Server, serve
 from sglang_alloc.shared_table import SharedTable, TableShape, publish_shared_table
 
 ONE_BELOW = "one below full"

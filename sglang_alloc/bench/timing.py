@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import httpx2
 
-from sglang_alloc.demo.errors import DemoError
 from sglang_alloc.demo.trace import cut_prompt
+from sglang_alloc.server_runs.errors import ServerRunError
 
 CONCURRENCIES = (1, 8, 32)
 PREFILL_PROMPT_BYTES = 256
@@ -65,11 +65,11 @@ def generate(client: httpx2.Client, prompts: Sequence[str], tokens: int) -> None
     body = {"text": list(prompts), "sampling_params": sampling}
     response = client.post("/generate", json=body)
     if response.status_code != 200:
-        raise DemoError(
+        raise ServerRunError(
             f"a batch of {len(prompts)} prompts was answered with HTTP {response.status_code}: "
             f"{response.text[:200]}"
         )
     answers: list[dict[str, Any]] = response.json()
     produced = {int(answer["meta_info"]["completion_tokens"]) for answer in answers}
     if produced != {tokens}:
-        raise DemoError(f"{tokens} output tokens were asked for and {sorted(produced)} came")
+        raise ServerRunError(f"{tokens} output tokens were asked for and {sorted(produced)} came")

@@ -13,12 +13,12 @@ from typing import Any
 
 from rich.console import Console
 
-from sglang_alloc.demo.interruption import sigterm_interrupts
-from sglang_alloc.demo.progress import StageProgress
-from sglang_alloc.demo.reference_files import add_model_arguments, heldout_texts, tables_path
 from sglang_alloc.demo.report import write_report
 from sglang_alloc.demo.run import STAGES, WRITE, DemoOptions, run_demo
 from sglang_alloc.errors import AllocError
+from sglang_alloc.server_runs.interruption import sigterm_interrupts
+from sglang_alloc.server_runs.progress import StageProgress
+from sglang_alloc.server_runs.reference_files import add_model_arguments, heldout_texts, tables_path
 
 RUNS = ("full_before", "controlled", "full_after")
 DONE, FAILED, INTERRUPTED = 0, 1, 130

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import httpx2
 
-from sglang_alloc.demo.errors import DemoError
 from sglang_alloc.demo.load import RequestRecord, send_request, streaming_client
 from sglang_alloc.demo.observation import METRICS_EVERY_SECONDS
 from sglang_alloc.demo.trace import TracedRequest, cut_prompt
+from sglang_alloc.server_runs.errors import ServerRunError
 
 
 class RequestShape(NamedTuple):
@@ -96,7 +96,7 @@ async def _read_metrics(http: httpx2.AsyncClient) -> None:
 def _summary(records: Sequence[RequestRecord], clients: int, seconds: float) -> ClosedLoop:
     failed = next((record for record in records if record.error is not None), None)
     if failed is not None:
-        raise DemoError(
+        raise ServerRunError(
             f"calibration asked the server for {clients} requests at a time and one failed: "
             f"{failed.error}. The server's log tells more"
         )

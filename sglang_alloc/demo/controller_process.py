@@ -11,8 +11,8 @@ import yaml
 
 from sglang_alloc.demo.load_plan import Slo
 from sglang_alloc.demo.observation import METRICS_EVERY_SECONDS
-from sglang_alloc.demo.owned_process import OwnedProcess, owned_process
-from sglang_alloc.demo.server_process import console_script, wait_until_ready
+from sglang_alloc.server_runs.owned_process import OwnedProcess, owned_process
+from sglang_alloc.server_runs.server_process import console_script, wait_until_ready
 
 READY_TIMEOUT_SECONDS = 20.0
 # Waits of minutes are shorter by five to twenty times than the defaults, those of seconds by up to

@@ -13,20 +13,15 @@ from __future__ import annotations
 import math
 import random
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import httpx2
 
-from sglang_alloc.demo.errors import DemoError
 from sglang_alloc.demo.trace import cut_prompt
-from sglang_alloc.shared_table import SharedTable
+from sglang_alloc.server_runs.budget_override import BudgetOverride, flush_cache
+from sglang_alloc.server_runs.errors import ServerRunError
 
-ACTOR = "demo"
-OVERRIDE_SECONDS = 600.0
-OVERRIDE_SOURCE = 2  # WorkerCounters.acknowledged_source
-_ACKNOWLEDGE_SECONDS = 30.0  # a busy server acknowledges between two forwards
 _WINDOWS_PER_CALL = 8
 
 
@@ -54,52 +49,6 @@ class LevelLoss(NamedTuple):
     @property
     def mean(self) -> float:
         return statistics.fmean(self.window_losses)
-
-
-class BudgetOverride:
-    """Puts budgets in force on the server by the shared table's override, and takes them back."""
-
-    def __init__(
-        self,
-        table: SharedTable,
-        sleep: Callable[[float], None] = time.sleep,
-        clock: Callable[[], float] = time.monotonic,
-        limit_seconds: float = OVERRIDE_SECONDS,
-        actor: str = ACTOR,
-    ) -> None:
-        self._table = table
-        self._actor = actor
-        self._limit_seconds = limit_seconds
-        self._sleep = sleep
-        self._clock = clock
-
-    def set(self, prefill_budget: int, decode_budget: int) -> None:
-        """Put budgets in force; return when the leading rank has acknowledged them."""
-        now_ns = time.monotonic_ns()
-        deadline_ns = now_ns + int(self._limit_seconds * 1e9)
-        self._table.set_override(prefill_budget, decode_budget, deadline_ns, self._actor)
-        override = self._table.override(now_ns)
-        assert override is not None
-        give_up = self._clock() + _ACKNOWLEDGE_SECONDS
-        while not self._is_acknowledged(override.generation):
-            if self._clock() > give_up:
-                raise DemoError(
-                    f"budgets {prefill_budget}/{decode_budget} were set by override in "
-                    f"{self._table.path}, and after {_ACKNOWLEDGE_SECONDS:.0f} s the server has "
-                    "not acknowledged them: is it served with this table?"
-                )
-            self._sleep(0.01)
-
-    def clear(self) -> None:
-        """End the override."""
-        self._table.clear_override()
-
-    def _is_acknowledged(self, generation: int) -> bool:
-        acknowledged = (OVERRIDE_SOURCE, generation)
-        return any(
-            (rank.acknowledged_source, rank.acknowledged_generation) == acknowledged
-            for rank in self._table.worker_counters()[:1]
-        )
 
 
 def cut_windows(
@@ -155,13 +104,6 @@ def loss_increase_error(levels: Sequence[LevelLoss], full: LevelLoss) -> float:
     return statistics.stdev(increases) / math.sqrt(len(increases))
 
 
-def flush_cache(client: httpx2.Client) -> None:
-    """Empty the server's prefix cache, so that no run profits from an earlier one."""
-    response = client.post("/flush_cache", params={"timeout": 10})
-    if response.status_code != 200:
-        raise DemoError(f"the server did not flush its prefix cache: {response.text.strip()}")
-
-
 def _parts(windows: Sequence[Window]) -> list[Sequence[Window]]:
     return [
         windows[start : start + _WINDOWS_PER_CALL]
@@ -194,7 +136,7 @@ def _score(
 def _window_loss(meta: dict[str, Any], prompt_tokens: int) -> float:
     """Return the continuation's mean loss, after checking that its prompt came from the cache."""
     if meta["cached_tokens"] != prompt_tokens - 1:
-        raise DemoError(
+        raise ServerRunError(
             f"a prompt of {prompt_tokens} tokens should have come from the prefix cache but its "
             f"last one, and {meta['cached_tokens']} did: start SGLang with its radix cache on"
         )
@@ -207,7 +149,7 @@ def _generate(client: httpx2.Client, body: dict[str, Any]) -> list[dict[str, Any
     sampling = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True}
     response = client.post("/generate", json={**body, "sampling_params": sampling})
     if response.status_code != 200:
-        raise DemoError(
+        raise ServerRunError(
             f"scoring held-out text, the server answered HTTP {response.status_code}: "
             f"{response.text[:200]}"
         )

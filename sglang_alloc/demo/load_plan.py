@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sglang_alloc.demo.calibration import ClosedLoop
-from sglang_alloc.demo.errors import DemoError
 from sglang_alloc.demo.trace import Phase
+from sglang_alloc.server_runs.errors import ServerRunError
 
 # Two calm stretches around a burst; the last is long enough to see quality come back.
 CALM_SECONDS, BURST_SECONDS, AFTER_SECONDS = 10.0, 40.0, 30.0
@@ -98,8 +98,10 @@ def plan_load(
     smallest budget that the controller may use; `one_below`, one activation below full, is only
     reported: there our code computes the experts and spares next to none of them. Calm arrives at
     half of the full capacity, the burst a little less than half-way between full and floor, or
-    higher where that would not make full quality miss its SLO. Raises DemoError when an SLO would
-    lie above the largest edge: the machine is too slow or too busy for the demo.
+    higher where that would not make full quality miss its SLO.
+
+    Raises:
+        ServerRunError: an SLO would lie above the largest edge: the machine is too slow or busy.
     """
     slo = Slo(
         ttft_seconds=next_edge(TTFT_SLACK_RATIO * full.median_ttft_seconds, TTFT_EDGES_SECONDS),
@@ -131,7 +133,7 @@ def next_edge(seconds: float, edges: Sequence[float]) -> float:
     """Return the smallest edge at or above `seconds`."""
     position = bisect.bisect_left(edges, seconds)
     if position == len(edges):
-        raise DemoError(
+        raise ServerRunError(
             f"calibration asks for an SLO of {seconds:.3g} s, above the largest that the demo "
             f"offers ({edges[-1]:g} s): this machine is too slow or too busy, stop other work first"
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_alloc.demo import machine, plots
+from sglang_alloc.demo import plots
 from sglang_alloc.demo.calibration import ClosedLoop, RequestShape
 from sglang_alloc.demo.comparison import RAISES_MAX, Comparison
 from sglang_alloc.demo.heldout_loss import LevelLoss, loss_increase_error, weighted_loss
@@ -27,6 +27,7 @@ from sglang_alloc.demo.observation import RunRecord
 from sglang_alloc.demo.outcome import attainment_ratio, summarise_run
 from sglang_alloc.demo.page import render_page
 from sglang_alloc.demo.verdict import drift, verdict
+from sglang_alloc.server_runs import machine
 
 SCHEMA_VERSION = 2
 

@@ -22,9 +22,7 @@ from sglang_alloc.demo.load_plan import (
     bucket_arguments,
 )
 from sglang_alloc.demo.observation import RunRecord
-from sglang_alloc.demo.progress import Stage, StageProgress
 from sglang_alloc.demo.report import DemoResult
-from sglang_alloc.demo.server_process import Server, free_port, serve
 from sglang_alloc.demo.stages import (
     CLIENTS,
     SHAPE,
@@ -38,6 +36,8 @@ from sglang_alloc.demo.stages import (
 )
 from sglang_alloc.demo.trace import Trace, make_trace
 from sglang_alloc.enforcement import PHASES
+from sglang_alloc.server_runs.progress import Stage, StageProgress
+from sglang_alloc.server_runs.server_process import Server, free_port, serve
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
 
 # The controller may give up as much quality as the tables predict for a third of the activations.

@@ -17,19 +17,18 @@ from sglang_alloc.demo.calibration import (
     measure_closed_loop,
 )
 from sglang_alloc.demo.heldout_loss import (
-    BudgetOverride,
     Level,
     LevelLoss,
     cut_windows,
-    flush_cache,
     measure_level,
 )
 from sglang_alloc.demo.levels import quantise
 from sglang_alloc.demo.load_plan import LoadPlan, plan_load
 from sglang_alloc.demo.observation import RunRecord, observe_run
 from sglang_alloc.demo.outcome import served_budgets
-from sglang_alloc.demo.server_process import Server
 from sglang_alloc.demo.trace import Trace
+from sglang_alloc.server_runs.budget_override import BudgetOverride, flush_cache
+from sglang_alloc.server_runs.server_process import Server
 from sglang_alloc.shared_table import SharedTable
 
 # Long prompts and short answers: on a CPU, prefill is where fewer experts save most. Prompt and

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sglang_alloc.demo.errors import DemoError
+from sglang_alloc.server_runs.errors import ServerRunError
 
 
 class Phase(NamedTuple):
@@ -73,7 +73,7 @@ def make_trace(
 def cut_prompt(text: str, prompt_bytes: int, generator: random.Random) -> str:
     """Cut a random piece of at most `prompt_bytes` of UTF-8, never splitting a character."""
     if len(text) < prompt_bytes:
-        raise DemoError(
+        raise ServerRunError(
             f"a prompt of {prompt_bytes} bytes was asked for, and the held-out text has only "
             f"{len(text)} characters: use a longer text or shorter prompts"
         )

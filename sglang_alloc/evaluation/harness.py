@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import httpx2
 
-from sglang_alloc.demo.errors import DemoError
-from sglang_alloc.demo.heldout_loss import OVERRIDE_SOURCE, BudgetOverride, flush_cache
 from sglang_alloc.errors import AllocError
+from sglang_alloc.server_runs.budget_override import OVERRIDE_CODE, BudgetOverride, flush_cache
+from sglang_alloc.server_runs.errors import ServerRunError
 from sglang_alloc.shared_table import SharedTable, WorkerCounters
 
 # The override is short and renewed, so that it soon ends when this process is killed.
@@ -118,7 +118,7 @@ class _Hold:
             return
         try:
             self._override.set(self._asked.budget, self._asked.budget)
-        except DemoError as error:
+        except ServerRunError as error:
             raise HarnessError(f"The budget cannot be held: {error}") from error
         self._renewed = time.monotonic()
         self._held = self._table.worker_counters()[0]
@@ -138,8 +138,7 @@ class _Hold:
             override is not None
             and override.generation == ours
             and found.pid == self._held.pid
-            and (found.acknowledged_source, found.acknowledged_generation)
-            == (OVERRIDE_SOURCE, ours)
+            and (found.acknowledged_source, found.acknowledged_generation) == (OVERRIDE_CODE, ours)
         ):
             return
         raise HarnessError(
@@ -153,7 +152,7 @@ def _flush(asked: HarnessRun) -> None:
     try:
         with httpx2.Client(base_url=asked.url, timeout=120.0, trust_env=False) as client:
             flush_cache(client)
-    except (DemoError, httpx2.TransportError) as error:
+    except (ServerRunError, httpx2.TransportError) as error:
         raise HarnessError(f"The server at {asked.url} was not ready: {error}") from error
 
 

@@ -23,8 +23,8 @@ from moe_bench.server_bench import (  # noqa: E402
     settle,
     used_since,
 )
-from sglang_alloc.demo.heldout_loss import BudgetOverride  # noqa: E402
-from sglang_alloc.demo.server_process import Server  # noqa: E402
+from sglang_alloc.server_runs.budget_override import BudgetOverride  # noqa: E402
+from sglang_alloc.server_runs.server_process import Server  # noqa: E402
 
 LAYERS = 4  # of the model, so that its servers start quickly; three have experts
 BATCH = 5  # padded to the graph of 8

@@ -21,10 +21,10 @@ import httpx2
 import yaml
 
 from sglang_alloc.demo.load import RequestRecord, send_request, streaming_client
-from sglang_alloc.demo.server_process import console_script
 from sglang_alloc.demo.trace import TracedRequest
+from sglang_alloc.server_runs.server_process import console_script
 from sglang_alloc.shared_table import SharedTable
-from sglang_alloc.worker import SOURCE_CODES
+from sglang_alloc.shared_table_words import source_code
 from sglang_alloc_controller.sglang_loads import LOADS_PATH, parse_loads
 
 PATIENCE_SECONDS = 60.0
@@ -99,7 +99,7 @@ def go_through(pair: Pair) -> Ordeals:
 
 def in_control() -> set[int]:
     """Return the sources of a worker that follows its controller all the time."""
-    return {SOURCE_CODES["controller"]}
+    return {source_code("controller")}
 
 
 async def _send(url: str, request: TracedRequest) -> RequestRecord:

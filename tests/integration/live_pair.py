@@ -25,16 +25,16 @@ from prometheus_server import Prometheus, running_prometheus
 
 from sglang_alloc.budget_tables import load_budget_tables
 from sglang_alloc.demo.load import RequestRecord, offer_load
-from sglang_alloc.demo.owned_process import OwnedProcess, owned_process
-from sglang_alloc.demo.reference_files import MODEL, REFERENCE
-from sglang_alloc.demo.server_process import (
+from sglang_alloc.demo.trace import Phase, make_trace
+from sglang_alloc.server_runs.owned_process import OwnedProcess, owned_process
+from sglang_alloc.server_runs.reference_files import MODEL, REFERENCE
+from sglang_alloc.server_runs.server_process import (
     Server,
     console_script,
     free_port,
     serve,
     wait_until_ready,
 )
-from sglang_alloc.demo.trace import Phase, make_trace
 from sglang_alloc.shared_table import Selector, SharedTable, publish_shared_table
 from sglang_alloc_controller.sglang_loads import LOADS_PATH
 

@@ -14,8 +14,8 @@ import httpx2
 import pytest
 from generation import PROMPTS, Generated, generate_all
 
-from sglang_alloc.demo.heldout_loss import BudgetOverride
-from sglang_alloc.demo.server_process import Server, serve
+from sglang_alloc.server_runs.budget_override import BudgetOverride
+from sglang_alloc.server_runs.server_process import Server, serve
 from sglang_alloc.shared_table import SharedTable, WorkerCounters
 
 pytestmark = pytest.mark.server

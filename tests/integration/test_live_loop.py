@@ -10,7 +10,7 @@ import pytest
 from live_ordeals import Ordeals, in_control
 from live_pair import Evidence, run_story
 
-from sglang_alloc.worker import SOURCE_CODES
+from sglang_alloc.shared_table_words import source_code
 from sglang_alloc_controller.law_settings import LawSettings
 from sglang_alloc_controller.sglang_loads import missing_fields, parse_loads
 from sglang_alloc_controller.sglang_metrics import missing_series
@@ -63,7 +63,7 @@ def test_neither_a_killed_controller_nor_any_ordeal_loses_a_request(evidence: Ev
 
 
 def test_without_its_controller_the_worker_falls_back_to_full_quality(evidence: Evidence) -> None:
-    assert evidence.fallback_sources == {SOURCE_CODES["fallback"]}
+    assert evidence.fallback_sources == {source_code("fallback")}
 
 
 def test_a_restarted_controller_resumes_without_a_jump(evidence: Evidence) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor
 from sglang_alloc.calibrate_engine import split_windows
 from sglang_alloc.calibrate_run import Calibration, run_calibration
 from sglang_alloc.calibrate_thresholds import anchor_rows
-from sglang_alloc.demo.reference_files import MODEL, REFERENCE
 from sglang_alloc.moe_layers import read_model_folder
 from sglang_alloc.profile_plan import falling_to_zero
 from sglang_alloc.profile_run import Profile, run_profile
@@ -36,6 +35,7 @@ from sglang_alloc.reference.heldout import token_losses
 from sglang_alloc.reference.model import ReferenceModel
 from sglang_alloc.reference.samples import read_sample
 from sglang_alloc.reference.thresholds import calibrate_thresholds, measure_saliency
+from sglang_alloc.server_runs.reference_files import MODEL, REFERENCE
 from sglang_alloc.solve_bounds import QuotaBounds
 
 pytestmark = pytest.mark.server

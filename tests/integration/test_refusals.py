@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import tiny_models
 
-from sglang_alloc.demo.server_process import CPU_ENVIRONMENT, free_port, server_command
 from sglang_alloc.plugin_entry import TABLE_VARIABLE
+from sglang_alloc.server_runs.server_process import CPU_ENVIRONMENT, free_port, server_command
 from sglang_alloc.shared_table import publish_shared_table
 from sglang_alloc.worker_settings import MODE_VARIABLE
 

@@ -18,10 +18,10 @@ import pytest
 from generation import GREEDY, Generated, generate
 
 from sglang_alloc.budget_tables import load_budget_tables
-from sglang_alloc.demo.heldout_loss import BudgetOverride
-from sglang_alloc.demo.reference_files import MODEL, REFERENCE
-from sglang_alloc.demo.server_process import serve
 from sglang_alloc.request_budget import PARAMETER
+from sglang_alloc.server_runs.budget_override import BudgetOverride
+from sglang_alloc.server_runs.reference_files import MODEL, REFERENCE
+from sglang_alloc.server_runs.server_process import serve
 from sglang_alloc.shared_table import SharedTable, WorkerCounters, publish_shared_table
 from sglang_alloc.worker_settings import PROTECTED_PRIORITY_VARIABLE, REQUEST_BUDGETS_VARIABLE
 

@@ -24,14 +24,14 @@ from typer.testing import CliRunner
 
 from sglang_alloc.budget_tables import load_budget_tables
 from sglang_alloc.cli import app
-from sglang_alloc.demo.heldout_loss import BudgetOverride, flush_cache
-from sglang_alloc.demo.reference_files import MODEL, REFERENCE
-from sglang_alloc.demo.server_process import serve
 from sglang_alloc.evaluation.harness import HarnessError, HarnessRun, run_harness
 from sglang_alloc.evaluation.material import domains_in_turn
 from sglang_alloc.evaluation.rules import Subject, served_threshold
 from sglang_alloc.reference.export import load_checkpoint
 from sglang_alloc.reference.heldout import token_losses
+from sglang_alloc.server_runs.budget_override import BudgetOverride, flush_cache
+from sglang_alloc.server_runs.reference_files import MODEL, REFERENCE
+from sglang_alloc.server_runs.server_process import serve
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
 
 pytestmark = pytest.mark.server

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from generation import generate
 
-from sglang_alloc.demo.server_process import serve
+from sglang_alloc.server_runs.server_process import serve
 from sglang_alloc.shared_table import SelectorWriter, SharedTable
 from sglang_alloc.worker_settings import STEP_RECORD_VARIABLE
 

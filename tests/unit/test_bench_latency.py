@@ -12,7 +12,7 @@ from sglang_alloc.bench.__main__ import main
 from sglang_alloc.bench.latency import budget_cases
 from sglang_alloc.bench.summary import Pair, markdown, quartiles, summarise, write_csv
 from sglang_alloc.bench.timing import DECODE_STEPS, measure_timings
-from sglang_alloc.demo.errors import DemoError
+from sglang_alloc.server_runs.errors import ServerRunError
 from sglang_alloc.shared_table import TableShape
 
 
@@ -106,7 +106,7 @@ def test_a_short_answer_stops_the_bench() -> None:
         return httpx2.Response(200, json=[{"meta_info": {"completion_tokens": 1}}])
 
     client = httpx2.Client(transport=httpx2.MockTransport(answer), base_url="http://server")
-    with pytest.raises(DemoError, match="4 output tokens were asked for"):
+    with pytest.raises(ServerRunError, match="4 output tokens were asked for"):
         measure_timings(client, ["text " * 200], random.Random(1))
 
 

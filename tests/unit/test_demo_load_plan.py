@@ -4,7 +4,6 @@ import pytest
 from demo_runs import make_loop
 
 from sglang_alloc.demo.calibration import faster
-from sglang_alloc.demo.errors import DemoError
 from sglang_alloc.demo.load_plan import (
     BURST_OVERLOAD_MIN_RATIO,
     BURST_POSITION_RATIO,
@@ -19,6 +18,7 @@ from sglang_alloc.demo.load_plan import (
     overloading_rate,
     plan_load,
 )
+from sglang_alloc.server_runs.errors import ServerRunError
 
 
 def test_the_burst_lies_between_the_two_capacities() -> None:
@@ -53,7 +53,7 @@ def test_edges_ascend() -> None:
 
 
 def test_a_machine_too_slow_for_any_edge_is_told_so() -> None:
-    with pytest.raises(DemoError, match="too slow or too busy"):
+    with pytest.raises(ServerRunError, match="too slow or too busy"):
         plan_load(make_loop(3.0), make_loop(0.1, ttft=90.0), make_loop(7.0), make_loop(9.0))
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from sglang_alloc.demo import __main__ as demo
 from sglang_alloc.demo.controller_process import controller_settings
-from sglang_alloc.demo.interruption import sigterm_interrupts
 from sglang_alloc.demo.load_plan import Slo
+from sglang_alloc.server_runs.interruption import sigterm_interrupts
 from sglang_alloc_controller.settings import parse_settings
 
 

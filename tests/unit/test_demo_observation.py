@@ -10,12 +10,13 @@ from rich.console import Console
 from streaming_server import streaming_server
 from table_factory import publish_and_open
 
-from sglang_alloc.demo.errors import DemoError
-from sglang_alloc.demo.heldout_loss import BudgetOverride, cut_windows
-from sglang_alloc.demo.machine import cpu_model, machine_facts, software_versions
+from sglang_alloc.demo.heldout_loss import cut_windows
 from sglang_alloc.demo.observation import observe_run, sum_loads
-from sglang_alloc.demo.progress import Stage, StageProgress, time_left_text
 from sglang_alloc.demo.trace import Phase, Trace, TracedRequest
+from sglang_alloc.server_runs.budget_override import BudgetOverride
+from sglang_alloc.server_runs.errors import ServerRunError
+from sglang_alloc.server_runs.machine import cpu_model, machine_facts, software_versions
+from sglang_alloc.server_runs.progress import Stage, StageProgress, time_left_text
 from sglang_alloc.shared_table import SharedTable
 
 LOADS = {
@@ -77,9 +78,9 @@ def test_an_override_returns_when_the_server_has_acknowledged_it(tmp_path: Path)
         waits.append(seconds)
         _acknowledge_override(table)
 
-    BudgetOverride(table, sleep).set(5, 6)
+    BudgetOverride(table, sleep=sleep).set(5, 6)
     assert len(waits) == 1
-    BudgetOverride(table, sleep).set(5, 6)  # the same budgets again are a new override
+    BudgetOverride(table, sleep=sleep).set(5, 6)  # the same budgets again are a new override
     assert len(waits) == 2
     table.close()
 
@@ -88,7 +89,7 @@ def test_an_override_that_nobody_acknowledges_is_an_error(tmp_path: Path) -> Non
     table = publish_and_open(tmp_path / "t.tbl")
     times = iter(float(second) for second in range(0, 1000, 5))
     override = BudgetOverride(table, sleep=lambda _: None, clock=lambda: next(times))
-    with pytest.raises(DemoError, match="is it served with this table"):
+    with pytest.raises(ServerRunError, match="is it served with this table"):
         override.set(5, 6)
     table.close()
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sglang_alloc.demo.errors import DemoError, NotReadyError, ProcessDiedError
-from sglang_alloc.demo.owned_process import owned_process, pause_group, resume_group
-from sglang_alloc.demo.server_process import (
+from sglang_alloc.server_runs.errors import NotReadyError, ProcessDiedError, ServerRunError
+from sglang_alloc.server_runs.owned_process import owned_process, pause_group, resume_group
+from sglang_alloc.server_runs.server_process import (
     console_script,
     free_port,
     server_command,
@@ -103,7 +103,7 @@ def test_waiting_ends_when_the_time_is_over(tmp_path: Path) -> None:
 def test_a_child_dies_with_a_starter_that_is_killed(tmp_path: Path) -> None:
     starter = (
         "import pathlib, sys\n"
-        "from sglang_alloc.demo.owned_process import owned_process\n"
+        "from sglang_alloc.server_runs.owned_process import owned_process\n"
         "code = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
         "log = pathlib.Path(sys.argv[1])\n"
         "with owned_process('child', [sys.executable, '-c', code], log_path=log):\n"
@@ -160,5 +160,5 @@ def test_a_server_with_a_table_starts_through_our_command() -> None:
 
 
 def test_a_command_that_is_not_installed_is_named() -> None:
-    with pytest.raises(DemoError, match=r"no-such-command.*pip install"):
+    with pytest.raises(ServerRunError, match=r"no-such-command.*pip install"):
         console_script("no-such-command")

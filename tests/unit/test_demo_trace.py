@@ -2,8 +2,8 @@
 
 import pytest
 
-from sglang_alloc.demo.errors import DemoError
 from sglang_alloc.demo.trace import Phase, Trace, make_trace
+from sglang_alloc.server_runs.errors import ServerRunError
 
 TEXTS = ["abcdefghij" * 60, "KLMNOPQRST" * 60]
 PHASES = (Phase("calm", 10.0, 2.0), Phase("burst", 5.0, 20.0), Phase("calm again", 10.0, 2.0))
@@ -59,5 +59,5 @@ def test_a_prompt_never_splits_a_character() -> None:
 
 
 def test_a_text_shorter_than_a_prompt_is_refused_with_both_sizes() -> None:
-    with pytest.raises(DemoError, match=r"40 bytes.*only 5 characters"):
+    with pytest.raises(ServerRunError, match=r"40 bytes.*only 5 characters"):
         _make_trace(texts=["short"])

@@ -32,7 +32,7 @@ from moe_bench.roofline import Ceilings, Work, bytes_moved, least_seconds, opera
 from moe_bench.shapes import SHAPES, SMALL, make_experts, make_inputs
 from moe_bench.timing import Timer
 from sglang_alloc.compatibility_seams import DOWN_USES_TMA
-from sglang_alloc.demo.server_process import CPU_ARGUMENTS, Server
+from sglang_alloc.server_runs.server_process import CPU_ARGUMENTS, Server
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
 from sglang_alloc.triton_experts import skip_dropped
 from sglang_alloc_controller.bench_csv import read_step_times

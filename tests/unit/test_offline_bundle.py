@@ -26,7 +26,7 @@ from offline.selection import (
     resolved_wheels,
 )
 from offline.slim_wheel import slim_wheel
-from sglang_alloc.demo.machine import source_commit
+from sglang_alloc.server_runs.machine import source_commit
 
 RESOLVED = {
     "sglang": "0.5.16",

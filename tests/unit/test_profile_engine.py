@@ -14,9 +14,9 @@ import pytest
 from table_factory import make_tables
 
 from sglang_alloc import profile_engine
-from sglang_alloc.demo.owned_process import OwnedProcess
 from sglang_alloc.profile_engine import ProfiledServer, ProfileError
 from sglang_alloc.profile_windows import Window
+from sglang_alloc.server_runs.owned_process import OwnedProcess
 from sglang_alloc.shared_table import SharedTable, WorkerCounters, publish_shared_table
 from sglang_alloc.worker_settings import settings_from_environment
 

@@ -30,9 +30,9 @@ from sglang_alloc.bench.simulator_check.service import (
     write_times,
 )
 from sglang_alloc.demo.controller_process import controller_settings
-from sglang_alloc.demo.errors import DemoError
 from sglang_alloc.demo.load_plan import Slo
-from sglang_alloc.demo.reference_files import MODEL
+from sglang_alloc.server_runs.errors import ServerRunError
+from sglang_alloc.server_runs.reference_files import MODEL
 from sglang_alloc.shared_table import Selection
 from sglang_alloc.step_record import StepRecord
 from sglang_alloc_controller.bench_csv import read_step_times
@@ -150,7 +150,7 @@ def test_a_measurement_comes_back_from_its_file(tmp_path: Path) -> None:
 
 def test_another_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "served.json").write_text("[]")
-    with pytest.raises(DemoError, match="simulator_check measure"):
+    with pytest.raises(ServerRunError, match="simulator_check measure"):
         read_served(tmp_path / "served.json")
 
 
@@ -255,5 +255,5 @@ def test_a_folder_without_a_measurement_ends_with_a_sentence(
 ) -> None:
     assert main(["compare", "--out", str(tmp_path)]) == 1
     assert "served.json" in capsys.readouterr().err
-    with pytest.raises(DemoError):
+    with pytest.raises(ServerRunError):
         compare_folder(tmp_path, TABLES)

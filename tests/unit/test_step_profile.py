@@ -14,7 +14,7 @@ import pytest
 
 from moe_bench import step_figure, step_profile
 from moe_bench.step_profile import EXPERTS_KERNEL, ProfileCsv, profile_step, read_profile
-from sglang_alloc.demo.errors import DemoError
+from sglang_alloc.server_runs.errors import ServerRunError
 
 LAYERS = 2
 STEPS = 3
@@ -56,7 +56,7 @@ def test_kernels_are_summed_by_step(tmp_path: Path) -> None:
 
 def test_a_trace_without_the_experts_is_refused(tmp_path: Path) -> None:
     _write_trace(tmp_path / "a.json.gz", _events()[:2])
-    with pytest.raises(DemoError, match=EXPERTS_KERNEL):
+    with pytest.raises(ServerRunError, match=EXPERTS_KERNEL):
         read_profile(tmp_path / "a.json.gz", LAYERS)
 
 
@@ -108,10 +108,10 @@ def test_the_trace_of_these_steps_is_read(tmp_path: Path) -> None:
 def test_a_profiler_that_does_not_start_or_write_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(DemoError, match="in progress"):
+    with pytest.raises(ServerRunError, match="in progress"):
         _profiled(_Client(400), tmp_path, None)
     monkeypatch.setattr(step_profile, "WRITTEN_SECONDS", 0.0)
-    with pytest.raises(DemoError, match="no trace"):
+    with pytest.raises(ServerRunError, match="no trace"):
         _profiled(_Client(), tmp_path, lambda _tokens: None)
 
 

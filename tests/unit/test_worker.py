@@ -26,8 +26,9 @@ from sglang_alloc.shared_table import (
     SharedTable,
     publish_shared_table,
 )
+from sglang_alloc.shared_table_words import source_code
 from sglang_alloc.step_record import StepRecord
-from sglang_alloc.worker import SOURCE_CODES, ServedModel, Worker, check_fits, make_enforcement
+from sglang_alloc.worker import ServedModel, Worker, check_fits, make_enforcement
 from sglang_alloc.worker_settings import FULL_QUALITY, Mode, WorkerSettings
 from sglang_alloc.worker_tables import choose_mode, enforcement_tables
 
@@ -113,7 +114,7 @@ def test_an_applied_change_is_enforced_and_acknowledged(worker: Worker, table: S
     slots = _make_slots()
     assert worker.route(0, slots) is slots
     counters = table.worker_counters()[0]
-    assert counters.acknowledged_source == SOURCE_CODES["override"]
+    assert counters.acknowledged_source == source_code("override")
     assert (counters.prefill_budget, counters.decode_budget) == (LAYERS, FULL)
 
 

@@ -36,10 +36,10 @@ from moe_bench.server_bench import (
 from moe_bench.shapes import SHAPES
 from moe_bench.step_profile import ProfileCsv
 from moe_bench.timing import Timer
-from sglang_alloc.demo.errors import DemoError
-from sglang_alloc.demo.interruption import sigterm_interrupts
-from sglang_alloc.demo.progress import Stage, StageProgress
 from sglang_alloc.errors import AllocError
+from sglang_alloc.server_runs.errors import ServerRunError
+from sglang_alloc.server_runs.interruption import sigterm_interrupts
+from sglang_alloc.server_runs.progress import Stage, StageProgress
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 
@@ -96,13 +96,13 @@ def _run(given: argparse.Namespace, console: Console) -> None:
                         results.add(rows, columns)
                         if time.monotonic() > deadline:
                             break
-                except DemoError as error:  # this model's servers; the next one's may fit
+                except ServerRunError as error:  # this model's servers; the next one's may fit
                     failed.append(f"{unit.name}: {error}")
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     console.print(f"Results: {(given.out / f'moe-{device.type}.csv').resolve()}", soft_wrap=True)
     if failed:
-        raise DemoError("some servers could not be measured. " + "\n".join(failed))
+        raise ServerRunError("some servers could not be measured. " + "\n".join(failed))
 
 
 def _measured(

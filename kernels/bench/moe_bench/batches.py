@@ -7,8 +7,8 @@ import time
 
 import httpx2
 
-from sglang_alloc.demo.errors import DemoError
-from sglang_alloc.demo.server_process import Server
+from sglang_alloc.server_runs.errors import ServerRunError
+from sglang_alloc.server_runs.server_process import Server
 
 
 def generate(
@@ -21,7 +21,7 @@ def generate(
     response = client.post("/generate", json={"input_ids": prompts, "sampling_params": sampling})
     seconds = time.perf_counter() - started
     if response.status_code != 200:
-        raise DemoError(
+        raise ServerRunError(
             f"a batch of {requests} prompts of {prompt_tokens} tokens was answered with HTTP "
             f"{response.status_code}: {response.text[:200]}"
         )

@@ -13,7 +13,7 @@ from moe_bench.shapes import ExpertWeights, LayerInputs, MoEShape
 from sglang_alloc.compatibility import installed_version
 from sglang_alloc.compatibility_seams import TRITON_EXPERTS
 from sglang_alloc.cpu_moe import GatedExperts, forward_gated_experts
-from sglang_alloc.demo.reference_files import MODEL
+from sglang_alloc.server_runs.reference_files import MODEL
 from sglang_alloc.triton_experts import skip_dropped
 
 SEQUENCE = TRITON_EXPERTS.rpartition(".")[2]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from sglang_alloc.demo.machine import cpu_model, source_commit, today_utc
 from sglang_alloc.errors import AllocError
+from sglang_alloc.server_runs.machine import cpu_model, source_commit, today_utc
 
 PROC_CPUINFO = "/proc/cpuinfo"
 # Only in a bundle, which is no clone: its maker's commit.

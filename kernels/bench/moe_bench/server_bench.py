@@ -23,8 +23,8 @@ from moe_bench.dummy_models import even_tables, threshold_tables, write_model
 from moe_bench.measure import Row
 from moe_bench.results import STOCK
 from moe_bench.step_profile import ProfileCsv, profile_step
-from sglang_alloc.demo.heldout_loss import BudgetOverride
-from sglang_alloc.demo.server_process import Server, started_server, wait_until_ready
+from sglang_alloc.server_runs.budget_override import BudgetOverride
+from sglang_alloc.server_runs.server_process import Server, started_server, wait_until_ready
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
 from sglang_alloc.worker_settings import ROUTING_VARIABLE
 

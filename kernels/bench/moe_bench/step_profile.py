@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import httpx2
 
-from sglang_alloc.demo.errors import DemoError
+from sglang_alloc.server_runs.errors import ServerRunError
 
 PROFILED_STEPS = 8
 WRITTEN_SECONDS = 60.0
@@ -49,7 +49,7 @@ def profile_step(
     """Profile the decode steps of a server while `decode(tokens)` has it answer.
 
     num_layers: MoE layers. folder: where the server, on this machine, writes the trace. Raises
-    DemoError when it does not.
+    ServerRunError when it does not.
     """
     folder.mkdir(parents=True, exist_ok=True)
     before = set(folder.glob("*DECODE*.json.gz"))
@@ -62,7 +62,7 @@ def profile_step(
     }
     response = client.post("/start_profile", json=asked)
     if response.status_code != 200:
-        raise DemoError(f"the profiler did not start: {response.text[:200]}")
+        raise ServerRunError(f"the profiler did not start: {response.text[:200]}")
     decode(PROFILED_STEPS + 8)
     deadline = time.monotonic() + WRITTEN_SECONDS
     while time.monotonic() < deadline:
@@ -72,13 +72,13 @@ def profile_step(
             except (EOFError, json.JSONDecodeError):
                 pass  # it is being written
         time.sleep(0.5)
-    raise DemoError(f"the server wrote no trace of decode steps into {folder}")
+    raise ServerRunError(f"the server wrote no trace of decode steps into {folder}")
 
 
 def read_profile(path: Path, num_layers: int) -> StepProfile:
     """Sum a trace of decode steps by kernel.
 
-    Raises DemoError where the experts' kernel is not in it.
+    Raises ServerRunError where the experts' kernel is not in it.
     """
     with gzip.open(path, "rt", encoding="utf-8") as file:
         events = json.load(file)["traceEvents"]
@@ -102,7 +102,9 @@ def summed(events: Iterable[Mapping[str, Any]], num_layers: int) -> StepProfile:
         ends.append(event["ts"] + event["dur"])
     steps = calls[EXPERTS_KERNEL] / (2 * num_layers)
     if not steps:
-        raise DemoError(f"the trace has no {EXPERTS_KERNEL}: SGLang's Triton experts did not run")
+        raise ServerRunError(
+            f"the trace has no {EXPERTS_KERNEL}: SGLang's Triton experts did not run"
+        )
     kernels = [KernelTime(name, calls[name] / steps, spent[name] / steps) for name in calls]
     kernels = [kernel for kernel in kernels if kernel.calls]
     kernels.sort(key=lambda kernel: -kernel.microseconds)

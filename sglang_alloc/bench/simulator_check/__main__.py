@@ -16,13 +16,13 @@ from rich.console import Console
 from sglang_alloc.bench.simulator_check.compare import compare_folder
 from sglang_alloc.bench.simulator_check.files import write_served
 from sglang_alloc.bench.simulator_check.serve import SERVER_ARGUMENTS, STAGES, Options, measure
-from sglang_alloc.demo import machine
 from sglang_alloc.demo.calibration import RequestShape
-from sglang_alloc.demo.interruption import sigterm_interrupts
-from sglang_alloc.demo.progress import StageProgress
-from sglang_alloc.demo.reference_files import add_model_arguments, heldout_texts, tables_path
 from sglang_alloc.demo.stages import SHAPE
 from sglang_alloc.errors import AllocError
+from sglang_alloc.server_runs import machine
+from sglang_alloc.server_runs.interruption import sigterm_interrupts
+from sglang_alloc.server_runs.progress import StageProgress
+from sglang_alloc.server_runs.reference_files import add_model_arguments, heldout_texts, tables_path
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 

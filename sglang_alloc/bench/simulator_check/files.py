@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_alloc.bench.simulator_check.felt import BudgetsFrom, Felt, Request, Run, Served
-from sglang_alloc.demo.errors import DemoError
+from sglang_alloc.server_runs.errors import ServerRunError
 
 _DIGITS = 5  # of a second: 10 microseconds
 
@@ -23,7 +23,7 @@ def write_served(path: Path, served: Served) -> None:
 def read_served(path: Path) -> Served:
     """Read what `write_served` wrote.
 
-    Raises DemoError when it cannot be read or is something else.
+    Raises ServerRunError when it cannot be read or is something else.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -37,7 +37,7 @@ def read_served(path: Path) -> Served:
             runs=tuple(_run_from_json(one) for one in content["runs"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DemoError(
+        raise ServerRunError(
             f"{path} should hold a measurement of `python -m sglang_alloc.bench.simulator_check "
             f"measure` and cannot be used: {error!r}"
         ) from error

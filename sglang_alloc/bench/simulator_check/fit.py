@@ -18,8 +18,8 @@ from typing import NamedTuple
 import httpx2
 
 from sglang_alloc.bench.timing import generate
-from sglang_alloc.demo.heldout_loss import BudgetOverride
 from sglang_alloc.demo.trace import cut_prompt
+from sglang_alloc.server_runs.budget_override import BudgetOverride
 
 # Prompts in one prefill step: two of the demo's fit into its chunk of 2048 tokens.
 PREFILL_CONCURRENCIES = (1, 2)

@@ -29,7 +29,6 @@ from sglang_alloc.bench.simulator_check.service import fitted_times, read_steps,
 from sglang_alloc.budget_tables import load_budget_tables
 from sglang_alloc.demo.calibration import ClosedLoop, RequestShape, measure_closed_loop
 from sglang_alloc.demo.controller_process import controller, controller_settings
-from sglang_alloc.demo.heldout_loss import BudgetOverride, flush_cache
 from sglang_alloc.demo.load_plan import (
     ITL_EDGES_SECONDS,
     ITL_SLACK_RATIO,
@@ -40,10 +39,11 @@ from sglang_alloc.demo.load_plan import (
     next_edge,
 )
 from sglang_alloc.demo.observation import RunRecord
-from sglang_alloc.demo.progress import Stage, StageProgress
-from sglang_alloc.demo.server_process import Server, free_port, serve
 from sglang_alloc.demo.stages import Session, run_trace
 from sglang_alloc.demo.trace import Phase, Trace, make_trace
+from sglang_alloc.server_runs.budget_override import BudgetOverride, flush_cache
+from sglang_alloc.server_runs.progress import Stage, StageProgress
+from sglang_alloc.server_runs.server_process import Server, free_port, serve
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
 from sglang_alloc.worker_settings import STEP_RECORD_VARIABLE
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sglang_alloc.demo.errors import ProcessDiedError
+from sglang_alloc.server_runs.errors import ProcessDiedError
 
 # SGLang drains for a moment after SIGTERM; what is still there after this is killed.
 STOP_GRACE_SECONDS = 8.0
@@ -65,7 +65,7 @@ def owned_process(
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("wb") as log:
         popen = subprocess.Popen(
-            [sys.executable, "-m", "sglang_alloc.demo.bound_exec", *command],
+            [sys.executable, "-m", "sglang_alloc.server_runs.bound_exec", *command],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

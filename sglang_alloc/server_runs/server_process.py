@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, TypedDict
 
 import httpx2
 
-from sglang_alloc.demo.errors import DemoError, NotReadyError
-from sglang_alloc.demo.owned_process import OwnedProcess, owned_process
+from sglang_alloc.server_runs.errors import NotReadyError, ServerRunError
+from sglang_alloc.server_runs.owned_process import OwnedProcess, owned_process
 
 if TYPE_CHECKING:
     from typing import Required, Unpack  # Python 3.11; annotations here are not evaluated
@@ -126,7 +126,7 @@ def console_script(name: str) -> str:
     """Return the path of an installed command beside this interpreter."""
     script = Path(sys.executable).parent / name
     if not script.exists():
-        raise DemoError(
+        raise ServerRunError(
             f"the command {name} should be beside {sys.executable} and is not: "
             "install this project into that environment (`pip install .`)"
         )

@@ -1,6 +1,7 @@
-"""Demo, step 1: become another program, which the kernel stops should its starter die (Linux).
+"""Become another program, which the kernel stops should its starter die (Linux).
 
-A killed demo cannot clean up, and a `preexec_fn` is not safe beside the threads of a progress bar.
+A killed command cannot clean up, and a `preexec_fn` is not safe beside the threads of a progress
+bar.
 """
 
 import ctypes

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from sglang_alloc.allocation_mode import MODES
-from sglang_alloc.demo.errors import DemoError
+from sglang_alloc.server_runs.errors import ServerRunError
 
 REFERENCE = Path(__file__).resolve().parent.parent / "reference"
 MODEL = REFERENCE / "qwen3-moe-ref"
@@ -30,11 +30,11 @@ def tables_path(given: argparse.Namespace) -> Path:
 def heldout_texts(given: argparse.Namespace) -> list[str]:
     """Read the held-out text that prompts are cut from.
 
-    Raises DemoError when there is none or it cannot be read.
+    Raises ServerRunError when there is none or it cannot be read.
     """
     paths = given.text or sorted((REFERENCE / "samples").glob("heldout_*.txt"))
     if not paths:
-        raise DemoError(
+        raise ServerRunError(
             f"no held-out text was found in {REFERENCE / 'samples'}, and prompts are cut from it: "
             "pass --text FILE, or restore the repository's own"
         )
@@ -45,4 +45,4 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DemoError(f"held-out text {path} cannot be read as UTF-8: {error}") from error
+        raise ServerRunError(f"held-out text {path} cannot be read as UTF-8: {error}") from error

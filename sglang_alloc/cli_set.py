@@ -1,6 +1,5 @@
 """`sglang-alloc set`: a person's budget comes before the controller's, for a limited time."""
 
-import getpass
 import re
 import time
 from typing import TYPE_CHECKING, Annotated
@@ -52,6 +51,7 @@ def set_budget(
 ) -> None:
     """Override the controller's budgets by hand until a time limit."""
     # Imported here because help must not wait for numpy.
+    from sglang_alloc.actor import checked_actor, user_name
     from sglang_alloc.shared_table import SharedTable
     from sglang_alloc.table_path import find_shared_path
 
@@ -61,7 +61,8 @@ def set_budget(
             table.clear_override()
             typer.echo(f"Cleared the override of {table.path}")
             return
-        override = _override(table, prefill, decode, duration or "", actor or getpass.getuser())
+        name = user_name() if actor is None else checked_actor(actor)
+        override = _override(table, prefill, decode, duration or "", name)
         table.set_override(*override[:2], override.deadline_ns, override.actor)
         typer.echo(
             f"Set prefill {override.prefill_budget} and decode {override.decode_budget} of "

@@ -1,11 +1,11 @@
 """Control story, by hand: the orders that a person gives by HTTP."""
 
-import getpass
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import structlog
 
+from sglang_alloc.actor import checked_actor, user_name
 from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.shared_table import OVERRIDE_MAX_NS, SharedTable
 from sglang_alloc_controller.config_follower import ReloadOutcome
@@ -14,7 +14,6 @@ from sglang_alloc_controller.metrics_server import Answer, Order
 
 _NANOSECONDS = 1_000_000_000
 _RELOAD_TIMEOUT_SECONDS = 5.0
-_ACTOR_MAX_CHARS = 64
 _log = structlog.get_logger("sglang_alloc_controller")
 
 
@@ -78,10 +77,9 @@ def _refuse_unknown(content: Mapping[str, Any], known: set[str]) -> None:
 
 
 def _actor(content: Mapping[str, Any]) -> str:
-    actor = content.get("actor", f"http by {getpass.getuser()}")
-    if not isinstance(actor, str) or not 0 < len(actor) <= _ACTOR_MAX_CHARS:
-        raise ConfigurationError(f"actor must be a name of 1 to {_ACTOR_MAX_CHARS} characters.")
-    return "".join(character if character.isprintable() else "?" for character in actor)
+    if "actor" not in content:
+        return f"http by {user_name()}"
+    return checked_actor(content["actor"])
 
 
 def _whole(content: Mapping[str, Any], key: str, default: int) -> int:

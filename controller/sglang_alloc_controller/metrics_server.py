@@ -9,6 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
+import structlog
+
 from sglang_alloc.errors import AllocError, ConfigurationError
 from sglang_alloc_controller.http_permit import Header, Refusal
 from sglang_alloc_controller.settings import HttpSettings
@@ -20,6 +22,7 @@ HTML_TYPE = "text/html; charset=utf-8"
 # A client that opens a connection and says nothing holds a thread for this long.
 _CLIENT_TIMEOUT_SECONDS = 5.0
 _ORDER_MAX_BYTES = 4096
+_log = structlog.get_logger("sglang_alloc_controller")
 # The page brings everything along, so a browser may fetch nothing but its data.
 _PAGE_POLICY = (
     "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; "
@@ -126,6 +129,11 @@ def _obey(order: Order, content_type: str, body: bytes) -> Answer:
         return order(content)
     except AllocError as error:
         return _problem(409, str(error))
+    except Exception as error:
+        # Whoever gives an order, in an emergency too, must hear what became of it.
+        _log.warning("order_failed", exc_info=True)
+        sentence = "The order failed by a fault of the controller; its log has the traceback."
+        return _problem(500, f"{sentence} ({type(error).__name__})")
 
 
 def _request_class(routes: Routes) -> type[BaseHTTPRequestHandler]:

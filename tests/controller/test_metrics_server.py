@@ -44,6 +44,8 @@ class Served:
     def _obey(self, content: Mapping[str, Any]) -> Answer:
         if content.get("impossible"):
             raise ConfigurationError("That cannot be.")
+        if content.get("faulty"):
+            raise KeyError("a fault of ours")
         self.ordered.append(content)
         return Answer.of_json(200, {"ok": True})
 
@@ -139,6 +141,12 @@ def test_on_loopback_an_order_needs_no_token(served: Served) -> None:
 def test_an_order_that_cannot_be_obeyed_says_why(served: Served) -> None:
     answer = served.post({"impossible": True})
     assert (answer.status_code, answer.json()["problem"]) == (409, "That cannot be.")
+
+
+def test_an_order_that_fails_by_a_fault_of_ours_is_answered(served: Served) -> None:
+    answer = served.post({"faulty": True})
+    assert answer.status_code == 500
+    assert "KeyError" in answer.json()["problem"]
 
 
 @pytest.mark.parametrize(

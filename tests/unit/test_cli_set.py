@@ -1,6 +1,8 @@
 """`sglang-alloc set`: a manual budget with a limit, an actor and bounds."""
 
 import getpass
+import os
+import pwd
 import time
 from pathlib import Path
 
@@ -46,6 +48,19 @@ def test_the_actor_is_the_user_unless_named(table: SharedTable) -> None:
     assert _override(table).actor == getpass.getuser()
 
 
+def test_a_user_without_a_name_is_named_by_number(
+    table: SharedTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    _set(table, "--decode", "5", "--for", "1h")
+    assert _override(table).actor == f"uid {os.getuid()}"
+
+
 def test_a_phase_that_is_left_out_keeps_what_is_in_force(table: SharedTable) -> None:
     with SelectorWriter.acquire(table) as writer:
         writer.write(8, 9)
@@ -71,6 +86,8 @@ def test_clearing_ends_the_override(table: SharedTable) -> None:
         (("--clear", "--decode", "5"), "without budgets and --for"),
         (("--decode", "13", "--for", "10m"), "3 to 12 activations per token"),
         (("--decode", "5", "--for", "25h"), "not from 1s to 24h"),
+        (("--decode", "5", "--for", "1h", "--actor", "ä" * 33), "has 66 bytes"),
+        (("--decode", "5", "--for", "1h", "--actor", ""), "has 0 bytes"),
     ],
 )
 def test_what_cannot_be_set_is_refused_and_nothing_changes(

@@ -8,6 +8,7 @@ import grimp
 import pytest
 
 _CONTRACTS = (
+    "actor",
     "allocation_mode",
     "atomic_file",
     "budget_tables",

@@ -1,6 +1,7 @@
 """Control story, before the law: a person's switch that ends all trading of quality, at once.
 
-It is on while the file is there, while the environment says so, or since it was asked for by HTTP.
+It is on while the file is there or while the environment says so. An order by HTTP writes the file;
+only where that fails does this process remember the order itself.
 """
 
 import json
@@ -46,7 +47,11 @@ class KillSwitch:
         return f"file {self.path}"
 
     def engage(self, actor: str) -> None:
-        """Switch on; the file makes it last over restarts, memory covers a file that fails."""
+        """Switch on by the file, which outlives this process and ends the switch when removed.
+
+        Raises:
+            KillSwitchError: the file cannot be written; the switch is on in memory alone.
+        """
         self._by_request = actor
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         line = json.dumps({"actor": actor, "time": now}) + "\n"
@@ -58,6 +63,7 @@ class KillSwitch:
                 f"written ({error.strerror}), so the next one would not know. Set "
                 "kill_switch.path to a file in a folder that this user may write to."
             ) from error
+        self._by_request = ""
 
     def release(self) -> None:
         """Switch off what the file and HTTP had switched on.

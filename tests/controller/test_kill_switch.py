@@ -55,6 +55,13 @@ def test_what_was_engaged_by_request_outlives_the_process_and_names_its_actor(
     assert switch.cause() is None
 
 
+def test_removing_the_file_ends_what_was_engaged_by_request(tmp_path: Path) -> None:
+    switch = KillSwitch(tmp_path / "kill", {})
+    switch.engage("alice")
+    switch.path.unlink()
+    assert switch.cause() is None
+
+
 def test_a_file_that_cannot_be_written_does_not_keep_it_off(tmp_path: Path) -> None:
     switch = KillSwitch(tmp_path / "none" / "kill", {})
     with pytest.raises(KillSwitchError, match="until this controller stops"):

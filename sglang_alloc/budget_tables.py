@@ -1,16 +1,12 @@
 """Contract 2, the offline story's product: one row of per-layer quotas for every budget (.npz)."""
 
-import io
 import json
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sglang_alloc.atomic_file import replace_file
 from sglang_alloc.budget_tables_format import (
     ARRAYS,
     OPTIONAL_ARRAYS,
@@ -20,7 +16,7 @@ from sglang_alloc.budget_tables_format import (
     refuse,
 )
 from sglang_alloc.errors import TableFormatError
-from sglang_alloc.npz_file import parse_npz
+from sglang_alloc.npz_file import read_npz, write_npz
 
 __all__ = ["ARRAYS", "FORMAT_VERSION", "BudgetTables", "load_budget_tables", "save_budget_tables"]
 
@@ -37,7 +33,6 @@ def save_budget_tables(path: Path, tables: BudgetTables) -> None:
     tables.validate()
     if tables.probes:
         refuse("probes", "budget tables", "a table of probes, which is published, never saved")
-    content = io.BytesIO()
     scalars = {
         "format_version": np.int64(FORMAT_VERSION),
         "model_id": np.str_(tables.model_id),
@@ -47,14 +42,7 @@ def save_budget_tables(path: Path, tables: BudgetTables) -> None:
         "provenance": np.str_(json.dumps(dict(tables.provenance), sort_keys=True)),
     }
     fields: dict[str, Any] = scalars | tables.arrays()
-    np.savez_compressed(content, **fields)
-    try:
-        replace_file(path, content.getvalue(), mode=0o644)
-    except OSError as error:
-        raise TableFormatError(
-            f"Cannot write the budget tables to {path}: {error.strerror}. "
-            "Choose a folder that this user can write to and that has room."
-        ) from error
+    write_npz(path, fields, "budget tables")
 
 
 def load_budget_tables(path: Path) -> BudgetTables:
@@ -63,7 +51,7 @@ def load_budget_tables(path: Path) -> BudgetTables:
     Raises:
         TableFormatError: the file is missing, damaged, of another version, or breaks the format.
     """
-    fields = _read_arrays(path)
+    fields = read_npz(path, "budget tables")
     try:
         _check_version(fields)
         tables = _from_fields(fields)
@@ -71,25 +59,6 @@ def load_budget_tables(path: Path) -> BudgetTables:
     except TableFormatError as error:
         raise TableFormatError(f"{path} is not a usable budget table: {error}") from error
     return tables
-
-
-def _read_arrays(path: Path) -> dict[str, Array]:
-    try:
-        return parse_npz(path.read_bytes())
-    except FileNotFoundError as error:
-        raise TableFormatError(
-            f"There is no budget table at {path}. Check the path, or make one by profiling."
-        ) from error
-    except OSError as error:
-        raise TableFormatError(
-            f"Cannot read the budget table {path}: {error.strerror or error}."
-        ) from error
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
-        # A flipped bit can mark a member as encrypted: RuntimeError.
-        raise TableFormatError(
-            f"{path} is not an intact .npz file of budget tables ({error}). "
-            "Copy it again from where it was made, or make it anew."
-        ) from error
 
 
 def _check_version(fields: Mapping[str, Array]) -> None:

@@ -18,6 +18,7 @@ from sglang_alloc.budget_tables import BudgetTables
 from sglang_alloc.calibrate_corrections import Matrix, references_of_rows, search_reference
 from sglang_alloc.calibrate_thresholds import MeanQuotas, Scores
 from sglang_alloc.errors import ConfigurationError
+from sglang_alloc.npz_file import read_npz
 from sglang_alloc.profile_engine import ProfiledServer
 from sglang_alloc.profile_plan import uniform_plan
 from sglang_alloc.profile_run import Progress, probe_tables, serving_tables, windows_of
@@ -197,8 +198,7 @@ class _Run:
         top_k = self._job.model.identity.top_k
         found = np.ones(layers)
         if row.finds_gain:
-            with np.load(_existing(gains)) as record:
-                found = record["gains"]
+            found = read_npz(_existing(gains), "gains")["gains"]
         return AnchorRecord(
             self._scores(row),
             self._scores(row._replace(heldout=True)),
@@ -210,8 +210,8 @@ class _Run:
 
     def _scores(self, row: Row) -> Scores:
         path = self._job.folder / f"scores-{self._number[row] + 1}.npz"
-        with np.load(_existing(path)) as record:
-            return Scores(record["counts"], record["tokens"])
+        record = read_npz(_existing(path), "counts of scores")
+        return Scores(record["counts"], record["tokens"])
 
     def _measured(self, row: Row) -> Matrix:
         if row not in self._losses:

@@ -10,7 +10,6 @@ A row may also have corrections: references, and gains that are found while it i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +19,7 @@ import torch
 
 from sglang_alloc.enforcement import EnforcementTables, Phase, RoutedSlots
 from sglang_alloc.gain_record import GainRecorder
+from sglang_alloc.npz_file import read_npz, write_npz
 from sglang_alloc.saliency_record import SaliencyRecorder
 from sglang_alloc.score_histogram import BINS_PER_OCTAVE, LOWEST_OCTAVE, NUM_BINS
 from sglang_alloc_kernels.drop_slots import drop_slots_torch
@@ -174,15 +174,12 @@ class ProbeEnforcement:
     def _write_record(self) -> None:
         if self._record is None or not int(self._tokens.sum()):
             return
-        self._record.mkdir(parents=True, exist_ok=True)
         path = self._record / f"scores-{self._probe}.npz"
         counts, tokens = self._counts.cpu().numpy(), self._tokens.numpy().copy()
         if path.exists():
-            with np.load(path) as earlier:
-                counts, tokens = counts + earlier["counts"], tokens + earlier["tokens"]
-        temporary = path.with_suffix(".tmp.npz")
-        np.savez_compressed(temporary, counts=counts, tokens=tokens)
-        os.replace(temporary, path)
+            earlier = read_npz(path, "counts of scores")
+            counts, tokens = counts + earlier["counts"], tokens + earlier["tokens"]
+        write_npz(path, {"counts": counts, "tokens": tokens}, "counts of scores")
         self._counts.zero_()
         self._tokens.zero_()
 

@@ -8,7 +8,6 @@ applied at once: a layer is calibrated behind layers that have theirs. Eager exe
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 from sglang_alloc.enforcement import RoutedSlots
+from sglang_alloc.npz_file import write_npz
 
 
 class GainRecorder:
@@ -50,10 +50,7 @@ class GainRecorder:
     def finish(self, probe: int) -> None:
         """Write gains-PROBE.npz if anything was observed since the last call, and begin anew."""
         if self._folder is not None and self._products[1].any():
-            self._folder.mkdir(parents=True, exist_ok=True)
-            temporary = self._folder / f"gains-{probe}.tmp.npz"
-            np.savez_compressed(temporary, gains=self._gains())
-            os.replace(temporary, self._folder / f"gains-{probe}.npz")
+            write_npz(self._folder / f"gains-{probe}.npz", {"gains": self._gains()}, "gains")
         self._products[:] = 0.0
         self._full.clear()
 

@@ -6,7 +6,6 @@ compute it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from sglang_alloc.errors import UnsupportedServerError
+from sglang_alloc.npz_file import write_npz
 from sglang_alloc_kernels.drop_slots import drop_slots_torch
 from sglang_alloc_kernels.layer_quota import layer_quota_torch
 
@@ -40,11 +40,8 @@ def record_deviations(
         UnsupportedServerError: a block does not have a gate, a topk and experts of its own.
     """
     found = np.stack([_deviations(block, top_k, all_reduce, dropping) for block in blocks])
-    if folder is None:
-        return
-    temporary = folder / f"{FILE_NAME}.tmp.npz"
-    np.savez_compressed(temporary, deviations=found)
-    os.replace(temporary, folder / FILE_NAME)
+    if folder is not None:
+        write_npz(folder / FILE_NAME, {"deviations": found}, "deviations")
 
 
 @torch.no_grad()

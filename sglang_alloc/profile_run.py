@@ -15,6 +15,7 @@ from sglang_alloc.budget_tables import BudgetTables
 from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.lexi_record import FILE_NAME as LEXI_FILE
 from sglang_alloc.moe_layers import weights_digest
+from sglang_alloc.npz_file import read_npz
 from sglang_alloc.profile_engine import ProfiledServer, profiled_server
 from sglang_alloc.profile_journal import ProfileJournal
 from sglang_alloc.profile_plan import (
@@ -230,8 +231,8 @@ def _known_saliency(job: ProfileJob, journal: ProfileJournal) -> npt.NDArray[np.
             f"{path} is gone, by which this profile has ranked so far. Put it back, or delete "
             f"{job.folder} and profile again."
         )
-    with np.load(path) as sums:
-        return saliency_of(sums["sums"], sums["counts"])
+    sums = read_npz(path, "sums of saliency")
+    return saliency_of(sums["sums"], sums["counts"])
 
 
 def run_whole(
@@ -300,8 +301,7 @@ def _lexi(job: ProfileJob, progress: Progress) -> Profile:
     path.unlink(missing_ok=True)
     with serving(job, plan, f"{PROBE_NOTE}layer{LEXI_NOTE}", None, progress):
         progress.stage("lexi", 1)
-    with np.load(path) as record:
-        deviations = record["deviations"]
+    deviations = read_npz(path, "deviations")["deviations"]
     provenance = {
         "made_by": "sglang-alloc profile",
         "context": "lexi",

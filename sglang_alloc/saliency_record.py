@@ -6,13 +6,14 @@ of the kernels, the quantisation and the sharding that serve. Eager execution on
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from sglang_alloc.npz_file import write_npz
 
 FILE_NAME = "saliency.npz"
 
@@ -85,12 +86,9 @@ class SaliencyRecorder:
         np.add.at(self._counts[index], experts, 1)
 
     def _write(self) -> None:
-        if self._folder is None:
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        temporary = self._folder / f"{FILE_NAME}.tmp.npz"
-        np.savez_compressed(temporary, sums=self._sums, counts=self._counts)
-        os.replace(temporary, self._folder / FILE_NAME)
+        if self._folder is not None:
+            fields = {"sums": self._sums, "counts": self._counts}
+            write_npz(self._folder / FILE_NAME, fields, "sums of saliency")
 
 
 def saliency_of(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:

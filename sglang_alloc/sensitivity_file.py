@@ -1,9 +1,6 @@
 """Offline story, between profiling and solving: the sensitivities of a model on disk (.npz)."""
 
-import io
 import json
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from sglang_alloc.atomic_file import replace_file
 from sglang_alloc.errors import TableFormatError
-from sglang_alloc.npz_file import parse_npz
+from sglang_alloc.npz_file import read_npz, write_npz
 
 Array = npt.NDArray[Any]
 
@@ -114,37 +110,6 @@ def load_sensitivities(path: Path) -> Sensitivities:
     except TableFormatError as error:
         raise TableFormatError(f"{path} cannot be solved: {error}") from error
     return loaded
-
-
-def read_npz(path: Path, what: str) -> dict[str, Array]:
-    """Return the arrays of an .npz file; pickles are refused.
-
-    Raises:
-        TableFormatError: the file is missing or damaged.
-    """
-    try:
-        return parse_npz(path.read_bytes())
-    except OSError as error:
-        raise TableFormatError(f"Cannot read {what} from {path}: {error.strerror}.") from error
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
-        raise TableFormatError(f"{path} is not an intact .npz file of {what} ({error}).") from error
-
-
-def write_npz(path: Path, fields: Mapping[str, Any], what: str) -> None:
-    """Write arrays to `path` in one step: no half-written file ever has that name.
-
-    Raises:
-        TableFormatError: the folder cannot be written, or has no room.
-    """
-    content = io.BytesIO()
-    np.savez_compressed(content, **fields)
-    try:
-        replace_file(path, content.getvalue(), mode=0o644)
-    except OSError as error:
-        raise TableFormatError(
-            f"Cannot write {what} to {path}: {error.strerror}. Choose a folder that this user can "
-            "write to and that has room."
-        ) from error
 
 
 def _matrix(name: str, array: Array) -> Array:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from sglang_alloc.budget_tables import BudgetTables, save_budget_tables
-from sglang_alloc.sensitivity_file import Sensitivities, write_npz
+from sglang_alloc.npz_file import write_npz
+from sglang_alloc.sensitivity_file import Sensitivities
 from sglang_alloc.solve import Solution, solve_all_budgets
 from sglang_alloc.solve_bounds import QuotaBounds
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sglang_alloc.npz_file import read_npz, write_npz
 from sglang_alloc.reference.corpus import Corpus, Manifest, summary, tokens_of
 from sglang_alloc.reference.documents import Document
 
@@ -43,23 +44,21 @@ def with_domain(
 
 def save_streams(path: Path, streams: TokenStreams) -> None:
     """Write the streams, so that packages installed during a run do not change its text."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {
         f"{split}/{domain}": tokens
         for split, part in (("train", streams.train), ("heldout", streams.heldout))
         for domain, tokens in part.items()
     }
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez_compressed(temporary, manifest=np.str_(json.dumps(streams.manifest)), **arrays)
-    temporary.replace(path)
+    manifest = np.str_(json.dumps(streams.manifest))
+    write_npz(path, {"manifest": manifest, **arrays}, "token streams")
 
 
 def load_streams(path: Path) -> TokenStreams:
     """Read what `save_streams` wrote."""
-    with np.load(path, allow_pickle=False) as archive:
-        parts: dict[str, Streams] = {"train": {}, "heldout": {}}
-        for name in archive.files:
-            split, _, domain = name.partition("/")
-            if domain:
-                parts[split][domain] = archive[name]
-        return TokenStreams(parts["train"], parts["heldout"], json.loads(str(archive["manifest"])))
+    arrays = read_npz(path, "token streams")
+    parts: dict[str, Streams] = {"train": {}, "heldout": {}}
+    for name, tokens in arrays.items():
+        split, _, domain = name.partition("/")
+        if domain:
+            parts[split][domain] = tokens
+    return TokenStreams(parts["train"], parts["heldout"], json.loads(str(arrays["manifest"])))

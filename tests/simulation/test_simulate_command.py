@@ -136,7 +136,7 @@ def test_all_means_every_scenario_law_and_default_seed() -> None:
         (("--scenario", "nope"), "no scenario 'nope'"),
         (("--scenario", "step", "--law", "nope"), "no law 'nope'"),
         (("--scenario", "step", "--bench", "/nope.csv"), "cannot be read"),
-        (("--scenario", "step", "--tables", "/nope.npz"), "no budget table"),
+        (("--scenario", "step", "--tables", "/nope.npz"), "no budget tables"),
     ],
 )
 def test_what_cannot_be_simulated_is_refused_in_a_sentence(

@@ -96,7 +96,7 @@ def test_a_truncated_file_is_refused(folder: Path, share: float) -> None:
 
 
 def test_a_missing_file_says_where_it_was_looked_for(folder: Path) -> None:
-    with pytest.raises(TableFormatError, match=r"no budget table at .*absent\.npz"):
+    with pytest.raises(TableFormatError, match=r"no budget tables at .*absent\.npz"):
         load_budget_tables(folder / "absent.npz")
 
 
@@ -107,7 +107,7 @@ def test_a_folder_is_refused(folder: Path) -> None:
 
 def test_a_file_without_a_folder_to_go_to_says_so(folder: Path) -> None:
     (folder / "file").write_text("")
-    with pytest.raises(TableFormatError, match="Cannot write the budget tables"):
+    with pytest.raises(TableFormatError, match="Cannot write budget tables"):
         save_budget_tables(folder / "file" / "tables.npz", make_tables())
 
 

@@ -27,7 +27,7 @@ def publish(
             "--mode",
             metavar="MODE",
             help="The one mode that servers of this table run in, whose predicted loss the "
-            "controller then takes. Default: any, and the largest loss of the table's modes.",
+            "controller then takes. Default: the best that the tables support, as `serve` does.",
             show_default=False,
         ),
     ] = None,
@@ -38,17 +38,18 @@ def publish(
     it is started again.
     """
     # Imported here because help must not wait for numpy.
-    from sglang_alloc.allocation_mode import require_support
+    from sglang_alloc.allocation_mode import default_mode, require_support
     from sglang_alloc.budget_tables import load_budget_tables
     from sglang_alloc.shared_table import publish_shared_table
     from sglang_alloc.table_path import default_shared_path
 
     loaded = load_budget_tables(tables)
-    if mode is not None:
-        require_support(mode, loaded.arrays().__contains__, loaded.model_id)
+    has_section = loaded.arrays().__contains__
+    note = mode or default_mode(has_section)
+    require_support(note, has_section, loaded.model_id)
     path = shared_path or default_shared_path(loaded.model_id)
     warn_of_running_servers(path)
-    publish_shared_table(path, loaded, mode_note=mode or "")
+    publish_shared_table(path, loaded, mode_note=note)
     typer.echo(
         f"Published {loaded.model_id} ({loaded.num_layers} MoE layers, top-{loaded.top_k} of "
         f"{loaded.num_experts} experts, budgets {loaded.budget_min} to {loaded.budget_max}) at "

@@ -120,6 +120,24 @@ def test_sglang_starts_through_serve_and_has_a_long_startup_probe() -> None:
     assert startup["periodSeconds"] * startup["failureThreshold"] >= 1200
 
 
+def test_sglang_is_told_how_to_follow_the_table() -> None:
+    def environment(value_set: str) -> dict[str, str]:
+        variables = container(render(value_set), "sglang")["env"]
+        return {v["name"]: v["value"] for v in variables if v["name"].startswith("SGLANG_ALLOC_")}
+
+    assert environment("everything") == {
+        "SGLANG_ALLOC_TABLE": "/run/sglang-alloc/model.tbl",
+        "SGLANG_ALLOC_MODE": "threshold",
+        "SGLANG_ALLOC_STALE_AFTER_SECONDS": "7.5",
+        "SGLANG_ALLOC_FALLBACK": "96",
+        "SGLANG_ALLOC_REQUEST_BUDGETS": "any",
+        "SGLANG_ALLOC_PROTECTED_PRIORITY": "0",
+        "SGLANG_ALLOC_CORRECT_DRIFT": "1",
+        "SGLANG_ALLOC_ROUTING": "fused",
+    }
+    assert "SGLANG_ALLOC_CORRECT_DRIFT" not in environment("default")
+
+
 def test_a_dead_controller_never_takes_sglang_out_of_service() -> None:
     assert "readinessProbe" not in container(render(), "controller")
 

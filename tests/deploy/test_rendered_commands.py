@@ -15,11 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import yaml
 from chart_render import VALUE_SETS, Manifest, container, only, render
 
 from sglang_alloc.budget_tables import BudgetTables, save_budget_tables
 from sglang_alloc.shared_table import SharedTable
+from sglang_alloc_controller.quality_bounds import budget_ranges
+from sglang_alloc_controller.settings import QualitySettings, Settings, SloSettings
 
 SCRIPTS = Path(sys.executable).parent
 START_SECONDS = 60.0
@@ -37,8 +40,8 @@ def _moved(text: str, root: Path) -> str:
     return text
 
 
-def _publish(root: Path) -> Path:
-    """Run the pod's first step on small tables; return the shared table."""
+def _publish(root: Path, *arguments: str) -> Path:
+    """Run the pod's first step on small tables with thresholds; return the shared table."""
     shared = root / "run" / "sglang-alloc" / "model.tbl"
     for folder in (root / "budget-tables", shared.parent):
         folder.mkdir(parents=True)
@@ -53,9 +56,11 @@ def _publish(root: Path) -> Path:
         budgets=budgets,
         quotas=np.stack([half, (budgets - half).astype(np.int16)], axis=1),
         predicted_loss=np.linspace(0.1, 0.0, len(budgets), dtype=np.float32),
+        thresholds=np.zeros((len(budgets), 2), dtype=np.float32),
+        threshold_predicted_loss=np.linspace(0.05, 0.0, len(budgets), dtype=np.float32),
     )
     save_budget_tables(root / "budget-tables" / "tables.npz", tables)
-    command = _command(container(render(), "publish-table"), root)
+    command = _command(container(render("default", *arguments), "publish-table"), root)
     subprocess.run(command, check=True, capture_output=True)
     return shared
 
@@ -97,6 +102,23 @@ def test_first_step_publishes_the_table_at_full_budget(tmp_path: Path) -> None:
     with SharedTable.open(_publish(tmp_path)) as table:
         assert table.model_id == "served"
         assert table.selector()[1:] == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("mode", "served", "floor"),
+    [("", "threshold", 5), ("layer", "layer", 7), ("token", "token", 7)],
+)
+def test_quality_floor_is_that_of_the_mode_which_is_served(
+    tmp_path: Path, mode: str, served: str, floor: int
+) -> None:
+    shared = _publish(tmp_path, "--set", f"worker.mode={mode}")
+    bound = QualitySettings(max_predicted_loss=0.026)
+    settings = Settings(
+        table=str(shared), slo=SloSettings(ttft_seconds=1.0, itl_seconds=0.1), quality=bound
+    )
+    with SharedTable.open(shared) as table:
+        assert table.mode_note == served
+        assert budget_ranges(table, settings)["decode"].floor == floor
 
 
 def test_controller_passes_its_startup_probe_before_sglang_is_there(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from table_factory import make_full_tables, make_tables
 from typer.testing import CliRunner
 
 from sglang_alloc.allocation_mode import predicted_loss
-from sglang_alloc.budget_tables import save_budget_tables
+from sglang_alloc.budget_tables import BudgetTables, save_budget_tables
 from sglang_alloc.cli import app
 from sglang_alloc.errors import ConfigurationError, TableFormatError
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
@@ -91,6 +91,17 @@ def test_probes_are_published_but_never_saved(tmp_path: Path) -> None:
         save_budget_tables(tmp_path / "t.npz", probes)
     with pytest.raises(TableFormatError, match="probe numbers from 1"):
         replace(probes, budgets=probes.budgets + 1).validate()
+
+
+@pytest.mark.parametrize(("tables", "best"), [(FULL, "threshold"), (make_tables(), "layer")])
+def test_publish_without_a_mode_notes_the_best_as_serve_does(
+    tmp_path: Path, tables: BudgetTables, best: str
+) -> None:
+    npz, path = tmp_path / "t.npz", tmp_path / "t.tbl"
+    save_budget_tables(npz, tables)
+    arguments = ["publish", str(npz), "--shared-path", str(path)]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert SharedTable.open(path).mode_note == best
 
 
 def test_publish_takes_the_mode_that_the_servers_run_in(tmp_path: Path) -> None:

@@ -8,6 +8,10 @@
     - {{ printf "%s/%s" .Values.budgetTables.mountPath .Values.budgetTables.fileName }}
     - --shared-path
     - {{ include "sglang-alloc.tablePath" . }}
+    {{- with .Values.worker.mode }}
+    - --mode
+    - {{ . }}
+    {{- end }}
   securityContext:
     {{- include "sglang-alloc.containerSecurityContext" . | nindent 4 }}
   resources:
@@ -108,6 +112,10 @@
     {{- if ne .Values.worker.protectedPriority nil }}
     - name: SGLANG_ALLOC_PROTECTED_PRIORITY
       value: {{ .Values.worker.protectedPriority | quote }}
+    {{- end }}
+    {{- if .Values.worker.correctDrift }}
+    - name: SGLANG_ALLOC_CORRECT_DRIFT
+      value: "1"
     {{- end }}
     {{- if ne .Values.worker.routing "engine" }}
     - name: SGLANG_ALLOC_ROUTING

@@ -25,13 +25,30 @@ _EXIT_INTERRUPTED = 130
 
 
 @app.command()
-def run(config: ConfigPath) -> None:
+def run(
+    config: ConfigPath,
+    retry_seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--retry-seconds",
+            metavar="SECONDS",
+            min=0.1,
+            help="When it refuses to work, log why and try again after this long, for a container "
+            "whose end would harm its pod. Default: end with exit code 2.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
     """Control until SIGTERM, then leave the server at full quality."""
     from sglang_alloc_controller.run import run as run_controller
+    from sglang_alloc_controller.run import run_with_retries
     from sglang_alloc_controller.settings import load_settings
 
     try:
-        run_controller(config, load_settings(config))
+        if retry_seconds is not None:
+            run_with_retries(config, retry_seconds)
+        else:
+            run_controller(config, load_settings(config))
     except AllocError as error:
         _refuse(error)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import structlog
 
-from sglang_alloc.errors import ConfigurationError, TableInUseError
+from sglang_alloc.errors import AllocError, ConfigurationError, TableInUseError
 from sglang_alloc.shared_table import SharedTable
 from sglang_alloc_controller.bucket_edges import missing_edges
 from sglang_alloc_controller.config_follower import ConfigFollower
@@ -33,7 +33,7 @@ from sglang_alloc_controller.own_metrics import OwnMetrics
 from sglang_alloc_controller.page_history import PageHistory
 from sglang_alloc_controller.quality_bounds import budget_ranges
 from sglang_alloc_controller.samples import SourceError
-from sglang_alloc_controller.settings import Settings
+from sglang_alloc_controller.settings import Settings, load_settings
 from sglang_alloc_controller.source import open_source
 from sglang_alloc_controller.source_poller import SourcePoller
 from sglang_alloc_controller.stop_signal import StopSignal
@@ -46,10 +46,29 @@ _POLLER_STOP_SECONDS = 0.2
 _log = structlog.get_logger("sglang_alloc_controller")
 
 
-def run(config: Path, settings: Settings) -> None:
+def run_with_retries(config: Path, retry_seconds: float) -> None:
+    """As `run`, but a refusal is logged and tried again, until SIGTERM or SIGINT.
+
+    For a container of a pod: its end would make the pod unready, and a server that can do without
+    a controller would get no more requests.
+    """
+    _configure_logging()
+    stop = StopSignal()
+    while True:
+        try:
+            run(config, load_settings(config), stop)
+            return
+        except AllocError as error:
+            _log.error("refused", problem=str(error), next_try_seconds=retry_seconds)
+        if stop.sleep(retry_seconds):
+            return
+
+
+def run(config: Path, settings: Settings, stop: StopSignal | None = None) -> None:
     """Control until SIGTERM or SIGINT, then leave the server at full quality.
 
-    `settings` were read from `config`, which is read again when it changes.
+    `settings` were read from `config`, which is read again when it changes. `stop` has taken the
+    signals; None: they are taken here.
 
     Raises:
         ConfigurationError: a setting does not fit the table or the server, or a port or file
@@ -58,7 +77,8 @@ def run(config: Path, settings: Settings) -> None:
     """
     _configure_logging()
     follower = ConfigFollower(config, settings)
-    stop = StopSignal(follower.ask_later)
+    stop = stop or StopSignal()
+    stop.call_on_hangup(follower.ask_later)
     permit = Permit(settings.http.host, settings.control, os.environ)
     _refuse_missing_edges(settings)
     link = TableLink(Path(settings.table), lambda table: _accept(settings, table))

@@ -58,12 +58,12 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
 class ControllerProcess:
     """A running controller and its metrics."""
 
-    def __init__(self, config: Path) -> None:
+    def __init__(self, config: Path, *arguments: str) -> None:
         self._port = yaml.safe_load(config.read_text())["http"]["port"]
         self._log = config.with_suffix(".log").open("ab")
         self._log_path = config.with_suffix(".log")
         self.process = subprocess.Popen(
-            [EXECUTABLE, "run", "--config", config],
+            [EXECUTABLE, "run", "--config", config, *arguments],
             stderr=self._log,
             stdout=self._log,
             start_new_session=True,
@@ -120,9 +120,9 @@ class ControllerProcess:
 
 
 @contextmanager
-def running(config: Path) -> Iterator[ControllerProcess]:
+def running(config: Path, *arguments: str) -> Iterator[ControllerProcess]:
     """Run a controller until the end of the block."""
-    controller = ControllerProcess(config)
+    controller = ControllerProcess(config, *arguments)
     try:
         yield controller
     finally:

@@ -187,6 +187,29 @@ def test_a_metrics_port_in_use_is_refused_and_the_table_left_alone(
     assert f"http.port {server.port}: Address already in use" in refused.stderr
 
 
+def test_with_retries_a_refused_controller_waits_and_works_once_it_can(
+    tmp_path: Path, server: StandInServer
+) -> None:
+    publish_table(tmp_path / "t.tbl")
+    port = free_port()
+    impossible = {"decode_floor_budget": 1_000_000}
+    config = write_config(tmp_path, server.url, http={"port": port}, quality=impossible)
+    with running(config, "--retry-seconds", "0.1") as controller:
+        controller.wait_for(lambda: controller.log().count('"refused"') > 2, "more tries")
+        assert "decode_floor_budget is 1000000" in controller.log()
+        controller.process.send_signal(signal.SIGHUP)
+        write_config(tmp_path, server.url, http={"port": port})
+        controller.wait_for(lambda: controller.is_in_state("valid"), "valid input")
+        assert controller.stop() == 0
+
+
+def test_with_retries_a_refused_controller_ends_when_it_is_told_to(tmp_path: Path) -> None:
+    config = write_config(tmp_path, "http://127.0.0.1:9")
+    with running(config, "--retry-seconds", "600") as controller:
+        controller.wait_for(lambda: "no shared table" in controller.log(), "the refusal")
+        assert controller.stop() == 0
+
+
 def test_a_replaced_table_is_followed(
     tmp_path: Path, table: SharedTable, server: StandInServer
 ) -> None:

@@ -1,19 +1,12 @@
-"""Offline story, profiling: what has been measured, one line each, so that a run can go on.
-
-The first line is the identity of the run. A last line without its line feed was cut off by a crash
-or a full disk and is dropped; the others are never changed.
-"""
+"""Offline story, profiling: what has been measured, so that a run can go on."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from sglang_alloc.errors import ConfigurationError
+from sglang_alloc.json_lines import JsonLines
 
 FORMAT = "sglang-alloc profile 1"
 
@@ -41,34 +34,12 @@ class ProfileJournal:
         self.path = path
         self.entries: dict[tuple[str, int, int], Entry] = {}
         self._pins: dict[str, str] = {}
-        header = {"format": FORMAT, **identity}
-        lines = self._whole_lines(path)
-        if lines:
-            _require_same(path, _parsed(path, lines[0]), header)
-            for line in lines[1:]:
-                fields = _parsed(path, line)
-                if "pin" in fields:
-                    self._pins[fields["pin"]] = fields["value"]
-                    continue
-                self._remember(Entry(**{**fields, "losses": tuple(fields["losses"])}))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("r+b" if path.exists() else "w+b")
-        # What follows the last whole line is half of one.
-        self._file.truncate(sum(len(line) + 1 for line in lines))
-        self._file.seek(0, os.SEEK_END)
-        if not lines:
-            self._write(header)
-
-    def __enter__(self) -> ProfileJournal:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._file.close()
+        self._lines = JsonLines(path, {"format": FORMAT, **identity}, "a profile")
+        for fields in self._lines.entries:
+            if "pin" in fields:
+                self._pins[fields["pin"]] = fields["value"]
+                continue
+            self._remember(Entry(**{**fields, "losses": tuple(fields["losses"])}))
 
     def pin(self, name: str, value: str) -> None:
         """Note a fact of the run that was not known at its start, or compare it with the note.
@@ -77,9 +48,9 @@ class ProfileJournal:
             ConfigurationError: it was another one before, or it cannot be written.
         """
         if name in self._pins:
-            _require_same(self.path, {name: self._pins[name]}, {name: value})
+            self._lines.require_same({name: self._pins[name]}, {name: value})
             return
-        self._write({"pin": name, "value": value})
+        self._lines.append({"pin": name, "value": value})
         self._pins[name] = value
 
     def pinned(self, name: str) -> str | None:
@@ -96,57 +67,8 @@ class ProfileJournal:
         Raises:
             ConfigurationError: it cannot be written.
         """
-        self._write(entry._asdict())
+        self._lines.append(entry._asdict())
         self._remember(entry)
 
     def _remember(self, entry: Entry) -> None:
         self.entries[entry.series, entry.probe, entry.chunk] = entry
-
-    def _write(self, fields: Mapping[str, object]) -> None:
-        try:
-            self._file.write(json.dumps(fields, allow_nan=False).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise ConfigurationError(
-                f"The profile's journal {self.path} cannot be written: {error.strerror}. Make "
-                "room and run the same command again: it goes on from the last whole line."
-            ) from error
-
-    @staticmethod
-    def _whole_lines(path: Path) -> list[bytes]:
-        if not path.exists():
-            return []
-        try:
-            return path.read_bytes().split(b"\n")[:-1]
-        except OSError as error:
-            raise ConfigurationError(
-                f"The profile's journal {path} cannot be read: {error.strerror}."
-            ) from error
-
-
-def _parsed(path: Path, line: bytes) -> dict[str, Any]:
-    try:
-        fields = json.loads(line)
-    except ValueError:
-        fields = None
-    if not isinstance(fields, dict):
-        raise ConfigurationError(
-            f"{path} is not a journal of `sglang-alloc profile`: a line begins with {line[:40]!r}. "
-            "Move it away, or choose another output."
-        )
-    return fields
-
-
-def _require_same(path: Path, found: Mapping[str, object], wanted: Mapping[str, object]) -> None:
-    wanted = json.loads(json.dumps(wanted))  # as it was written: tuples are lists
-    different = [
-        f"{name} was {found.get(name)!r} and is now {wanted.get(name)!r}"
-        for name in sorted({*found, *wanted})
-        if found.get(name) != wanted.get(name)
-    ]
-    if different:
-        raise ConfigurationError(
-            f"{path} holds a profile of something else: {'; '.join(different)}. Give another "
-            "output, or remove the journal to begin anew."
-        )

@@ -76,12 +76,12 @@ def run_profile(job: ProfileJob, progress: Progress) -> Profile:
         return _lexi(job, progress)
     identity = job.settings.identity(job.model, job.model_id, "\f".join(job.texts))
     series: list[Series] = []
-    with ProfileJournal(job.folder / "journal.jsonl", identity) as journal:
-        if journal.pinned("saliency") is None:
-            (job.folder / SALIENCY_FILE).unlink(missing_ok=True)
-        for mode in job.settings.modes:
-            series += _measure_mode(job, mode, journal, progress)
-        return _assembled(job, series, _known_saliency(job, journal))
+    journal = ProfileJournal(job.folder / "journal.jsonl", identity)
+    if journal.pinned("saliency") is None:
+        (job.folder / SALIENCY_FILE).unlink(missing_ok=True)
+    for mode in job.settings.modes:
+        series += _measure_mode(job, mode, journal, progress)
+    return _assembled(job, series, _known_saliency(job, journal))
 
 
 @contextmanager

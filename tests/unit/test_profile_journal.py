@@ -17,19 +17,19 @@ SECOND = Entry("layer:decode", 1, 0, (0.1 + 0.2, 1e-17), 50)
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     journal = tmp_path / "work" / "journal.jsonl"
-    with ProfileJournal(journal, IDENTITY) as opened:
-        opened.add(FIRST)
-        opened.pin("windows_sha256", "ab")
-        opened.add(SECOND)
+    opened = ProfileJournal(journal, IDENTITY)
+    opened.add(FIRST)
+    opened.pin("windows_sha256", "ab")
+    opened.add(SECOND)
     return journal
 
 
 def test_what_was_measured_is_found_again_bit_for_bit(path: Path) -> None:
-    with ProfileJournal(path, IDENTITY) as journal:
-        assert journal.find("layer:decode", 0, 0) == FIRST
-        assert journal.find("layer:decode", 1, 0) == SECOND
-        assert journal.find("layer:decode", 2, 0) is None
-        assert journal.pinned("windows_sha256") == "ab"
+    journal = ProfileJournal(path, IDENTITY)
+    assert journal.find("layer:decode", 0, 0) == FIRST
+    assert journal.find("layer:decode", 1, 0) == SECOND
+    assert journal.find("layer:decode", 2, 0) is None
+    assert journal.pinned("windows_sha256") == "ab"
 
 
 @pytest.mark.parametrize("lost_bytes", range(1, 60, 7))
@@ -37,12 +37,11 @@ def test_a_last_line_that_was_cut_off_is_dropped_and_written_again(
     path: Path, lost_bytes: int
 ) -> None:
     path.write_bytes(path.read_bytes()[:-lost_bytes])
-    with ProfileJournal(path, IDENTITY) as journal:
-        assert journal.find("layer:decode", 0, 0) == FIRST
-        assert journal.find("layer:decode", 1, 0) is None
-        journal.add(SECOND)
-    with ProfileJournal(path, IDENTITY) as journal:
-        assert journal.find("layer:decode", 1, 0) == SECOND
+    journal = ProfileJournal(path, IDENTITY)
+    assert journal.find("layer:decode", 0, 0) == FIRST
+    assert journal.find("layer:decode", 1, 0) is None
+    journal.add(SECOND)
+    assert ProfileJournal(path, IDENTITY).find("layer:decode", 1, 0) == SECOND
 
 
 @pytest.mark.parametrize(
@@ -63,10 +62,8 @@ def test_a_profile_of_something_else_is_refused_by_name(
 
 
 def test_other_windows_of_the_same_text_are_refused(path: Path) -> None:
-    with (
-        ProfileJournal(path, IDENTITY) as journal,
-        pytest.raises(ConfigurationError, match="windows_sha256 was 'ab' and is now 'cd'"),
-    ):
+    journal = ProfileJournal(path, IDENTITY)
+    with pytest.raises(ConfigurationError, match="windows_sha256 was 'ab' and is now 'cd'"):
         journal.pin("windows_sha256", "cd")
 
 
@@ -81,14 +78,20 @@ def test_a_full_disk_says_how_to_go_on(path: Path, monkeypatch: pytest.MonkeyPat
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with ProfileJournal(path, IDENTITY) as journal:
-        monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(ConfigurationError, match=r"No space left.*same command again"):
-            journal.add(Entry("layer:decode", 2, 0, (1.0,), 1))
+    journal = ProfileJournal(path, IDENTITY)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigurationError, match=r"No space left.*same command again"):
+        journal.add(Entry("layer:decode", 2, 0, (1.0,), 1))
 
 
 def test_a_loss_that_is_not_a_number_is_never_written(path: Path) -> None:
-    with ProfileJournal(path, IDENTITY) as journal, pytest.raises(ValueError, match="not JSON"):
+    journal = ProfileJournal(path, IDENTITY)
+    with pytest.raises(ValueError, match="not JSON"):
         journal.add(Entry("layer:decode", 2, 0, (float("nan"),), 1))
-    with ProfileJournal(path, IDENTITY) as journal:
-        assert len(journal.entries) == 2
+    assert len(ProfileJournal(path, IDENTITY).entries) == 2
+
+
+def test_a_folder_that_cannot_be_made_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match=r"journal\.jsonl.* cannot be written"):
+        ProfileJournal(tmp_path / "file" / "journal.jsonl", IDENTITY)

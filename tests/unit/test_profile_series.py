@@ -1,6 +1,6 @@
 """Measuring a series of probes, against a server that is a formula."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -74,17 +74,13 @@ Make = Callable[..., Series]
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Iterator[Make]:
-    journals: list[ProfileJournal] = []
-
+def make(tmp_path: Path) -> Make:
     def make_series(phase: Phase = "decode", name: str = "layer", **settings: Any) -> Series:
-        journals.append(ProfileJournal(tmp_path / "journal.jsonl", {"for": "tests"}))
+        journal = ProfileJournal(tmp_path / "journal.jsonl", {"for": "tests"})
         chosen = replace(SETTINGS, **settings)
-        return Series(f"{name}:{phase}", phase, PLAN, chosen, WINDOWS, journals[-1])
+        return Series(f"{name}:{phase}", phase, PLAN, chosen, WINDOWS, journal)
 
-    yield make_series
-    for journal in journals:
-        journal.__exit__(None, None, None)
+    return make_series
 
 
 def _run(series: Series, server: Any) -> np.ndarray:

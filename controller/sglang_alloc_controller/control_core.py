@@ -5,6 +5,7 @@ The loop, the replay of a decision log and any simulator drive this same code.
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.control_law import (
@@ -33,6 +34,14 @@ from sglang_alloc_controller.samples import (
     Slo,
 )
 from sglang_alloc_controller.settings import Settings
+
+
+class Forced(NamedTuple):
+    """What a person forces at one tick; budgets in activations per token, None: nothing."""
+
+    killed: Mapping[Phase, int] | None = None
+    """Full quality, while the kill switch is on."""
+    override: Mapping[Phase, int] | None = None
 
 
 class ControlCore:
@@ -115,22 +124,45 @@ class ControlCore:
             newest=self.history.between_last_two(self._settings.slo),
         )
 
+    def order(self, seen: Seen, forced: Forced) -> tuple[Decision, dict[Phase, int]]:
+        """Return the decision and the budgets asked for.
+
+        The first that is there decides: kill switch, override, the configuration's fixed budgets,
+        the law. An override leaves asked for what would be without it.
+        """
+        if forced.killed is not None:
+            return self._start_over(forced.killed, seen), dict(forced.killed)
+        fixed = self._fixed()
+        if forced.override is not None:
+            decision = self._stand_still(Reason.OVERRIDE, forced.override, seen)
+            return decision, fixed or self.budgets(decision)
+        if fixed is not None:
+            return self._stand_still(Reason.FIXED, fixed, seen), fixed
+        decision = self.decide(seen)
+        return decision, self.budgets(decision)
+
     def decide(self, seen: Seen) -> Decision:
         """Let the law decide and remember."""
         self.state, decision = decide(self.state, seen, self._constants)
         return decision
 
-    def stand_still(self, reason: Reason, budgets: Mapping[Phase, int], seen: Seen) -> Decision:
+    def _stand_still(self, reason: Reason, budgets: Mapping[Phase, int], seen: Seen) -> Decision:
         """Keep the law's own positions while somebody else's `budgets` are in force."""
         self.state = frozen(self.state, reason, seen)
         positions = {phase: state.position for phase, state in self.state.phases.items()}
         return self._not_decided(reason, positions, budgets)
 
-    def start_over(self, reason: Reason, budgets: Mapping[Phase, int], seen: Seen) -> Decision:
+    def _start_over(self, budgets: Mapping[Phase, int], seen: Seen) -> Decision:
         """Forget everything but the readings while `budgets` are forced; go on from them."""
         self.take_over(self.ranges, budgets, seen.now_seconds)
         positions = {phase: state.position for phase, state in self.state.phases.items()}
-        return self._not_decided(reason, positions, budgets)
+        return self._not_decided(Reason.KILL_SWITCH, positions, budgets)
+
+    def _fixed(self) -> dict[Phase, int] | None:
+        fixed = self._settings.fixed
+        if self._settings.mode != "fixed" or fixed is None:
+            return None
+        return {"prefill": fixed.prefill_budget, "decode": fixed.decode_budget}
 
     def budgets(self, decision: Decision) -> dict[Phase, int]:
         """Return the budgets that the decision's positions stand for."""

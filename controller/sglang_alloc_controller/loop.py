@@ -12,11 +12,12 @@ import structlog
 from sglang_alloc.errors import AllocError, ConfigurationError, TableInUseError
 from sglang_alloc.shared_table import Override, SharedTable
 from sglang_alloc_controller.bucket_edges import missing_edges
+from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.config_follower import ReloadOutcome
-from sglang_alloc_controller.control_core import ControlCore
+from sglang_alloc_controller.control_core import ControlCore, Forced
 from sglang_alloc_controller.decision_log import DecisionLog
 from sglang_alloc_controller.decision_record import beginning, tick_record
-from sglang_alloc_controller.law_state import Decision, Reason, Seen
+from sglang_alloc_controller.law_state import Decision, Seen
 from sglang_alloc_controller.own_metrics import OwnMetrics
 from sglang_alloc_controller.quality_bounds import budget_ranges, predicted_loss
 from sglang_alloc_controller.quality_minutes import QualityMinutes
@@ -63,6 +64,13 @@ class _Orders(NamedTuple):
     kill_cause: str | None = None
 
 
+class _Bounds(NamedTuple):
+    """What a table and the settings allow, and what it is predicted to cost."""
+
+    ranges: dict[Phase, BudgetRange]
+    losses: dict[Phase, npt.NDArray[np.float32]]
+
+
 class ControlLoop:
     """One controller of one table."""
 
@@ -87,10 +95,10 @@ class ControlLoop:
         self._decode_step_seconds: float | None = None
         self.ticked_at_seconds = -math.inf
         self.input_state = InputState.STALE
-        self._losses = _losses(link.table)
         now_seconds = surroundings.clock_ns() / _NANOSECONDS
-        ranges = budget_ranges(link.table, settings)
-        self._core = ControlCore(settings, ranges, self._written(), now_seconds)
+        bounds = _bounds(link.table, settings)
+        self._losses = bounds.losses
+        self._core = ControlCore(settings, bounds.ranges, self._written(), now_seconds)
         self._log_beginning(now_seconds, anew=True)
 
     def run(self) -> None:
@@ -106,10 +114,11 @@ class ControlLoop:
             except TableInUseError:
                 raise
             except Exception:
-                # No fault of one tick may end control. Without a beat the workers fall back to
-                # full quality by themselves if it lasts.
+                # No fault of one tick may end control, nor keep the kill switch off. Without a beat
+                # the workers fall back to full quality by themselves if it lasts.
                 self._metrics.count_tick_error()
                 self._remind("tick_failed", exc_info=True)
+                self._obey_kill_switch()
             self._metrics.report_tick_seconds(time.thread_time() - started)
             if self._around.sleep(self.settings.tick_seconds):
                 return
@@ -118,15 +127,17 @@ class ControlLoop:
         """Go through all steps once."""
         now_ns = self._around.clock_ns()
         now_seconds = now_ns / _NANOSECONDS
+        kill_cause = self._around.kill_cause()
         self._follow_table(now_seconds)
+        written_before = self._written()
+        if kill_cause is not None:
+            # Before all that it is there to overrule.
+            self._force_full_quality(now_ns, kill_cause)
         self._follow_config(now_seconds)
         observation = self._around.observe()
         reading = self._take_in(observation)
         seen = self._core.seen(now_seconds)
-        kill_cause = self._around.kill_cause()
-        override = self._override(now_ns, kill_cause)
-        orders = self._orders(seen, override, kill_cause)
-        written_before = self._written()
+        orders = self._orders(seen, self._link.override(now_ns), kill_cause)
         if orders.to_write is not None:
             self._link.write(orders.to_write["prefill"], orders.to_write["decode"])
         self._link.beat(now_ns)
@@ -136,20 +147,25 @@ class ControlLoop:
 
     def _follow_table(self, now_seconds: float) -> None:
         try:
-            if self._link.follow_replacement():
-                self._begin_anew(now_seconds)
-                _log.warning(
-                    "table_replaced",
-                    publication_id=self._link.table.publication_id,
-                    hint="a running server keeps the earlier table, at its fallback; restart it",
-                )
+            bounds = self._link.follow_replacement(lambda table: _bounds(table, self.settings))
         except TableInUseError:
             raise
         except AllocError as error:
             self._remind("table_unusable", problem=str(error), still_using="the earlier one")
+            return
+        if bounds is not None:
+            self._begin_anew(bounds, now_seconds)
+            _log.warning(
+                "table_replaced",
+                publication_id=self._link.table.publication_id,
+                hint="a running server keeps the earlier table, at its fallback; restart it",
+            )
 
     def _follow_config(self, now_seconds: float) -> None:
-        found = self._around.follow_config(self._accept)
+        accepted: list[_Bounds] = []
+        found = self._around.follow_config(
+            lambda settings: accepted.append(self._accepted(settings))
+        )
         if found is None:
             return
         outcome, settings = found
@@ -161,25 +177,25 @@ class ControlLoop:
         mode_before, self.settings = self.settings.mode, settings
         self._metrics.take_settings(settings)
         self._core.take_settings(settings)
-        ranges = budget_ranges(self._link.table, settings)
-        if ranges != self._core.ranges or settings.mode != mode_before:
-            self._begin_anew(now_seconds)
+        (bounds,) = accepted
+        if bounds.ranges != self._core.ranges or settings.mode != mode_before:
+            self._begin_anew(bounds, now_seconds)
         else:
             self._log_beginning(now_seconds, anew=False)
 
-    def _accept(self, settings: Settings) -> None:
-        """Raise unless the settings fit the table and the server as far as it is known."""
-        budget_ranges(self._link.table, settings)
+    def _accepted(self, settings: Settings) -> _Bounds:
+        """Return the bounds by other settings; raise if table or server do not fit them."""
+        bounds = _bounds(self._link.table, settings)
         newest = self._core.history.newest
         sentences = missing_edges(newest, settings.slo) if newest else []
         if sentences:
             raise ConfigurationError(" ".join(sentences))
+        return bounds
 
-    def _begin_anew(self, now_seconds: float) -> None:
-        """Take over at the budgets that are in the selector, within the bounds of now."""
-        ranges = budget_ranges(self._link.table, self.settings)
-        self._losses = _losses(self._link.table)
-        self._core.take_over(ranges, self._written(), now_seconds)
+    def _begin_anew(self, bounds: _Bounds, now_seconds: float) -> None:
+        """Take over at the budgets that are in the selector, within these bounds."""
+        self._losses = bounds.losses
+        self._core.take_over(bounds.ranges, self._written(), now_seconds)
         self._log_beginning(now_seconds, anew=True)
 
     def _log_beginning(self, now_seconds: float, *, anew: bool) -> None:
@@ -207,36 +223,41 @@ class ControlLoop:
             _log.info("engine_started", warmup_seconds=self.settings.freshness.warmup_seconds)
         return reading
 
-    def _override(self, now_ns: int, kill_cause: str | None) -> Override | None:
-        """Return the override in force; the kill switch ends it, and each that follows."""
+    def _force_full_quality(self, now_ns: int, kill_cause: str) -> None:
+        """Write full quality and end the override in force, and each that follows."""
         override = self._link.override(now_ns)
-        if override is not None and kill_cause is not None:
+        if override is not None:
             self._link.clear_override()
             _log.warning("override_ended", actor=override.actor, by=kill_cause)
-            return None
-        return override
+        full = self._full()
+        self._link.write(full["prefill"], full["decode"])
+
+    def _obey_kill_switch(self) -> None:
+        """Do after a tick that failed what the kill switch asks for, and beat for it."""
+        try:
+            kill_cause, now_ns = self._around.kill_cause(), self._around.clock_ns()
+            if kill_cause is not None:
+                self._force_full_quality(now_ns, kill_cause)
+                self._link.beat(now_ns)
+        except TableInUseError:
+            raise
+        except Exception:
+            self._remind("kill_switch_failed", exc_info=True)
 
     def _orders(self, seen: Seen, override: Override | None, kill_cause: str | None) -> _Orders:
-        full = dict.fromkeys(PHASES, self._link.table.shape.budget_max)
-        if kill_cause is not None:
-            decision = self._core.start_over(Reason.KILL_SWITCH, full, seen)
-            return _Orders(decision, full, full, None, kill_cause)
-        fixed = self._fixed()
+        full, budgets = self._full(), None
         if override is not None:
             budgets = _by_phase(override.prefill_budget, override.decode_budget)
-            decision = self._core.stand_still(Reason.OVERRIDE, budgets, seen)
-            return _Orders(decision, fixed or self._core.budgets(decision), None, override)
-        if fixed is not None:
-            return _Orders(self._core.stand_still(Reason.FIXED, fixed, seen), fixed, fixed)
-        decision = self._core.decide(seen)
-        desired = self._core.budgets(decision)
+        killed = full if kill_cause is not None else None
+        decision, desired = self._core.order(seen, Forced(killed, budgets))
+        if kill_cause is not None:
+            return _Orders(decision, desired, full, None, kill_cause)
+        if override is not None:
+            return _Orders(decision, desired, None, override)
         return _Orders(decision, desired, full if self.settings.mode == "shadow" else desired)
 
-    def _fixed(self) -> dict[Phase, int] | None:
-        fixed = self.settings.fixed
-        if self.settings.mode != "fixed" or fixed is None:
-            return None
-        return _by_phase(fixed.prefill_budget, fixed.decode_budget)
+    def _full(self) -> dict[Phase, int]:
+        return dict.fromkeys(PHASES, self._link.table.shape.budget_max)
 
     def _written(self) -> dict[Phase, int]:
         selector = self._link.selector()
@@ -315,8 +336,9 @@ class ControlLoop:
             _log.warning(event, **details)
 
 
-def _losses(table: SharedTable) -> dict[Phase, npt.NDArray[np.float32]]:
-    return {phase: predicted_loss(table, phase) for phase in PHASES}
+def _bounds(table: SharedTable, settings: Settings) -> _Bounds:
+    losses = {phase: predicted_loss(table, phase) for phase in PHASES}
+    return _Bounds(budget_ranges(table, settings), losses)
 
 
 def _by_phase(prefill: int, decode: int) -> dict[Phase, int]:

@@ -6,14 +6,12 @@ decisions differ, and a simulator what would have come of it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sglang_alloc.errors import AllocError, ConfigurationError
 from sglang_alloc_controller.budget_range import BudgetRange
-from sglang_alloc_controller.control_core import ControlCore
+from sglang_alloc_controller.control_core import ControlCore, Forced
 from sglang_alloc_controller.decision_record import BEGINNING, TICK
-from sglang_alloc_controller.law_state import Decision, Reason, Seen
 from sglang_alloc_controller.reading_json import reading_from_json
 from sglang_alloc_controller.samples import PHASES, Phase
 from sglang_alloc_controller.settings import Settings, parse_settings
@@ -38,14 +36,6 @@ class ReplayedTick(NamedTuple):
         return self.recorded != self.replayed
 
 
-@dataclass
-class _Run:
-    """What a replay carries from line to line."""
-
-    settings: Settings
-    core: ControlCore
-
-
 def replay(
     records: Iterable[Mapping[str, Any]], settings: Settings | None = None
 ) -> Iterator[ReplayedTick]:
@@ -56,51 +46,52 @@ def replay(
     Raises:
         ReplayError: the log does not begin with its settings, lacks the readings, or is garbled.
     """
-    run: _Run | None = None
+    core: ControlCore | None = None
     for number, record in enumerate(records, 1):
         try:
             kind = record["kind"]
             if kind == BEGINNING:
-                run = _begin(run, record, settings)
-            elif kind == TICK and run is not None:
-                yield _tick(run, record)
+                core = _begin(core, record, settings)
+            elif kind == TICK and core is not None:
+                yield _tick(core, record)
         except (KeyError, TypeError, ValueError, ConfigurationError) as error:
             raise ReplayError(
                 f"Line {number} of the log cannot be replayed ({error!r}). It was written by "
                 "another version, or is no decision log."
             ) from error
-    if run is None:
+    if core is None:
         raise ReplayError(
             "The log does not begin with the settings that replay needs. Give the files oldest "
             "first, written by this version."
         )
-    if run.core.history.newest is None:
+    if core.history.newest is None:
         raise ReplayError(
             "The log holds no reading: it was written with decision_log.every_tick: false. Set it "
             "to true to record what replay needs."
         )
 
 
-def _begin(run: _Run | None, record: Mapping[str, Any], settings: Settings | None) -> _Run:
-    if run is not None and record.get("continued"):
-        return run
+def _begin(
+    core: ControlCore | None, record: Mapping[str, Any], settings: Settings | None
+) -> ControlCore:
+    if core is not None and record.get("continued"):
+        return core
     chosen = settings or parse_settings(record["settings"])
     ranges: dict[Phase, BudgetRange] = {p: BudgetRange(**record["ranges"][p]) for p in PHASES}
     budgets: dict[Phase, int] = {phase: record["budgets"][phase] for phase in PHASES}
-    if run is None:
-        return _Run(chosen, ControlCore(chosen, ranges, budgets, record["now_seconds"]))
-    run.settings = chosen
-    run.core.take_settings(chosen)
+    if core is None:
+        return ControlCore(chosen, ranges, budgets, record["now_seconds"])
+    core.take_settings(chosen)
     if record["anew"]:
-        run.core.take_over(ranges, budgets, record["now_seconds"])
-    return run
+        core.take_over(ranges, budgets, record["now_seconds"])
+    return core
 
 
-def _tick(run: _Run, record: Mapping[str, Any]) -> ReplayedTick:
+def _tick(core: ControlCore, record: Mapping[str, Any]) -> ReplayedTick:
     if "reading" in record:
         reading = reading_from_json(record["reading"])
-        run.core.take_in(reading, after_failure=record["source_failures_total"] > 0)
-    decision, budgets = _decide(run, record, run.core.seen(record["now_seconds"]))
+        core.take_in(reading, after_failure=record["source_failures_total"] > 0)
+    decision, budgets = core.order(core.seen(record["now_seconds"]), _forced(record))
     return ReplayedTick(
         record["time"],
         {phase: record["desired"][phase] for phase in PHASES},
@@ -110,25 +101,11 @@ def _tick(run: _Run, record: Mapping[str, Any]) -> ReplayedTick:
     )
 
 
-def _decide(run: _Run, record: Mapping[str, Any], seen: Seen) -> tuple[Decision, dict[Phase, int]]:
-    """Return what the loop would have decided, and the budgets that it would have asked for."""
-    core = run.core
-    if record["killed"]:
-        full: dict[Phase, int] = {phase: record["desired"][phase] for phase in PHASES}
-        return core.start_over(Reason.KILL_SWITCH, full, seen), full
-    fixed = _fixed(run.settings)
+def _forced(record: Mapping[str, Any]) -> Forced:
+    """Return what a person had forced at this tick."""
+    killed: dict[Phase, int] = {phase: record["desired"][phase] for phase in PHASES}
+    override: dict[Phase, int] | None = None
     if record["override"] is not None:
         prefill, decode = record["override"]
-        in_force: dict[Phase, int] = {"prefill": prefill, "decode": decode}
-        decision = core.stand_still(Reason.OVERRIDE, in_force, seen)
-        return decision, fixed or core.budgets(decision)
-    if fixed is not None:
-        return core.stand_still(Reason.FIXED, fixed, seen), fixed
-    decision = core.decide(seen)
-    return decision, core.budgets(decision)
-
-
-def _fixed(settings: Settings) -> dict[Phase, int] | None:
-    if settings.mode != "fixed" or settings.fixed is None:
-        return None
-    return {"prefill": settings.fixed.prefill_budget, "decode": settings.fixed.decode_budget}
+        override = {"prefill": prefill, "decode": decode}
+    return Forced(killed if record["killed"] else None, override)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from sglang_alloc.errors import AllocError
 from sglang_alloc.shared_table import (
@@ -13,6 +14,8 @@ from sglang_alloc.shared_table import (
     is_newer_generation,
 )
 
+_Bounds = TypeVar("_Bounds")
+
 
 class TableLink:
     """The shared table that is at the path now, and the right to write its selector."""
@@ -20,7 +23,7 @@ class TableLink:
     def __init__(self, path: Path, accept: Callable[[SharedTable], None]) -> None:
         """Open the table at `path` and become its writer.
 
-        `accept` is called with each table before it is used and raises if it does not fit.
+        `accept` is called with the table before it is used and raises if it does not fit.
 
         Raises:
             SharedTableError: no usable table.
@@ -28,7 +31,6 @@ class TableLink:
             ConfigurationError: `accept` refused.
         """
         self._path = path
-        self._accept = accept
         self.table = SharedTable.open(path)
         try:
             accept(self.table)
@@ -37,31 +39,41 @@ class TableLink:
             self.table.close()
             raise
 
-    def follow_replacement(self) -> bool:
-        """Move to a new publication at the path, if there is one; return whether it moved.
+    def follow_replacement(self, accept: Callable[[SharedTable], _Bounds]) -> _Bounds | None:
+        """Move to a new publication at the path, if there is one; None: there is none.
 
-        While the path is empty or holds something unusable the old table stays in use, because a
-        running server still reads that one.
+        `accept` is called with the new table before it is used, and raises if it does not fit; what
+        it returns is returned. While the path is empty or holds something unusable the old table
+        stays in use, because a running server still reads that one.
 
         Raises:
             SharedTableError, ConfigurationError: what is there now cannot be used.
             TableInUseError: another process took the new one; this writer is out of work.
         """
         if self.table.is_current() or not self._path.exists():
-            return False
+            return None
         replacement = SharedTable.open(self._path)
         if replacement.publication_id == self.table.publication_id:
             replacement.close()
-            return False
+            return None
         try:
-            self._accept(replacement)
-        except AllocError:
+            bounds = accept(replacement)
+            writer = self._writer_of(replacement)
+        except BaseException:
             replacement.close()
             raise
-        self.close()
-        self.table = replacement
-        self._writer = SelectorWriter.acquire(replacement)
-        return True
+        self.table.close()
+        self.table, self._writer = replacement, writer
+        return bounds
+
+    def _writer_of(self, replacement: SharedTable) -> SelectorWriter:
+        """Take the right to write, which belongs to the path, from the present table's writer."""
+        self._writer.close()
+        try:
+            return SelectorWriter.acquire(replacement)
+        except AllocError:
+            self._writer = SelectorWriter.acquire(self.table)
+            raise
 
     def selector(self) -> Selector:
         """Return the budgets in the selector."""

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 import yaml
+from structlog.testing import capture_logs
 from virtual_loop import SLO, VirtualController, publish_table
 
 from sglang_alloc.errors import ConfigurationError
@@ -163,3 +165,24 @@ def test_a_reload_to_fixed_and_back_goes_on_from_the_budgets_in_force(tmp_path: 
     controller.tick()
     assert controller.tick()[1:] == (20, 21)
     assert controller.metric("mode", mode="control") == 1
+
+
+def test_a_table_that_does_not_fit_the_reloaded_settings_is_left_alone(tmp_path: Path) -> None:
+    """It fits those of the start; in force are the others."""
+    file, controller = _followed(tmp_path)
+    controller.tick()
+    file.write(quality={"prefill_floor_budget": 30}, mode="control")
+    controller.tick()
+    controller.tick()
+    first = controller.link.table.publication_id
+    publish_table(tmp_path / "t.tbl", top_k=4)  # full is 24 there
+    structlog.reset_defaults()  # the fixture that silences logs puts them back afterwards
+    with capture_logs() as logs:
+        assert controller.tick()[1:] == (48, 48)
+        assert controller.tick()[1:] == (48, 48)
+    assert controller.link.table.publication_id == first
+    assert [line["event"] for line in logs] == ["table_unusable"]
+    assert controller.metric("budget_floor_activations", phase="prefill") == 30
+    publish_table(tmp_path / "t.tbl", top_k=6)
+    assert controller.tick()[1:] == (36, 36)
+    assert controller.metric("budget_floor_activations", phase="prefill") == 30

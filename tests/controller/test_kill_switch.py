@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from virtual_loop import NS, VirtualController, make_settings, publish_table
 
+from sglang_alloc_controller.control_core import ControlCore
 from sglang_alloc_controller.kill_switch import KILL_VARIABLE, KillSwitch, KillSwitchError
 
 FULL = (48, 48)
@@ -93,3 +94,39 @@ def test_in_control_the_law_begins_anew_from_full_quality(tmp_path: Path) -> Non
     assert controller.tick()[1:] == FULL
     switch.release()
     assert controller.tick()[1:] == FULL
+
+
+def _broken(*arguments: object) -> Any:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("part", ["source", "follow_config", "show"])
+def test_a_fault_in_any_other_part_of_a_tick_does_not_keep_it_off(
+    tmp_path: Path, part: str
+) -> None:
+    publish_table(tmp_path / "t.tbl")
+    switch = KillSwitch(tmp_path / "kill", {})
+    surroundings = {} if part == "source" else {part: _broken}
+    controller = VirtualController(
+        make_settings(tmp_path / "t.tbl"), kill_cause=switch.cause, **surroundings
+    )
+    if part == "source":
+        controller.source = _broken
+    controller.run_for(1)
+    controller.link.write(10, 10)
+    switch.engage("alice")
+    controller.run_for(1)
+    assert controller.link.selector()[1:] == FULL
+    assert controller.link.table.heartbeat_ns() == controller.clock.now_ns - NS // 2
+    assert controller.metric("tick_errors_total") >= 4
+
+
+def test_a_fault_of_the_law_does_not_keep_it_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish_table(tmp_path / "t.tbl")
+    controller = VirtualController(make_settings(tmp_path / "t.tbl"), kill_cause=lambda: "file x")
+    controller.link.write(10, 10)
+    monkeypatch.setattr(ControlCore, "order", _broken)
+    controller.run_for(1)
+    assert controller.link.selector()[1:] == FULL

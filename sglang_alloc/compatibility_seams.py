@@ -50,6 +50,7 @@ TRITON_EXPERTS = f"{_MOE}.moe_runner.triton_utils.fused_moe._fused_moe_kernel_se
 
 DOWN_USES_TMA = 10  # place of `down_moe_use_tma` among the arguments of TRITON_EXPERTS
 ZEROS_IN_PLACE = (0, 5, 23)  # from here on TRITON_EXPERTS writes no zeros into a sorted buffer
+SKIPS_UNASKED = (0, 5, 23)  # from here on its products skip id -1 without `filter_expert`, too
 
 SEAMS: tuple[Seam, ...] = (
     Seam(
@@ -232,6 +233,7 @@ SEAMS: tuple[Seam, ...] = (
             *("hidden_states", "w1", "w2", "topk_weights", "topk_ids", "sorted_token_ids"),
             *("expert_ids", "num_tokens_post_padded", "config", "down_config"),
             *("down_moe_use_tma", "*", "filter_expert"),
+            *("use_fp8_w8a8", "per_channel_quant", "a2_scale", "block_shape"),
         ),
         "let the Triton experts skip dropped slots when no expert is sharded",
     ),

@@ -31,8 +31,8 @@ RUNNERS: dict[str, Verdict] = {
     "triton": Verdict(
         True,
         "blocks of id -1 return before they read a weight; seen in a test of SGLang's own kernels, "
-        "interpreted and on an H200, and it holds for every quantisation that this runner computes "
-        "(FP8 included)",
+        "interpreted and on an H200; FP8 whose activations have one dynamic scale for all rows "
+        "needs SGLang 0.5.23",
     ),
     "auto": _refused("the layer does not tell which kernel it will take"),
     "triton_kernel": _refused(_IN_KERNEL),

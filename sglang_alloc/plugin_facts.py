@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from sglang_alloc.compatibility import installed_version
 from sglang_alloc.errors import UnsupportedServerError
 from sglang_alloc.model_identity import ModelIdentity
 from sglang_alloc.server_check import REFUSED_OPTIONS, ExpertKernel, ServerFacts
 from sglang_alloc.worker import ServedModel
 
+_FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 _LAYER_IN_NAME = re.compile(r"\blayers\.(\d+)\.")
 
 
@@ -49,6 +51,7 @@ def server_facts(model_runner: Any, routers: dict[int, Any]) -> ServerFacts:
     modules = list(model_runner.model.modules())
     return ServerFacts(
         model_path=str(arguments.model_path),
+        engine_version=installed_version(),
         device_type=str(model_runner.device),
         is_rocm=torch.version.hip is not None,
         a2a_backend=str(get_moe_a2a_backend().value),
@@ -56,7 +59,7 @@ def server_facts(model_runner: Any, routers: dict[int, Any]) -> ServerFacts:
         graph_backends=graph_backends(resolved.get("cuda_graph_config")),
         router_widths={router.topk_config.top_k for router in routers.values()},
         module_types={type(module).__name__ for module in modules},
-        expert_kernels={_expert_kernel(layer) for layer in expert_layers(model_runner.model)},
+        expert_kernels={expert_kernel(layer) for layer in expert_layers(model_runner.model)},
     )
 
 
@@ -93,7 +96,7 @@ def expert_layers(model: torch.nn.Module) -> list[Any]:
     return [module for module in model.modules() if all(hasattr(module, n) for n in names)]
 
 
-def _expert_kernel(experts: Any) -> ExpertKernel:
+def expert_kernel(experts: Any) -> ExpertKernel:
     """Tell which kernel computes one layer's experts; quantisation may choose it per layer."""
     method = experts.quant_method
     backend = getattr(getattr(method, "runner", None), "runner_backend", None)
@@ -101,7 +104,22 @@ def _expert_kernel(experts: Any) -> ExpertKernel:
         quant_method=type(method).__name__,
         runner_backend=str(getattr(backend, "value", backend)),
         amx=bool(getattr(experts, "use_intel_amx_backend", False)),
+        one_fp8_scale=_has_one_fp8_scale(experts),
     )
+
+
+def _has_one_fp8_scale(experts: Any) -> bool:
+    """Return whether one scale, found while serving, quantises what enters the second product.
+
+    Blocks and channels of weights have more scales than one an expert, and go with scales of their
+    own for each token; static scales are given.
+    """
+    weights = getattr(experts, "w2_weight", None)
+    if not isinstance(weights, torch.Tensor) or weights.dtype not in _FP8:
+        return False
+    scales = getattr(experts, "w2_weight_scale", None)
+    has_one_each = isinstance(scales, torch.Tensor) and scales.numel() == len(weights)
+    return has_one_each and getattr(experts, "w2_input_scale", None) is None
 
 
 def served_model(

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from sglang_alloc.compatibility import is_before
+from sglang_alloc.compatibility_seams import SKIPS_UNASKED
 from sglang_alloc.errors import NotMoEError, UnsupportedServerError
 from sglang_alloc.moe_backends import DISPATCHERS, GRAPHS, RUNNERS, Verdict
+from sglang_alloc.triton_experts import ONE_FP8_SCALE
 
 DEVICES = ("cpu", "cuda")
 
@@ -49,11 +52,15 @@ OWN_ROUTERS = ("HashTopK", "TransformersFusedMoE")
 
 
 class ExpertKernel(NamedTuple):
-    """What computes a layer's experts: SGLang's names of quantisation method and runner."""
+    """What computes a layer's experts: SGLang's names of quantisation method and runner.
+
+    one_fp8_scale: its FP8 activations are quantised by one scale that is found while serving.
+    """
 
     quant_method: str
     runner_backend: str
     amx: bool
+    one_fp8_scale: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,10 +69,12 @@ class ServerFacts:
 
     `options` holds the values of REFUSED_OPTIONS; `graph_backends` how the graphs of each phase are
     captured, as far as SGLang says; `router_widths` the distinct top-k widths of the
-    routers found; `expert_kernels` what computes the experts, over all MoE layers.
+    routers found; `expert_kernels` what computes the experts, over all MoE layers;
+    `engine_version` is SGLang's.
     """
 
     model_path: str
+    engine_version: str
     device_type: str
     is_rocm: bool
     a2a_backend: str
@@ -124,17 +133,20 @@ def _kernels(facts: ServerFacts) -> list[str]:
         return [f"device {device} is not supported: use a CPU or an NVIDIA GPU"]
     if not facts.expert_kernels:
         return ["no layer tells which kernel computes its experts, so none can be trusted"]
-    judge = _on_cpu if facts.device_type == "cpu" else _on_cuda
     return [
         f"experts computed by {kernel.quant_method} (runner {kernel.runner_backend}"
         f"{', AMX' if kernel.amx else ''}) have not been shown to skip a dropped slot: "
         f"{verdict.reason}"
         for kernel in sorted(facts.expert_kernels)
-        if not (verdict := judge(kernel)).works
+        if not (verdict := _judged(kernel, facts)).works
     ]
 
 
 _UNKNOWN = Verdict(False, "is not known to this release of sglang-alloc")
+
+
+def _judged(kernel: ExpertKernel, facts: ServerFacts) -> Verdict:
+    return _on_cpu(kernel) if facts.device_type == "cpu" else _on_cuda(kernel, facts.engine_version)
 
 
 def _on_cpu(kernel: ExpertKernel) -> Verdict:
@@ -142,8 +154,10 @@ def _on_cpu(kernel: ExpertKernel) -> Verdict:
     return Verdict(is_native, "serve unquantised weights")
 
 
-def _on_cuda(kernel: ExpertKernel) -> Verdict:
+def _on_cuda(kernel: ExpertKernel, engine_version: str) -> Verdict:
     verdict = RUNNERS.get(kernel.runner_backend, _UNKNOWN)
+    if verdict.works and kernel.one_fp8_scale and is_before(engine_version, SKIPS_UNASKED):
+        return Verdict(False, ONE_FP8_SCALE)
     return verdict._replace(
         reason=f"{verdict.reason}; start SGLang with --moe-runner-backend triton"
     )

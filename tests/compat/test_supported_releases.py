@@ -16,7 +16,13 @@ from sglang_alloc.compatibility import (
     seam_problems,
     unsupported_version,
 )
-from sglang_alloc.compatibility_seams import FUSED_TOPK, GROUPED_TOPK, SEAMS, ZEROS_IN_PLACE
+from sglang_alloc.compatibility_seams import (
+    FUSED_TOPK,
+    GROUPED_TOPK,
+    SEAMS,
+    SKIPS_UNASKED,
+    ZEROS_IN_PLACE,
+)
 from sglang_alloc.moe_backends import DISPATCHERS, GRAPHS, RUNNERS
 from sglang_alloc.server_check import REFUSED_OPTIONS
 
@@ -55,6 +61,15 @@ def test_a_sorted_buffer_gets_a_dropped_slots_zeros_before_0_5_23_alone(
     assert text is not None
     spares_sorted = "not (c_sorted or" in text
     assert spares_sorted == (not is_before(release.version, ZEROS_IN_PLACE))
+
+
+def test_the_products_skip_a_dropped_slot_unasked_from_0_5_23_on(release: ReleaseSource) -> None:
+    """So experts that must not have their activation filtered are served from there on."""
+    text = release.module_text("sglang.kernels.ops.moe.fused_moe_triton_kernels")
+    assert text is not None
+    wait_to_be_asked = "if filter_expert and off_experts == -1" in text
+    assert wait_to_be_asked == is_before(release.version, SKIPS_UNASKED)
+    assert "off_experts == -1" in text
 
 
 def test_topk_passes_its_own_config_to_select_experts_by_keyword(release: ReleaseSource) -> None:

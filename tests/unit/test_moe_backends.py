@@ -18,6 +18,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "backends.md"
 TABLES = {"runner": RUNNERS, "dispatcher": DISPATCHERS, "captured as": GRAPHS}
 GOOD = ServerFacts(
     model_path="org/model",
+    engine_version="0.5.23",
     device_type="cuda",
     is_rocm=False,
     a2a_backend="none",

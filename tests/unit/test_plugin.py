@@ -217,6 +217,35 @@ def test_the_triton_experts_filter_and_keep_their_buffer_unsorted_where_zeros_go
     assert by_name == ((0,), {"filter_expert": True, "down_moe_use_tma": False})
 
 
+@pytest.mark.parametrize(
+    ("change", "filtered"),
+    [
+        ({}, False),
+        ({"block_shape": [128, 128]}, True),
+        ({"per_channel_quant": True}, True),
+        ({"a2_scale": torch.ones(1)}, True),
+        ({"use_fp8_w8a8": False}, True),
+    ],
+)
+@pytest.mark.usefixtures("worker")
+def test_experts_with_one_fp8_scale_have_no_row_that_nobody_wrote(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], filtered: bool
+) -> None:
+    """Their scale is taken over all rows; the activation writes all if it is not told to filter."""
+    plain = {"block_shape": None, "per_channel_quant": False, "a2_scale": None}
+    given = {"use_fp8_w8a8": True, **plain, "filter_expert": False, **change}
+    monkeypatch.setattr(plugin, "installed_version", lambda: "0.5.23")
+    _, kwargs = plugin._before_triton_experts(0, **given)
+    assert kwargs["filter_expert"] == filtered
+    assert kwargs.get("down_moe_use_tma", True) == filtered
+    monkeypatch.setattr(plugin, "installed_version", lambda: "0.5.22")
+    if filtered:
+        assert plugin._before_triton_experts(0, **given)[1]["filter_expert"]
+        return
+    with pytest.raises(UnsupportedServerError, match="upgrade SGLang"):
+        plugin._before_triton_experts(0, **given)
+
+
 @pytest.mark.usefixtures("process")
 def test_without_a_worker_the_triton_experts_are_left_alone() -> None:
     plugin._process.worker = None

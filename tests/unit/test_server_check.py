@@ -18,6 +18,7 @@ TRITON = ExpertKernel("UnquantizedFusedMoEMethod", "triton", amx=False)
 NATIVE = ExpertKernel("UnquantizedFusedMoEMethod", "auto", amx=False)
 GOOD = ServerFacts(
     model_path="org/model",
+    engine_version="0.5.23",
     device_type="cuda",
     is_rocm=False,
     a2a_backend="none",
@@ -28,10 +29,20 @@ GOOD = ServerFacts(
 )
 
 
-def test_the_triton_experts_are_served_on_a_gpu_whatever_the_weights() -> None:
-    check_server(
-        replace(GOOD, expert_kernels={TRITON, ExpertKernel("Fp8MoEMethod", "triton", False)})
-    )
+def test_the_triton_experts_are_served_on_a_gpu() -> None:
+    for engine_version in ("0.5.16", "0.5.23"):
+        by_block = ExpertKernel("Fp8MoEMethod", "triton", amx=False)
+        facts = replace(GOOD, engine_version=engine_version, expert_kernels={TRITON, by_block})
+        check_server(facts)
+
+
+def test_one_fp8_scale_for_all_rows_needs_a_release_whose_dropped_rows_are_zeros() -> None:
+    """Before 0.5.23 the scale is taken over rows that nobody wrote, and every token comes wrong."""
+    by_tensor = ExpertKernel("Fp8MoEMethod", "triton", amx=False, one_fp8_scale=True)
+    facts = replace(GOOD, expert_kernels={TRITON, by_tensor})
+    check_server(facts)
+    with pytest.raises(UnsupportedServerError, match=r"Fp8MoEMethod .*one scale for all rows"):
+        check_server(replace(facts, engine_version="0.5.22"))
 
 
 def test_the_native_experts_are_served_on_a_cpu() -> None:

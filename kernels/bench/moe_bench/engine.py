@@ -94,9 +94,9 @@ class AsHooked(NamedTuple):
     sequence: Callable[..., torch.Tensor]
 
     def __call__(self, *args: Any, filter_expert: bool, **kwargs: Any) -> torch.Tensor:
-        if not filter_expert:
-            return self.sequence(*args, filter_expert=False, **kwargs)
-        args, kwargs = skip_dropped(args, kwargs, installed_version())
+        kwargs["filter_expert"] = False  # as SGLang calls it where all experts are local
+        if filter_expert:
+            args, kwargs = skip_dropped(args, kwargs, installed_version())
         return self.sequence(*args, **kwargs)
 
 

@@ -74,12 +74,13 @@ def profile(
     goes on from there.
     """
     # Imported here because help must not wait for numpy.
+    from sglang_alloc.allocation_mode import PHASES, Phase
     from sglang_alloc.cli_profile_run import make_job, profile_to_file
-    from sglang_alloc.profile_settings import Mode, Phase, ProfileSettings
+    from sglang_alloc.profile_settings import ProfiledMode, ProfileSettings
 
     settings = ProfileSettings(
-        modes=cast("tuple[Mode, ...]", _words("--mode", mode, get_args(Mode))),
-        phases=cast("tuple[Phase, ...]", _words("--phase", phase, get_args(Phase))),
+        modes=cast("tuple[ProfiledMode, ...]", _words("--mode", mode, get_args(ProfiledMode))),
+        phases=cast("tuple[Phase, ...]", _words("--phase", phase, PHASES)),
         context=probe_context,
         target_quota=target_quota,
         metric=metric,

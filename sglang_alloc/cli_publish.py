@@ -1,9 +1,11 @@
 """`sglang-alloc publish`: put budget tables where the server and the controller meet."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
+
+from sglang_alloc.allocation_mode import Mode
 
 SharedPathOption = Annotated[
     Path | None,
@@ -22,7 +24,7 @@ def publish(
     ],
     shared_path: SharedPathOption = None,
     mode: Annotated[
-        Literal["layer", "token", "threshold", "union"] | None,
+        Mode | None,
         typer.Option(
             "--mode",
             metavar="MODE",

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from sglang_alloc.allocation_mode import Mode
 from sglang_alloc.cli_publish import SharedPathOption, warn_of_running_servers
 
 
@@ -27,7 +28,7 @@ def serve(
     ],
     shared_path: SharedPathOption = None,
     mode: Annotated[
-        Literal["layer", "token", "threshold", "union"] | None,
+        Mode | None,
         typer.Option(
             "--mode",
             metavar="MODE",

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from sglang_alloc.enforcement import PHASES, EnforcementTables, Phase
+from sglang_alloc.allocation_mode import PHASES, Phase
+from sglang_alloc.enforcement import EnforcementTables
 from sglang_alloc_kernels.layer_rows import LayerRows
 
 HEADER = 4  # the phase's number, then filler, so that rows begin at a multiple of 16 bytes

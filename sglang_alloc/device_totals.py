@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sglang_alloc.enforcement import PHASES, Phase
+from sglang_alloc.allocation_mode import PHASES, Phase
 from sglang_alloc.threshold_drift import Kept
 from sglang_alloc.worker_statistics import PhaseStatistics
 from sglang_alloc_kernels.slot_rules import SlotRules

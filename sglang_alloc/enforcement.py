@@ -12,10 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from sglang_alloc.worker_settings import Mode
-
-Phase = Literal["prefill", "decode"]
-PHASES: tuple[Phase, Phase] = ("prefill", "decode")
+    from sglang_alloc.allocation_mode import Mode, Phase
 
 # What profiling and calibration rank by saliency; the other modes' are made with plain weights.
 RANKED_BY_SALIENCY = ("threshold", "union")

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from sglang_alloc.allocation_mode import PHASES, Phase
 from sglang_alloc.device_bounds import DeviceBounds
 from sglang_alloc.device_rows import DeviceRows
 from sglang_alloc.device_totals import DeviceTotals
-from sglang_alloc.enforcement import PHASES, EnforcementTables, Phase, RoutedSlots
+from sglang_alloc.enforcement import EnforcementTables, RoutedSlots
 from sglang_alloc.threshold_drift import Kept
 from sglang_alloc.worker_statistics import PhaseStatistics
 from sglang_alloc_kernels.budgeted_routing import Router

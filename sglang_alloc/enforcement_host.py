@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from sglang_alloc.enforcement import EnforcementTables, Phase, PhaseRows, RoutedSlots
+from sglang_alloc.allocation_mode import Phase
+from sglang_alloc.enforcement import EnforcementTables, PhaseRows, RoutedSlots
 from sglang_alloc.enforcement_tokens import TokenRows
 from sglang_alloc_kernels.drop_slots import DROPPED, drop_slots_torch
 from sglang_alloc_kernels.reference_mass import reference_factor_torch

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from sglang_alloc.enforcement import EnforcementTables, Phase, RoutedSlots
+from sglang_alloc.allocation_mode import Phase
+from sglang_alloc.enforcement import EnforcementTables, RoutedSlots
 from sglang_alloc.gain_record import GainRecorder
 from sglang_alloc.npz_file import read_npz, write_npz
 from sglang_alloc.saliency_record import SaliencyRecorder

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from sglang_alloc.enforcement import EnforcementTables, Phase, PhaseRows
+from sglang_alloc.allocation_mode import Phase
+from sglang_alloc.enforcement import EnforcementTables, PhaseRows
 from sglang_alloc_kernels.drop_slots import drop_slots_torch
 from sglang_alloc_kernels.reference_mass import reference_factor_torch
 from sglang_alloc_kernels.score_threshold import score_threshold_torch

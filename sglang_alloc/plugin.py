@@ -69,7 +69,7 @@ from sglang_alloc.worker_tables import choose_mode
 if TYPE_CHECKING:
     import torch
 
-    from sglang_alloc.enforcement import Phase
+    from sglang_alloc.allocation_mode import Phase
     from sglang_alloc.worker_metrics import WorkerMetrics
 
 logger = logging.getLogger("sglang_alloc")

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglang_alloc.allocation_mode import PHASES
 from sglang_alloc.compatibility_seams import FUSED_TOPK, GROUPED_TOPK, SELECT_EXPERTS
-from sglang_alloc.enforcement import PHASES
 from sglang_alloc.errors import UnsupportedServerError
 from sglang_alloc.worker_settings import ROUTING_VARIABLE
 from sglang_alloc_kernels.budgeted_routing import Router

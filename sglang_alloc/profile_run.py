@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from sglang_alloc.allocation_mode import LEXI_NOTE, PROBE_NOTE, SALIENCY_NOTE
+from sglang_alloc.allocation_mode import LEXI_NOTE, PROBE_NOTE, SALIENCY_NOTE, Phase
 from sglang_alloc.budget_tables import BudgetTables
 from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.lexi_record import FILE_NAME as LEXI_FILE
@@ -26,7 +26,7 @@ from sglang_alloc.profile_plan import (
     sensitivity_of,
 )
 from sglang_alloc.profile_series import Series
-from sglang_alloc.profile_settings import Mode, Phase, ProfileJob
+from sglang_alloc.profile_settings import ProfiledMode, ProfileJob
 from sglang_alloc.profile_windows import Window, cut_windows, digest, require_vocabulary
 from sglang_alloc.saliency_record import FILE_NAME as SALIENCY_FILE
 from sglang_alloc.saliency_record import saliency_of
@@ -169,7 +169,7 @@ def require_plausible(full_loss: float, vocab_size: int) -> None:
 
 
 def _measure_mode(
-    job: ProfileJob, mode: Mode, journal: ProfileJournal, progress: Progress
+    job: ProfileJob, mode: ProfiledMode, journal: ProfileJournal, progress: Progress
 ) -> list[Series]:
     settings, plan = job.settings, _plan(job, mode)
     phases: tuple[Phase, ...] = ("decode",) if mode == "union" else settings.phases
@@ -192,7 +192,7 @@ def _measure_mode(
     return all_series
 
 
-def _plan(job: ProfileJob, mode: Mode) -> ProbePlan:
+def _plan(job: ProfileJob, mode: ProfiledMode) -> ProbePlan:
     top_k, settings = job.model.identity.top_k, job.settings
     steps = HALF_SLOTS if mode == "threshold" else 1
     measured = settings.measured or default_measured(top_k, steps)

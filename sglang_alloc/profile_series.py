@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from sglang_alloc.allocation_mode import Phase
 from sglang_alloc.profile_engine import ProfiledServer, Scored
 from sglang_alloc.profile_journal import Entry, ProfileJournal
 from sglang_alloc.profile_plan import ProbePlan
-from sglang_alloc.profile_settings import Phase, ProfileSettings
+from sglang_alloc.profile_settings import ProfileSettings
 from sglang_alloc.profile_windows import Window
 
 TOP_TOKENS = 20  # of a position, for the metric kl

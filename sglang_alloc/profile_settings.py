@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sglang_alloc.allocation_mode import Phase
 from sglang_alloc.moe_layers import ModelFolder, weights_digest
 from sglang_alloc.profile_plan import Context
 
-Mode = Literal["layer", "threshold", "union"]
-Phase = Literal["decode", "prefill"]
+ProfiledMode = Literal["layer", "threshold", "union"]
 Metric = Literal["nll", "perplexity", "kl"]
 
 
@@ -23,7 +23,7 @@ class ProfileSettings:
     that mode `union` decodes token by token, `chunk_windows` windows at once.
     """
 
-    modes: tuple[Mode, ...] = ("layer",)
+    modes: tuple[ProfiledMode, ...] = ("layer",)
     phases: tuple[Phase, ...] = ("decode", "prefill")
     context: Context = "isolated"
     target_quota: float | None = None

@@ -21,7 +21,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from sglang_alloc.enforcement import PHASES, EnforcementTables, Phase
+from sglang_alloc.allocation_mode import PHASES, Phase
+from sglang_alloc.enforcement import EnforcementTables
 
 WINDOW_TOKENS = 4096  # a mean over so many is good to about 1 %
 RATE = 0.25

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from sglang_alloc.allocation_mode import PROBE_NOTE
+from sglang_alloc.allocation_mode import PHASES, PROBE_NOTE
 from sglang_alloc.budget_follower import BudgetChange, BudgetFollower
-from sglang_alloc.enforcement import PHASES
 from sglang_alloc.enforcement_device import DeviceEnforcement
 from sglang_alloc.enforcement_host import HostEnforcement
 from sglang_alloc.enforcement_probe import NO_RECORDERS, ProbeEnforcement, ProbeRecorders
@@ -40,9 +39,10 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from sglang_alloc.enforcement import Enforcement, Phase, RoutedSlots
+    from sglang_alloc.allocation_mode import Mode, Phase
+    from sglang_alloc.enforcement import Enforcement, RoutedSlots
     from sglang_alloc.worker_metrics import WorkerMetrics
-    from sglang_alloc.worker_settings import Mode, WorkerSettings
+    from sglang_alloc.worker_settings import WorkerSettings
     from sglang_alloc_kernels.budgeted_routing import Router
 
 logger = logging.getLogger("sglang_alloc")
@@ -283,7 +283,7 @@ class Worker:
         self.table.close()
 
     def _counters(self, now_ns: int) -> WorkerCounters:
-        prefill, decode = (self.statistics.by_phase[phase] for phase in ("prefill", "decode"))
+        prefill, decode = (self.statistics.by_phase[phase] for phase in PHASES)
         masses = PhaseStatistics(
             mass=prefill.mass + decode.mass, kept_mass=prefill.kept_mass + decode.kept_mass
         )

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import Counter, Gauge
 
-from sglang_alloc.enforcement import PHASES
+from sglang_alloc.allocation_mode import PHASES
 
 if TYPE_CHECKING:
-    from sglang_alloc.enforcement import Phase
+    from sglang_alloc.allocation_mode import Phase
     from sglang_alloc.worker import Worker
 
 DECIDING_SOURCES = ("controller", "override", "fallback")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
 
+from sglang_alloc.allocation_mode import MODES, Mode
 from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.plugin_entry import TABLE_VARIABLE
 from sglang_alloc.request_budget import REQUEST_POLICIES, RequestPolicy
@@ -23,8 +24,6 @@ CORRECT_DRIFT_VARIABLE = "SGLANG_ALLOC_CORRECT_DRIFT"
 ROUTING_VARIABLE = "SGLANG_ALLOC_ROUTING"
 PROFILE_VARIABLE = "SGLANG_ALLOC_PROFILE"
 
-Mode = Literal["layer", "token", "threshold", "union"]
-MODES: tuple[str, ...] = get_args(Mode)
 Routing = Literal["engine", "fused"]
 
 # Ten controller ticks of one second: long enough for a restart, short against a shift.
@@ -106,7 +105,7 @@ def _mode(text: str) -> Mode | None:
         raise ConfigurationError(
             f"{MODE_VARIABLE}={text!r} is not a mode of allocation: use one of {', '.join(MODES)}"
         )
-    return cast(Mode, text)
+    return text
 
 
 def _policy(text: str) -> RequestPolicy:

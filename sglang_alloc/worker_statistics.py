@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sglang_alloc.enforcement import PHASES, Phase, RoutedSlots
+from sglang_alloc.allocation_mode import PHASES, Phase
+from sglang_alloc.enforcement import RoutedSlots
 from sglang_alloc.threshold_drift import Kept
 
 if TYPE_CHECKING:

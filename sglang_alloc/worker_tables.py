@@ -9,15 +9,16 @@ import numpy as np
 from sglang_alloc.allocation_mode import (
     MODES,
     PROBE_NOTE,
+    Mode,
+    Phase,
     default_mode,
     mode_of_phase,
     require_support,
 )
-from sglang_alloc.enforcement import EnforcementTables, Phase, PhaseRows
+from sglang_alloc.enforcement import EnforcementTables, PhaseRows
 from sglang_alloc.enforcement_probe import ProbeRows
 from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.shared_table import SharedTable
-from sglang_alloc.worker_settings import Mode
 
 
 def choose_mode(asked: Mode | None, table: SharedTable, *, profiling: bool = False) -> Mode:
@@ -39,7 +40,7 @@ def choose_mode(asked: Mode | None, table: SharedTable, *, profiling: bool = Fal
             f"mode {asked!r} was asked for, but {table.path} was published for mode {note!r}, "
             "which the controller counts on: publish it with --mode for the other one"
         )
-    mode = asked or cast(Mode, note if note in MODES else default_mode(table.has_section))
+    mode = asked or (note if note in MODES else default_mode(table.has_section))
     require_support(mode, table.has_section, table.model_id)
     return mode
 

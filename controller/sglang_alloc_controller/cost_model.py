@@ -17,10 +17,10 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from sglang_alloc.allocation_mode import loss_section
 from sglang_alloc.atomic_file import replace_file
 from sglang_alloc.budget_tables import BudgetTables
 from sglang_alloc.errors import ConfigurationError
+from sglang_alloc.predicted_loss import loss_section
 from sglang_alloc_controller.advisor import Knob, RequestShape, efficient_steps
 from sglang_alloc_controller.samples import PHASES, Phase
 from sglang_alloc_controller.step_times import PhaseTimes, StepTimes

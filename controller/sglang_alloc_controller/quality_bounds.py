@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sglang_alloc.allocation_mode import predicted_loss
 from sglang_alloc.errors import ConfigurationError
+from sglang_alloc.predicted_loss import predicted_loss
 from sglang_alloc.shared_table import SharedTable
 from sglang_alloc_controller.bench_csv import read_step_times
 from sglang_alloc_controller.budget_range import BudgetRange, by_speed

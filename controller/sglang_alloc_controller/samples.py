@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal, NamedTuple, Protocol
 
+from sglang_alloc import allocation_mode
 from sglang_alloc.errors import AllocError
 
-Phase = Literal["prefill", "decode"]
-PHASES: tuple[Phase, ...] = ("prefill", "decode")
+Phase = allocation_mode.Phase
+PHASES = allocation_mode.PHASES
 Slo = Literal["ttft", "itl"]
 SLOS: tuple[Slo, ...] = ("ttft", "itl")
 # The latency that each phase's budget buys.

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from sglang_alloc.errors import ConfigurationError
 from sglang_alloc_controller.law_settings import LawSettings
+from sglang_alloc_controller.samples import PHASES
 from sglang_alloc_controller.settings_section import (
     Budget,
     Positive,
@@ -104,7 +105,7 @@ class QualitySettings(Section):
 
     @model_validator(mode="after")
     def _floor_below_ceiling(self) -> "QualitySettings":
-        for phase in ("prefill", "decode"):
+        for phase in PHASES:
             floor = getattr(self, f"{phase}_floor_budget")
             ceiling = getattr(self, f"{phase}_ceiling_budget")
             if floor is not None and ceiling is not None and floor > ceiling:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from sglang_alloc.allocation_mode import predicted_loss
+from sglang_alloc.allocation_mode import PHASES
 from sglang_alloc.budget_tables import load_budget_tables
 from sglang_alloc.demo.comparison import compare
 from sglang_alloc.demo.controller_process import controller, controller_settings
@@ -35,7 +35,7 @@ from sglang_alloc.demo.stages import (
     run_trace,
 )
 from sglang_alloc.demo.trace import Trace, make_trace
-from sglang_alloc.enforcement import PHASES
+from sglang_alloc.predicted_loss import predicted_loss
 from sglang_alloc.server_runs.progress import Stage, StageProgress
 from sglang_alloc.server_runs.server_process import Server, free_port, serve
 from sglang_alloc.shared_table import SharedTable, publish_shared_table

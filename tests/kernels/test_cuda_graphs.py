@@ -15,7 +15,8 @@ from test_device_enforcement import (
     _make_tables,
 )
 
-from sglang_alloc.enforcement import Phase, RoutedSlots
+from sglang_alloc.allocation_mode import Phase
+from sglang_alloc.enforcement import RoutedSlots
 from sglang_alloc.enforcement_device import DeviceEnforcement
 from sglang_alloc_kernels.budgeted_routing import Router
 from sglang_alloc_kernels.slot_rules import KERNELS, TWINS

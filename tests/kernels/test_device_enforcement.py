@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_alloc.enforcement import EnforcementTables, Phase, PhaseRows, RoutedSlots
+from sglang_alloc.allocation_mode import Phase
+from sglang_alloc.enforcement import EnforcementTables, PhaseRows, RoutedSlots
 from sglang_alloc.enforcement_device import DeviceEnforcement
 from sglang_alloc.enforcement_host import HostEnforcement
 from sglang_alloc_kernels.slot_rules import KERNELS

@@ -3,17 +3,17 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
 from table_factory import make_full_tables, make_tables
 from typer.testing import CliRunner
 
-from sglang_alloc.allocation_mode import predicted_loss
+from sglang_alloc.allocation_mode import Phase
 from sglang_alloc.budget_tables import BudgetTables, save_budget_tables
 from sglang_alloc.cli import app
 from sglang_alloc.errors import ConfigurationError, TableFormatError
+from sglang_alloc.predicted_loss import predicted_loss
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
 from sglang_alloc.worker_tables import choose_mode
 
@@ -43,7 +43,7 @@ def published(tmp_path: Path) -> Publish:
     ],
 )
 def test_each_mode_has_its_own_predicted_loss(
-    published: Publish, mode: str, phase: Literal["prefill", "decode"], section: str
+    published: Publish, mode: str, phase: Phase, section: str
 ) -> None:
     table = published(mode)
     np.testing.assert_array_equal(predicted_loss(table, phase), table.section(section))

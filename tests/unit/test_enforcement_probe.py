@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from sglang_alloc.allocation_mode import Mode
 from sglang_alloc.enforcement import EnforcementTables, PhaseRows, RoutedSlots
 from sglang_alloc.enforcement_probe import ProbeEnforcement, ProbeRecorders, ProbeRows
 from sglang_alloc.saliency_record import SaliencyRecorder, saliency_of
 from sglang_alloc.score_histogram import threshold_of_quota
-from sglang_alloc.worker_settings import Mode
 
 TOKENS, TOP_K, EXPERTS = 200, 4, 8
 QUOTAS = np.array([[1.0, 1.0], [1.5, 4.0], [2.0, 3.0], [4.0, 4.0]], np.float32)

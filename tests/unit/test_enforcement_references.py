@@ -7,11 +7,11 @@ import pytest
 import torch
 from table_factory import make_full_tables, make_tables
 
+from sglang_alloc.allocation_mode import Mode
 from sglang_alloc.enforcement import Enforcement, EnforcementTables, PhaseRows, RoutedSlots
 from sglang_alloc.enforcement_device import DeviceEnforcement
 from sglang_alloc.enforcement_host import HostEnforcement
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
-from sglang_alloc.worker_settings import Mode
 from sglang_alloc.worker_tables import enforcement_tables
 from sglang_alloc_kernels.slot_rules import TWINS
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from table_factory import make_full_tables
 
-from sglang_alloc.enforcement import EnforcementTables, Phase, RoutedSlots
+from sglang_alloc.allocation_mode import Mode, Phase
+from sglang_alloc.enforcement import EnforcementTables, RoutedSlots
 from sglang_alloc.enforcement_host import HostEnforcement
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
-from sglang_alloc.worker_settings import Mode
 from sglang_alloc.worker_tables import enforcement_tables
 
 LAYERS, TOP_K, EXPERTS, TOKENS = 3, 4, 16, 12

@@ -15,6 +15,7 @@ _CONTRACTS = (
     "errors",
     "model_identity",
     "npz_file",
+    "predicted_loss",
     "shared_table",
 )
 _STANDARD_LIBRARY = sys.stdlib_module_names | {"__future__"}

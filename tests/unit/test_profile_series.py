@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sglang_alloc.allocation_mode import Phase
 from sglang_alloc.profile_engine import ProfileError, Scored
 from sglang_alloc.profile_journal import ProfileJournal
 from sglang_alloc.profile_plan import ProbePlan, make_plan, sensitivity_of
 from sglang_alloc.profile_series import Series, mean_divergence
-from sglang_alloc.profile_settings import Phase, ProfileSettings
+from sglang_alloc.profile_settings import ProfileSettings
 from sglang_alloc.profile_windows import Window
 
 SETTINGS = ProfileSettings(

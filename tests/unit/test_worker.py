@@ -13,6 +13,7 @@ import pytest
 import torch
 from table_factory import FINGERPRINT, make_full_tables, make_tables
 
+from sglang_alloc.allocation_mode import Mode
 from sglang_alloc.budget_follower import BudgetChange, BudgetFollower
 from sglang_alloc.enforcement import RoutedSlots
 from sglang_alloc.enforcement_device import DeviceEnforcement
@@ -29,7 +30,7 @@ from sglang_alloc.shared_table import (
 from sglang_alloc.shared_table_words import source_code
 from sglang_alloc.step_record import StepRecord
 from sglang_alloc.worker import ServedModel, Worker, check_fits, make_enforcement
-from sglang_alloc.worker_settings import FULL_QUALITY, Mode, WorkerSettings
+from sglang_alloc.worker_settings import FULL_QUALITY, WorkerSettings
 from sglang_alloc.worker_tables import choose_mode, enforcement_tables
 
 SECOND_NS = 10**9

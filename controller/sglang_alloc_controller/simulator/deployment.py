@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sglang_alloc.allocation_mode import predicted_loss
 from sglang_alloc.budget_tables import load_budget_tables
 from sglang_alloc.errors import ConfigurationError
+from sglang_alloc.predicted_loss import predicted_loss
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
 from sglang_alloc_controller.bench_csv import DEFAULT_BENCH, read_step_times
 from sglang_alloc_controller.budget_range import BudgetRange, by_speed

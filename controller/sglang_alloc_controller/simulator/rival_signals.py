@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.reading_history import ReadingHistory
-from sglang_alloc_controller.samples import SLOS, InputState, Phase
+from sglang_alloc_controller.samples import PHASES, SLOS, InputState, Phase
 from sglang_alloc_controller.settings import Settings
 from sglang_alloc_controller.simulator.laws import Budgets, Scrape
 
@@ -59,9 +59,7 @@ class RivalLaw:
             self._next_seconds = now_seconds + self._rule.period_seconds
             wanted = self._rule.next(self._position, self._observed())
             self._position = min(1.0, max(0.0, wanted))
-        prefill, decode = (
-            self._ranges[phase].budget(self._position) for phase in ("prefill", "decode")
-        )
+        prefill, decode = (self._ranges[phase].budget(self._position) for phase in PHASES)
         return prefill, decode
 
     def _observed(self) -> Observed:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sglang_alloc.allocation_mode import predicted_loss
+from sglang_alloc.allocation_mode import PHASES
 from sglang_alloc.bench.simulator_check.felt import CONTROLLED, BudgetsFrom, Felt, Run, Served
+from sglang_alloc.predicted_loss import predicted_loss
 from sglang_alloc.shared_table import SharedTable
 from sglang_alloc_controller.bench_csv import read_step_times
 from sglang_alloc_controller.quality_bounds import budget_ranges
@@ -21,7 +22,7 @@ def plant_of(served: Served, table: SharedTable, bench_csv: Path) -> Plant:
     """Return the server that was measured, by the bench of the same machine."""
     shape = table.shape
     prefill, decode = (
-        tuple(float(one) for one in predicted_loss(table, phase)) for phase in ("prefill", "decode")
+        tuple(float(one) for one in predicted_loss(table, phase)) for phase in PHASES
     )
     return Plant(
         times=read_step_times(bench_csv),

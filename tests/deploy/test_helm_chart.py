@@ -138,8 +138,11 @@ def test_sglang_is_told_how_to_follow_the_table() -> None:
     assert "SGLANG_ALLOC_CORRECT_DRIFT" not in environment("default")
 
 
-def test_a_dead_controller_never_takes_sglang_out_of_service() -> None:
-    assert "readinessProbe" not in container(render(), "controller")
+def test_a_controller_that_cannot_work_neither_delays_sglang_nor_takes_it_out_of_service() -> None:
+    """A sidecar's probes, and its end, count for the start and the readiness of the whole pod."""
+    controller = container(render(), "controller")
+    assert not {"startupProbe", "readinessProbe", "livenessProbe"} & controller.keys()
+    assert controller["args"][-2:] == ["--retry-seconds", "10"], "it waits instead of ending"
 
 
 def test_without_a_controller_no_part_of_it_remains() -> None:

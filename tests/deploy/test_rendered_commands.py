@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,13 +67,15 @@ def _publish(root: Path, *arguments: str) -> Path:
 
 
 @contextmanager
-def _controller(root: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+def _controller(root: Path, port: int, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run the sidecar with the ConfigMap's own file, listening on `port`."""
-    manifests = render("default", "--set", f"controller.metricsPort={port}")
+    manifests = render("default", "--set", f"controller.metricsPort={port}", *arguments)
     config = root / "etc" / "sglang-alloc" / "controller.yaml"
     config.parent.mkdir(parents=True)
     config.write_text(_moved(only(manifests, "ConfigMap")["data"]["controller.yaml"], root))
-    process = subprocess.Popen(_command(container(manifests, "controller"), root))
+    command = _command(container(manifests, "controller"), root)
+    with (root / "controller.log").open("wb") as log:
+        process = subprocess.Popen(command, stderr=log)
     try:
         yield process
     finally:
@@ -80,7 +83,19 @@ def _controller(root: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
         process.wait(timeout=60)
 
 
-def _probe_answers(url: str, process: subprocess.Popen[bytes]) -> bool:
+def _logged(root: Path, event: str, process: subprocess.Popen[bytes]) -> dict[str, Any]:
+    """Wait for the first such line of the controller's log."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        for line in (root / "controller.log").read_text().splitlines():
+            if f'"event": "{event}"' in line and line.endswith("}"):
+                found: dict[str, Any] = json.loads(line)
+                return found
+        time.sleep(0.1)
+    raise AssertionError((root / "controller.log").read_text())
+
+
+def _answers(url: str, process: subprocess.Popen[bytes]) -> bool:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         try:
@@ -121,15 +136,30 @@ def test_quality_floor_is_that_of_the_mode_which_is_served(
         assert budget_ranges(table, settings)["decode"].floor == floor
 
 
-def test_controller_passes_its_startup_probe_before_sglang_is_there(tmp_path: Path) -> None:
+def test_controller_works_before_sglang_is_there(tmp_path: Path) -> None:
     shared, port = _publish(tmp_path), _free_port()
-    probe = container(render(), "controller")["startupProbe"]["httpGet"]["path"]
     with _controller(tmp_path, port) as process, SharedTable.open(shared) as table:
-        assert _probe_answers(f"http://127.0.0.1:{port}{probe}", process)
+        assert _answers(f"http://127.0.0.1:{port}/livez", process)
         assert table.heartbeat_ns() > 0
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
         assert table.selector()[1:] == (8, 8), "it stops at full quality"
+
+
+def test_controller_that_refuses_its_settings_stays_and_leaves_the_server_alone(
+    tmp_path: Path,
+) -> None:
+    shared = _publish(tmp_path)
+    impossible = ("--set-json", "controller.config.quality.decode_floor_budget=9")
+    with _controller(tmp_path, _free_port(), *impossible) as process:
+        problem = _logged(tmp_path, "refused", process)["problem"]
+        assert "decode_floor_budget is 9" in problem
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0, "a pod that ends does not have to wait for it"
+    with SharedTable.open(shared) as table:
+        assert table.selector()[1:] == (8, 8)
+        assert table.heartbeat_ns() == 0
 
 
 def test_sglangs_own_parser_accepts_the_arguments() -> None:

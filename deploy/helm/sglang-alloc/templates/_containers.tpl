@@ -24,7 +24,12 @@
       mountPath: {{ .Values.sharedTable.mountPath }}
 {{- end }}
 
-{{/* 2. The controller, a native sidecar: it starts before SGLang and stops after it. */}}
+{{/*
+2. The controller, a native sidecar: it starts before SGLang and stops after it. SGLang serves at its
+fallback without it, so it must neither hold up SGLang's start (no startup probe: SGLang would wait
+for it) nor take the pod out of its Service, of which a sidecar that has ended or fails a readiness
+probe is enough. So it stays and retries when it refuses to work, and no probe restarts it.
+*/}}
 {{- define "sglang-alloc.controllerContainer" -}}
 - name: controller
   image: {{ include "sglang-alloc.image" (dict "image" .Values.controller.image "appVersion" .Chart.AppVersion) }}
@@ -34,6 +39,8 @@
   args:
     - --config
     - /etc/sglang-alloc/controller.yaml
+    - --retry-seconds
+    - "10"
   env: # for `sglang-alloc status` and `set`, run inside the container
     - name: SGLANG_ALLOC_TABLE
       value: {{ include "sglang-alloc.tablePath" . }}
@@ -41,19 +48,6 @@
     - name: ctrl-metrics
       containerPort: {{ .Values.controller.metricsPort }}
       protocol: TCP
-  startupProbe:
-    httpGet:
-      path: /livez
-      port: ctrl-metrics
-    periodSeconds: 1
-    failureThreshold: 60
-  livenessProbe:
-    httpGet:
-      path: /livez
-      port: ctrl-metrics
-    periodSeconds: 10
-    timeoutSeconds: 3
-    failureThreshold: 6
   securityContext:
     {{- include "sglang-alloc.containerSecurityContext" . | nindent 4 }}
   resources:

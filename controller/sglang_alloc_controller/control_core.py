@@ -12,6 +12,9 @@ from sglang_alloc_controller.control_law import (
     decide,
     deficit_saturation,
     frozen,
+    measured,
+    not_taken,
+    violates,
     window_start_seconds,
 )
 from sglang_alloc_controller.law_state import (
@@ -44,6 +47,24 @@ class Forced(NamedTuple):
     override: Mapping[Phase, int] | None = None
 
 
+class _Standing(NamedTuple):
+    """Budgets that somebody else than the law has put in force, and what is seen of them."""
+
+    budgets: dict[Phase, int]
+    since_seconds: float
+    reading_at_seconds: float = -math.inf
+    violates: bool = False
+
+
+class _Advice(NamedTuple):
+    """A step that the law would take, in shadow mode."""
+
+    decision: Decision
+    since_seconds: float
+    reading_at_seconds: float
+    """The newest reading that it was kept for."""
+
+
 class ControlCore:
     """The readings of one engine and the law's memory of it."""
 
@@ -60,6 +81,8 @@ class ControlCore:
         self._load_history = LoadHistory()
         self._queue_gauge, self._queue_requests = PlausibleQueue(), 0.0
         self._seen: tuple[float, Seen] | None = None
+        self._standing: _Standing | None = None
+        self._advice: _Advice | None = None
         self.take_over(ranges, budgets, now_seconds)
 
     def take_over(
@@ -128,7 +151,8 @@ class ControlCore:
         """Return the decision and the budgets asked for.
 
         The first that is there decides: kill switch, override, the configuration's fixed budgets,
-        the law. An override leaves asked for what would be without it.
+        the law. An override leaves asked for what would be without it. In shadow mode the law
+        advises: what is asked for is its next step from full quality, which is in force.
         """
         if forced.killed is not None:
             return self._start_over(forced.killed, seen), dict(forced.killed)
@@ -138,7 +162,8 @@ class ControlCore:
             return decision, fixed or self.budgets(decision)
         if fixed is not None:
             return self._stand_still(Reason.FIXED, fixed, seen), fixed
-        decision = self.decide(seen)
+        self._standing = None
+        decision = self._advise(seen) if self._settings.mode == "shadow" else self.decide(seen)
         return decision, self.budgets(decision)
 
     def decide(self, seen: Seen) -> Decision:
@@ -146,17 +171,40 @@ class ControlCore:
         self.state, decision = decide(self.state, seen, self._constants)
         return decision
 
+    def _advise(self, seen: Seen) -> Decision:
+        """Let the law decide and learn, without a move."""
+        acts, advice = _is_judged(seen), self._advice
+        if acts and advice is not None and advice.reading_at_seconds == seen.reading_at_seconds:
+            # With nothing new to say, the law would say that it has just moved.
+            return advice.decision
+        # Apart from the decision, which would forget the errors of the phase that it moves.
+        before = measured(self.state, seen, self._constants) if acts else self.state
+        after, decision = decide(before, seen, self._constants)
+        self.state = not_taken(before, after, self._constants)
+        if acts:
+            violating = any(excess > 0 for excess in decision.excesses.values())
+            ratio = self._saturation(self._positions(), violating)
+            decision = decision._replace(saturation_ratio=ratio)
+        since_seconds = seen.now_seconds
+        hold_seconds = self._settings.law.degrade_hold_seconds
+        if acts and advice is not None and since_seconds - advice.since_seconds < hold_seconds:
+            # No step comes sooner after another one.
+            decision, since_seconds = advice.decision, advice.since_seconds
+        is_step = decision.positions != self._positions()
+        self._advice = (
+            _Advice(decision, since_seconds, seen.reading_at_seconds) if is_step else None
+        )
+        return decision
+
     def _stand_still(self, reason: Reason, budgets: Mapping[Phase, int], seen: Seen) -> Decision:
         """Keep the law's own positions while somebody else's `budgets` are in force."""
         self.state = frozen(self.state, reason, seen)
-        positions = {phase: state.position for phase, state in self.state.phases.items()}
-        return self._not_decided(reason, positions, budgets)
+        return self._not_decided(reason, budgets, seen)
 
     def _start_over(self, budgets: Mapping[Phase, int], seen: Seen) -> Decision:
         """Forget everything but the readings while `budgets` are forced; go on from them."""
         self.take_over(self.ranges, budgets, seen.now_seconds)
-        positions = {phase: state.position for phase, state in self.state.phases.items()}
-        return self._not_decided(Reason.KILL_SWITCH, positions, budgets)
+        return self._not_decided(Reason.KILL_SWITCH, budgets, seen)
 
     def _fixed(self) -> dict[Phase, int] | None:
         fixed = self._settings.fixed
@@ -168,19 +216,45 @@ class ControlCore:
         """Return the budgets that the decision's positions stand for."""
         return {phase: self.ranges[phase].budget(decision.positions[phase]) for phase in PHASES}
 
-    def _not_decided(
-        self, reason: Reason, positions: dict[Phase, float], budgets: Mapping[Phase, int]
-    ) -> Decision:
+    def _not_decided(self, reason: Reason, budgets: Mapping[Phase, int], seen: Seen) -> Decision:
         in_force = {phase: self.ranges[phase].position(budgets[phase]) for phase in PHASES}
+        violating = self._standing_violates(budgets, seen)
+        stale = seen.input_state is InputState.STALE
         return Decision(
-            positions,
+            self._positions(),
             dict.fromkeys(PHASES, reason),
             dict.fromkeys(PHASES, 0.0),
-            deficit_saturation(in_force),
+            math.nan if stale else self._saturation(in_force, violating),
         )
+
+    def _standing_violates(self, budgets: Mapping[Phase, int], seen: Seen) -> bool:
+        """Tell whether an SLO is violated under these budgets, by what came after them."""
+        standing = self._standing
+        if standing is None or standing.budgets != budgets:
+            standing = _Standing(dict(budgets), seen.now_seconds)
+        acts = _is_judged(seen)
+        if acts and standing.reading_at_seconds != seen.reading_at_seconds:
+            view = self._seen_since(standing.since_seconds + self._settings.law.dead_time_seconds)
+            standing = standing._replace(
+                reading_at_seconds=seen.reading_at_seconds,
+                violates=violates(self.state, view, self._constants),
+            )
+        self._standing = standing
+        return acts and standing.violates
+
+    def _saturation(self, in_force: Mapping[Phase, float], violating: bool) -> float:
+        """Return the saturation where the law may not give up more than this."""
+        return 1.0 if violating else deficit_saturation(in_force)
+
+    def _positions(self) -> dict[Phase, float]:
+        return {phase: state.position for phase, state in self.state.phases.items()}
 
     def _samples(self, since_seconds: float, window_seconds: float) -> dict[Slo, Sample | None]:
         return {
             slo: self.history.sample(slo, self._settings.slo, since_seconds, window_seconds)
             for slo in SLOS
         }
+
+
+def _is_judged(seen: Seen) -> bool:
+    return seen.input_state is InputState.VALID and not seen.warming_up

@@ -10,8 +10,8 @@ Each phase has a position p from 0 (floor) to 1 (ceiling); budget = floor + roun
     up         p += min(restore_step_max, largest step with
                         quantile * (1 + growth * step) <= restore_margin * SLO for both latencies)
 
-Clamps: 0 <= p <= 1. The position is the only thing that integrates and it is the budget itself, so
-nothing winds up while it is at a bound, overridden or not in force.
+Clamps: 0 <= p <= 1. The position is the only thing that integrates and it is the budget that is in
+force, so nothing winds up while it is at a bound, overridden or, in shadow mode, not carried out.
 
 Regimes, first match first:
 
@@ -33,6 +33,7 @@ With step times by budget and a server that tells the prompt tokens it computes,
 Every constant is a setting of the section `law`, with its unit and reason in settings.py.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -50,6 +51,7 @@ from sglang_alloc_controller.law_state import (
     Reason,
     Seen,
     changed_at_seconds,
+    levels_of,
 )
 from sglang_alloc_controller.samples import PHASES, SLO_OF_PHASE, InputState, Phase
 from sglang_alloc_controller.slo import at_floor, clamped_burn, pressures, smoothed
@@ -68,7 +70,7 @@ def decide(state: LawState, seen: Seen, constants: LawConstants) -> tuple[LawSta
         return _held(_without_error(state), Reason.WARMUP, constants)
     if seen.input_state is InputState.IDLE:
         return _ramping(_without_error(state), Reason.IDLE, seen, constants)
-    state = _measured(state, seen, constants)
+    state = measured(state, seen, constants)
     asked = pressures(state, seen, constants)
     if goes_forward(seen, constants):
         return _decide_forward(state, asked, seen, constants)
@@ -100,6 +102,34 @@ def frozen(state: LawState, reason: Reason, seen: Seen) -> LawState:
     return LawState(phases, forward=state.forward)
 
 
+def not_taken(before: LawState, after: LawState, constants: LawConstants) -> LawState:
+    """Return the state after a decision that nobody carried out: what was learned, nothing moved.
+
+    The next decision starts from the budgets in force again, so it is the same as long as the
+    readings ask for it, and nobody counts as having moved the budgets back.
+    """
+    phases = {
+        name: before.phases[name] if phase.position != before.phases[name].position else phase
+        for name, phase in after.phases.items()
+    }
+    belief = after.forward
+    if belief is not None and phases != after.phases:
+        earlier = before.forward or belief._replace(chosen_for=None, draining=False)
+        belief = belief._replace(
+            levels=levels_of(before, constants),
+            chosen_for=earlier.chosen_for,
+            draining=earlier.draining,
+        )
+    return replace(after, phases=phases, forward=belief, saturated_since_seconds=None)
+
+
+def violates(state: LawState, seen: Seen, constants: LawConstants) -> bool:
+    """Tell whether what is seen violates an SLO by itself, whatever was smoothed before."""
+    fresh = replace(_without_error(state), smoothed_at_seconds=-math.inf)
+    asked = pressures(measured(fresh, seen, constants), seen, constants)
+    return any(pressure.excess > 0 for pressure in asked.values())
+
+
 def deficit_saturation(positions: Mapping[Phase, float]) -> float:
     """Return the saturation of a server that keeps its SLOs at these positions."""
     return _DEFICIT_SHARE * (1.0 - min(positions.values()))
@@ -122,8 +152,11 @@ def _decide_stale(
     freshness = constants.freshness
     held = seen.now_seconds - since_seconds < freshness.hold_seconds
     if held or freshness.then == "hold":
-        return _held(state, Reason.STALE_HOLD, constants)
-    return _ramping(state, Reason.STALE_RAMP, seen, constants)
+        state, decision = _held(state, Reason.STALE_HOLD, constants)
+    else:
+        state, decision = _ramping(state, Reason.STALE_RAMP, seen, constants)
+    # An autoscaler that read a number here would act on what nobody knows.
+    return state, decision._replace(saturation_ratio=math.nan)
 
 
 def _decide_violation(
@@ -165,7 +198,7 @@ def _saturation(
     return replace(state, saturated_since_seconds=since_seconds), reasons
 
 
-def _measured(state: LawState, seen: Seen, constants: LawConstants) -> LawState:
+def measured(state: LawState, seen: Seen, constants: LawConstants) -> LawState:
     """Take a new reading in: smooth the queue and the burn rates, learn from the last change."""
     if seen.reading_at_seconds <= state.smoothed_at_seconds:
         return state

@@ -188,7 +188,8 @@ class Decision(NamedTuple):
     reasons: Mapping[Phase, Reason]
     excesses: Mapping[Phase, float]
     saturation_ratio: float
-    """0: full quality. Up to 0.8: share of the range given up. 1: at the floor and violating."""
+    """0: full quality. Up to 0.8: share of the range given up. 1: violating, and nothing more may
+    be given up: at the floor, or somebody else decides. NaN: the input is stale."""
 
 
 def initial_state(

@@ -98,7 +98,7 @@ class ControlLoop:
         now_seconds = surroundings.clock_ns() / _NANOSECONDS
         bounds = _bounds(link.table, settings)
         self._losses = bounds.losses
-        self._core = ControlCore(settings, bounds.ranges, self._written(), now_seconds)
+        self._core = ControlCore(settings, bounds.ranges, self._in_force(), now_seconds)
         self._log_beginning(now_seconds, anew=True)
 
     def run(self) -> None:
@@ -193,13 +193,13 @@ class ControlLoop:
         return bounds
 
     def _begin_anew(self, bounds: _Bounds, now_seconds: float) -> None:
-        """Take over at the budgets that are in the selector, within these bounds."""
+        """Take over at the budgets that are in force, within these bounds."""
         self._losses = bounds.losses
-        self._core.take_over(bounds.ranges, self._written(), now_seconds)
+        self._core.take_over(bounds.ranges, self._in_force(), now_seconds)
         self._log_beginning(now_seconds, anew=True)
 
     def _log_beginning(self, now_seconds: float, *, anew: bool) -> None:
-        line = beginning(self.settings, self._core.ranges, self._written(), now_seconds, anew=anew)
+        line = beginning(self.settings, self._core.ranges, self._in_force(), now_seconds, anew=anew)
         self._decision_log.begin(line)
 
     def _take_in(self, observation: Observation) -> Reading | None:
@@ -258,6 +258,10 @@ class ControlLoop:
 
     def _full(self) -> dict[Phase, int]:
         return dict.fromkeys(PHASES, self._link.table.shape.budget_max)
+
+    def _in_force(self) -> dict[Phase, int]:
+        """Return the budgets that the law begins with; those of shadow mode are about to be."""
+        return self._full() if self.settings.mode == "shadow" else self._written()
 
     def _written(self) -> dict[Phase, int]:
         selector = self._link.selector()

@@ -186,11 +186,22 @@ def _state(tick: TickReport) -> Iterator[Metric]:
         for reason in Reason:
             reasons.add_metric([phase, reason.value], float(tick.reasons[phase] is reason))
     yield reasons
-    text = "0: full quality; up to 0.8: quality given up; 1: at the floor and violating"
-    yield _gauge("saturation_ratio", text, tick.saturation_ratio)
+    yield _saturation(tick.saturation_ratio)
     infeasible = Reason.INFEASIBLE in tick.reasons.values()
     yield _gauge("infeasible", "1: at the floor and violating for long", float(infeasible))
     yield _gauge("sample_age_seconds", "Age of the newest reading", tick.sample_age_seconds)
+
+
+def _saturation(ratio: float) -> Metric:
+    """Return the ratio, or no series at all: an autoscaler may take NaN for 0, and scale in."""
+    text = (
+        "0: full quality; up to 0.8: quality given up; 1: violating with nothing more that may be "
+        "given up; absent: the input is stale"
+    )
+    family = GaugeMetricFamily(_PREFIX + "saturation_ratio", text)
+    if not math.isnan(ratio):
+        family.add_metric([], ratio)
+    return family
 
 
 def _quality(tick: TickReport, quality: QualitySettings) -> Iterator[Metric]:

@@ -47,6 +47,11 @@ def _degrade(controller: VirtualController, engine: Engine) -> tuple[int, int]:
     return budgets
 
 
+def _samples_of(controller: VirtualController) -> str:
+    lines = controller.metrics.text().decode().splitlines()
+    return "\n".join(line for line in lines if not line.startswith("#"))
+
+
 def _ticks(log: Path) -> list[dict[str, Any]]:
     """Return the ticks of a decision log, which begins with a line of its own."""
     first, *ticks = (json.loads(line) for line in log.read_text().splitlines())
@@ -211,7 +216,7 @@ def test_an_override_freezes_the_law_and_names_its_actor(table: Path, tmp_path: 
     engine.within_ratio = 0.0
     assert _run(controller, 10) == budgets
     assert controller.reason("prefill") == "override"
-    assert controller.metric("saturation_ratio") == pytest.approx(0.8 * 38 / 42)
+    assert controller.metric("saturation_ratio") == 1.0
     engine.within_ratio = 1.0
     assert _run(controller, 2) == budgets
     assert controller.reason("prefill") != "override"
@@ -227,9 +232,77 @@ def test_shadow_mode_decides_but_leaves_full_quality_in_force(table: Path) -> No
     writer.close()
     controller, engine = _controller(table, mode="shadow")
     engine.within_ratio = 0.0
-    assert _run(controller, 10) == FULL
-    assert controller.metric("budget_desired_activations", phase="prefill") < 20
+    assert controller.tick()[1:] == FULL
     assert controller.metric("mode", mode="shadow") == 1
+    _run(controller, 15)
+    steps = []
+    for _ in range(240):
+        assert controller.tick()[1:] == FULL
+        steps.append(controller.metric("budget_desired_activations", phase="decode"))
+    # A quarter of the range at most, from full quality and not from an earlier step.
+    assert set(steps) == {48 - round(0.25 * 42)}
+    assert controller.metric("infeasible") == 0
+    assert controller.reason("decode") == "itl_slo"
+    engine.within_ratio = 1.0
+    _run(controller, 200)
+    assert controller.metric("budget_desired_activations", phase="decode") == 48
+    assert controller.reason("decode") == "at_ceiling"
+
+
+def test_in_shadow_mode_a_violation_is_saturation_because_nothing_is_given_up(
+    table: Path,
+) -> None:
+    controller, engine = _controller(table, mode="shadow")
+    _run(controller, 10)
+    assert controller.metric("saturation_ratio") == 0.0
+    engine.within_ratio = 0.0
+    _run(controller, 10)
+    assert controller.metric("saturation_ratio") == 1.0
+
+
+def test_a_step_that_shadow_mode_shows_stands_as_long_as_one_of_the_law(
+    table: Path, tmp_path: Path
+) -> None:
+    """Else each reading of a violation would be a line of the log."""
+    log = tmp_path / "d.jsonl"
+    controller, engine = _controller(table, mode="shadow", decision_log={"path": str(log)})
+    for number in range(60):
+        engine.within_ratio = (0.0, 0.3, 0.6)[number % 3]
+        _run(controller, 1)
+    assert len(_ticks(log)) <= 60 / 3 + 2
+
+
+@pytest.mark.parametrize("kill_cause", [None, "file x"])
+def test_budgets_that_a_person_set_are_saturated_while_the_readings_violate(
+    table: Path, kill_cause: str | None
+) -> None:
+    fixed = {"prefill_budget": 27, "decode_budget": 48}
+    settings = make_settings(table, mode="fixed", fixed=fixed)
+    controller = VirtualController(settings, kill_cause=lambda: kill_cause)
+    engine = Engine(controller)
+    controller.source = engine
+    deficit = 0.0 if kill_cause else 0.4
+    _run(controller, 10)
+    assert controller.metric("saturation_ratio") == pytest.approx(deficit)
+    engine.within_ratio = 0.0
+    _run(controller, 10)
+    assert controller.metric("saturation_ratio") == 1.0
+    engine.within_ratio = 1.0
+    _run(controller, 200)
+    assert controller.metric("saturation_ratio") == pytest.approx(deficit)
+
+
+@pytest.mark.parametrize("mode", ["control", "shadow", "fixed"])
+def test_of_a_stale_input_no_saturation_is_told(table: Path, tmp_path: Path, mode: str) -> None:
+    """An autoscaler takes a number for one, and may take NaN for 0 and scale in."""
+    log, fixed = tmp_path / "d.jsonl", {"prefill_budget": 30, "decode_budget": 12}
+    controller, _ = _controller(table, mode=mode, fixed=fixed, decision_log={"path": str(log)})
+    _run(controller, 2)
+    assert "controller_saturation_ratio " in _samples_of(controller)
+    controller.source = lambda: None
+    _run(controller, 10)
+    assert "controller_saturation_ratio " not in _samples_of(controller)
+    assert _ticks(log)[-1]["saturation_ratio"] is None
 
 
 def test_fixed_mode_writes_its_budgets_whatever_happens(table: Path) -> None:

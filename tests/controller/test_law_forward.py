@@ -6,7 +6,7 @@ import pytest
 from law_views import make_constants, make_seen, make_state, positions_of
 
 from sglang_alloc_controller.budget_range import BudgetRange
-from sglang_alloc_controller.control_law import decide
+from sglang_alloc_controller.control_law import decide, not_taken
 from sglang_alloc_controller.law_state import Decision, LawConstants, LawState, Reason, Seen
 from sglang_alloc_controller.load_history import LoadWindow
 from sglang_alloc_controller.reading_history import Newest
@@ -284,3 +284,19 @@ def test_a_reading_is_judged_once_and_budgets_stay_within_their_bounds() -> None
 def test_an_impossible_rate_breaks_nothing(rate: float) -> None:
     state, _ = _decided(make_state(), _seen(100.0, _steady(rate, 100.0)))
     assert all(0.0 <= position <= 1.0 for position in positions_of(state))
+
+
+def test_a_decision_that_is_not_carried_out_is_the_same_with_the_next_reading() -> None:
+    """As in shadow mode: full quality stays in force, and nobody has moved it back."""
+    state, wanted = make_state(), []
+    for number in range(100):
+        seen = _seen(100.0 + number, _steady(RUSH, 100.0 + number))
+        after, decision = decide(state, seen, CONSTANTS)
+        state = not_taken(state, after, CONSTANTS)
+        wanted.append(tuple(decision.positions.values()))
+    assert len(set(wanted)) == 1
+    assert wanted[0] != (1.0, 1.0)
+    assert positions_of(state) == (1.0, 1.0)
+    assert state.forward is not None
+    assert state.forward.alarm_at_seconds < 0
+    assert state.forward.critical == pytest.approx(0.82, abs=0.05)

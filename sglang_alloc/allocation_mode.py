@@ -1,7 +1,7 @@
 """Contract between the stories: phases, modes, and which mode a table can be served in."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 from sglang_alloc.errors import ConfigurationError
 
@@ -9,13 +9,10 @@ Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, Phase] = ("prefill", "decode")
 Mode = Literal["layer", "token", "threshold", "union"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-# The note of a table of probes, before the mode that is profiled: nobody may serve it. Behind the
-# mode it may ask for something to be recorded: the experts' saliency, their outputs on Gaussian
+# What a table of probes may ask to be recorded: the experts' saliency, their outputs on Gaussian
 # input, or gains.
-PROBE_NOTE = "probe:"
-SALIENCY_NOTE = "+saliency"
-LEXI_NOTE = "+lexi"
-GAINS_NOTE = "+gains"
+Recording = Literal["saliency", "lexi", "gains"]
+_PROBE_NOTE = "probe:"
 
 # One of these sections has to be there.
 _NEEDED = {"threshold": ("thresholds",), "union": ("union_quotas", "union_thresholds")}
@@ -23,6 +20,35 @@ _MADE_BY = {
     "threshold": "`sglang-alloc calibrate`",
     "union": "`sglang-alloc calibrate`, or `sglang-alloc profile --mode union` and solve",
 }
+
+
+class Probe(NamedTuple):
+    """What a table of probes is for: the mode that is profiled, and what is recorded meanwhile."""
+
+    mode: Mode
+    records: Recording | None = None
+
+
+def note_of_probe(probe: Probe) -> str:
+    """Return the mode note of a table of probes, which nobody may serve."""
+    return f"{_PROBE_NOTE}{probe.mode}" + (f"+{probe.records}" if probe.records else "")
+
+
+def probe_of_note(note: str) -> Probe | None:
+    """Return what `note_of_probe` noted; None for any other table.
+
+    Raises:
+        ConfigurationError: it is a note of probes that this version does not know.
+    """
+    if not note.startswith(_PROBE_NOTE):
+        return None
+    mode, _, records = note.removeprefix(_PROBE_NOTE).partition("+")
+    if mode not in MODES or records not in {"", *get_args(Recording)}:
+        raise ConfigurationError(
+            f"The table's note {note!r} asks for a probe that this version does not know. Profile "
+            "with the version that serves."
+        )
+    return Probe(mode, cast(Recording, records) if records else None)
 
 
 def default_mode(has_section: Callable[[str], bool]) -> Mode:

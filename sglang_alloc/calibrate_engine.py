@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sglang_alloc.allocation_mode import GAINS_NOTE, PROBE_NOTE
+from sglang_alloc.allocation_mode import Probe
 from sglang_alloc.budget_tables import BudgetTables
 from sglang_alloc.calibrate_corrections import Matrix, references_of_rows, search_reference
 from sglang_alloc.calibrate_thresholds import MeanQuotas, Scores
@@ -78,8 +78,8 @@ def record_anchors(
     top_k = sensitivities.top_k
     rows = _rows(len(means), len(anchors), top_k, corrections)
     tables = _tables(job, sensitivities, means, anchors, rows)
-    note = f"{PROBE_NOTE}threshold{GAINS_NOTE if corrections else ''}"
-    with serving_tables(job, tables, note, progress) as server:
+    probe = Probe("threshold", "gains" if corrections else None)
+    with serving_tables(job, tables, probe, progress) as server:
         for old in (*job.folder.glob("scores-*.npz"), *job.folder.glob("gains-*.npz")):
             old.unlink()
         run = _Run(job, server, rows, split_windows(windows_of(job, server, None)), progress)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sglang_alloc import plugin_routing
-from sglang_alloc.allocation_mode import LEXI_NOTE
+from sglang_alloc.allocation_mode import Probe, probe_of_note
 from sglang_alloc.budget_follower import BudgetChange
 from sglang_alloc.compatibility import installed_version, unsupported_version, verify_seams
 from sglang_alloc.compatibility_seams import (
@@ -60,11 +60,11 @@ from sglang_alloc.plugin_records import probe_recorders, record_lexi
 from sglang_alloc.plugin_requests import RequestBudgets
 from sglang_alloc.request_budget import RequestRules, asked_budget
 from sglang_alloc.server_check import check_server
+from sglang_alloc.serving_rules import facts_of, mode_to_serve
 from sglang_alloc.shared_table import SharedTable
 from sglang_alloc.triton_experts import skip_dropped
 from sglang_alloc.worker import Worker, check_fits, make_enforcement
 from sglang_alloc.worker_settings import WorkerSettings, settings_from_environment
-from sglang_alloc.worker_tables import choose_mode
 
 if TYPE_CHECKING:
     import torch
@@ -117,9 +117,7 @@ def _check_before_hooks(settings: WorkerSettings) -> RequestRules:
     if problems:
         raise UnsupportedServerError("; ".join(problems))
     with SharedTable.open(settings.table_path) as table:
-        choose_mode(settings.mode, table, profiling=settings.profile_folder is not None)
-        if settings.fallback.kind == "budget":
-            table.check_budget("fallback", settings.fallback.decode_budget)
+        mode_to_serve(settings, facts_of(table))
         return RequestRules(
             settings.request_budgets,
             table.shape.budget_min,
@@ -194,7 +192,7 @@ def _bind(model_runner: Any, config: dict[str, Any]) -> None:
     worker = Worker(_process.settings)
     check_fits(worker.table, model)
     record = _process.settings.profile_folder if model.rank == 0 else None
-    recorders = probe_recorders(worker.table.mode_note, model_runner, model, record)
+    recorders = probe_recorders(probe_of_note(worker.table.mode_note), model_runner, model, record)
     enforcement = make_enforcement(worker.table, worker.mode, model.device_type, record, recorders)
     worker.bind(model, enforcement, _metrics(model_runner.server_args, model.rank))
     _process.layer_index_of = {
@@ -231,7 +229,7 @@ def _prove(model_runner: Any) -> None:
             for layer in expert_layers(model_runner.model)
             if computes_as_the_engine(layer, model.top_k)
         }
-    if _process.worker.table.mode_note.endswith(LEXI_NOTE):
+    if probe_of_note(_process.worker.table.mode_note) == Probe("layer", "lexi"):
         record = _process.settings.profile_folder if model.rank == 0 else None
         record_lexi(model_runner, _process.worker, record)
     _process.worker.watch_layers()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_alloc.allocation_mode import GAINS_NOTE, SALIENCY_NOTE
+from sglang_alloc.allocation_mode import Probe
 from sglang_alloc.enforcement_probe import NO_RECORDERS, ProbeRecorders
 from sglang_alloc.gain_record import GainRecorder
 from sglang_alloc.lexi_record import record_deviations
@@ -21,16 +21,17 @@ if TYPE_CHECKING:
 
 
 def probe_recorders(
-    note: str, model_runner: Any, model: ServedModel, record: Path | None
+    probe: Probe | None, model_runner: Any, model: ServedModel, record: Path | None
 ) -> ProbeRecorders:
-    """Observe the experts' outputs where the note of a table of probes asks for it."""
+    """Observe the experts' outputs where a table of probes asks for it."""
+    records = probe.records if probe else None
     layers = expert_layers(model_runner.model)
-    if note.endswith(SALIENCY_NOTE):
+    if records == "saliency":
         shape = len(model.layer_ids), model.num_experts
         saliency = SaliencyRecorder(shape, _completion(layers), record)
         saliency.attach(layers)
         return ProbeRecorders(saliency=saliency)
-    if note.endswith(GAINS_NOTE):
+    if records == "gains":
         gains = GainRecorder(len(layers), _completion(layers), record)
         gains.attach(layers)
         return ProbeRecorders(gains=gains)

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from sglang_alloc.allocation_mode import LEXI_NOTE, PROBE_NOTE, SALIENCY_NOTE, Phase
+from sglang_alloc.allocation_mode import Phase, Probe, note_of_probe
 from sglang_alloc.budget_tables import BudgetTables
 from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.lexi_record import FILE_NAME as LEXI_FILE
@@ -88,24 +88,24 @@ def run_profile(job: ProfileJob, progress: Progress) -> Profile:
 def serving(
     job: ProfileJob,
     plan: ProbePlan,
-    note: str,
+    probe: Probe,
     saliency: npt.NDArray[np.float64] | None,
     progress: Progress,
 ) -> Iterator[ProfiledServer]:
     """Serve the model under the plan's rows as probes."""
-    with serving_tables(job, probe_tables(job, plan, saliency), note, progress) as server:
+    with serving_tables(job, probe_tables(job, plan, saliency), probe, progress) as server:
         yield server
 
 
 @contextmanager
 def serving_tables(
-    job: ProfileJob, probes: BudgetTables, note: str, progress: Progress
+    job: ProfileJob, probes: BudgetTables, probe: Probe, progress: Progress
 ) -> Iterator[ProfiledServer]:
     """Serve the model under a table of probes."""
     with profiled_server(
         job.model.path,
         probes,
-        note,
+        note_of_probe(probe),
         folder=job.folder,
         arguments=job.server_arguments,
         on_wait=progress.wait,
@@ -175,8 +175,8 @@ def _measure_mode(
     phases: tuple[Phase, ...] = ("decode",) if mode == "union" else settings.phases
     saliency = _known_saliency(job, journal) if mode == "threshold" else None
     records = mode == "threshold" and saliency is None
-    note = f"{PROBE_NOTE}{mode}{SALIENCY_NOTE if records else ''}"
-    with serving(job, plan, note, saliency, progress) as server:
+    probe = Probe(mode, "saliency" if records else None)
+    with serving(job, plan, probe, saliency, progress) as server:
         windows = windows_of(job, server, journal)
         if records:
             _record_saliency(job, server, plan, windows, progress)
@@ -299,7 +299,7 @@ def _lexi(job: ProfileJob, progress: Progress) -> Profile:
     plan = make_plan(len(job.model.layer_ids), identity.top_k, "isolated", (1,))
     path = job.folder / LEXI_FILE
     path.unlink(missing_ok=True)
-    with serving(job, plan, f"{PROBE_NOTE}layer{LEXI_NOTE}", None, progress):
+    with serving(job, plan, Probe("layer", "lexi"), None, progress):
         progress.stage("lexi", 1)
     deviations = read_npz(path, "deviations")["deviations"]
     provenance = {

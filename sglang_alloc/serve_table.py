@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from sglang_alloc.allocation_mode import MODES, PROBE_NOTE, default_mode, require_support
+from sglang_alloc.allocation_mode import default_mode
 from sglang_alloc.budget_tables import ARRAYS, BudgetTables, load_budget_tables
 from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.plugin_entry import TABLE_VARIABLE
+from sglang_alloc.serving_rules import TableFacts, mode_to_serve
 from sglang_alloc.shared_table import SharedTable, TableShape, publish_shared_table
 from sglang_alloc.table_path import default_shared_path
 from sglang_alloc.worker_settings import (
@@ -35,6 +36,13 @@ class TableSource(NamedTuple):
     shape: TableShape
     sections: frozenset[str]
     mode_note: str
+
+    def facts(self) -> TableFacts:
+        """Return what the rules of serving ask of a table."""
+        return TableFacts(
+            *(self.shared_path, self.model_id, self.mode_note, self.sections.__contains__),
+            *(self.shape.budget_min, self.shape.budget_max),
+        )
 
 
 def read_source(table: Path, shared_path: Path | None) -> TableSource:
@@ -108,7 +116,7 @@ def worker_environment(source: TableSource, options: WorkerOptions) -> dict[str,
         **({CORRECT_DRIFT_VARIABLE: "1"} if options.correct_drift else {}),
         ROUTING_VARIABLE: "" if options.routing == "engine" else options.routing,
     }
-    _require_fit(_parsed(environment), source)
+    mode_to_serve(_parsed(environment), source.facts())
     return environment
 
 
@@ -133,36 +141,3 @@ def _parsed(environment: Mapping[str, str]) -> WorkerSettings:
     settings = settings_from_environment(environment)
     assert settings is not None, "the table is always named"
     return settings
-
-
-def _require_fit(settings: WorkerSettings, source: TableSource) -> None:
-    if source.mode_note.startswith(PROBE_NOTE):
-        raise ConfigurationError(
-            f"{source.shared_path} is a table of probes, made to profile {source.model_id}: it "
-            "cannot be served. Give budget tables."
-        )
-    if settings.mode is not None:
-        require_support(settings.mode, source.sections.__contains__, source.model_id)
-        if source.mode_note in MODES and source.mode_note != settings.mode:
-            raise ConfigurationError(
-                f"Mode {settings.mode} was asked for, but {source.shared_path} was published for "
-                f"mode {source.mode_note}, which the controller counts on. Publish it for this "
-                f"mode: sglang-alloc publish TABLES.npz --mode {settings.mode}"
-            )
-    mode = settings.mode or source.mode_note or default_mode(source.sections.__contains__)
-    if settings.correct_drift and (mode, "threshold_quotas" in source.sections) != (
-        "threshold",
-        True,
-    ):
-        raise ConfigurationError(
-            f"--correct-drift moves calibrated thresholds, but mode {mode} was asked for or the "
-            f"table of {source.model_id} does not say how many slots its thresholds keep. Leave "
-            "it out, or calibrate the tables again."
-        )
-    low, high = source.shape.budget_min, source.shape.budget_max
-    budgets = settings.fallback[1:]
-    if settings.fallback.kind == "budget" and not low <= min(budgets) <= max(budgets) <= high:
-        raise ConfigurationError(
-            f"The fallback of {budgets[0]} activations per token has no row in the table of "
-            f"{source.model_id}, which covers {low} to {high}. Use full, hold or such a budget."
-        )

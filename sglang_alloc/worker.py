@@ -13,25 +13,24 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from sglang_alloc.allocation_mode import PHASES, PROBE_NOTE
+from sglang_alloc.allocation_mode import PHASES, probe_of_note
 from sglang_alloc.budget_follower import BudgetChange, BudgetFollower
 from sglang_alloc.enforcement_device import DeviceEnforcement
 from sglang_alloc.enforcement_host import HostEnforcement
 from sglang_alloc.enforcement_probe import NO_RECORDERS, ProbeEnforcement, ProbeRecorders
 from sglang_alloc.errors import (
-    ConfigurationError,
     ModelMismatchError,
     RequestBudgetError,
     UnsupportedServerError,
 )
 from sglang_alloc.request_budget import OwnBudgets, budgets_of_tokens
+from sglang_alloc.serving_rules import facts_of, mode_to_serve
 from sglang_alloc.shared_table import Selection, SharedTable, WorkerCounters
 from sglang_alloc.shared_table_words import source_code
 from sglang_alloc.step_record import StepRecord
 from sglang_alloc.threshold_drift import ThresholdDrift
-from sglang_alloc.worker_settings import CORRECT_DRIFT_VARIABLE
 from sglang_alloc.worker_statistics import PhaseStatistics, WorkerStatistics
-from sglang_alloc.worker_tables import choose_mode, enforcement_tables, probe_rows
+from sglang_alloc.worker_tables import enforcement_tables, probe_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,8 +67,7 @@ class Worker:
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
         self.table = SharedTable.open(settings.table_path)
-        profiling = settings.profile_folder is not None
-        self.mode: Mode = choose_mode(settings.mode, self.table, profiling=profiling)
+        self.mode: Mode = mode_to_serve(settings, facts_of(self.table))
         rule = ":".join(
             (
                 *(self.mode, self.table.payload_digest),
@@ -139,12 +137,6 @@ class Worker:
 
     def _make_drift(self) -> ThresholdDrift:
         tables = enforcement_tables(self.table, self.mode)
-        if self.mode != "threshold" or tables.decode.mean_quotas is None:
-            raise ConfigurationError(
-                f"{CORRECT_DRIFT_VARIABLE} is set, which corrects calibrated thresholds, but "
-                f"{self.table.path} is served in mode {self.mode} or does not say how many slots "
-                "its thresholds keep. Leave it out, or calibrate the tables again."
-            )
         return ThresholdDrift(tables, delayed=self._on_device is not None)
 
     def apply(self, change: BudgetChange) -> None:
@@ -342,7 +334,7 @@ def make_enforcement(
     and is told by `recorders` what they observe.
     """
     tables = enforcement_tables(table, mode)
-    if table.mode_note.startswith(PROBE_NOTE):
+    if probe_of_note(table.mode_note) is not None:
         return ProbeEnforcement(tables, probe_rows(table), device_type, profile_record, recorders)
     if device_type == "cpu":
         return HostEnforcement(tables)

@@ -6,43 +6,10 @@ from typing import cast
 
 import numpy as np
 
-from sglang_alloc.allocation_mode import (
-    MODES,
-    PROBE_NOTE,
-    Mode,
-    Phase,
-    default_mode,
-    mode_of_phase,
-    require_support,
-)
+from sglang_alloc.allocation_mode import Mode, Phase, default_mode, mode_of_phase
 from sglang_alloc.enforcement import EnforcementTables, PhaseRows
 from sglang_alloc.enforcement_probe import ProbeRows
-from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.shared_table import SharedTable
-
-
-def choose_mode(asked: Mode | None, table: SharedTable, *, profiling: bool = False) -> Mode:
-    """Return the mode to serve in; raise ConfigurationError when the table does not allow it.
-
-    A table that was published for one mode is served in that one, because the controller takes its
-    predicted loss for what the budgets cost. A table of probes is for `profiling` alone.
-    """
-    note = table.mode_note
-    if profiling and note.startswith(PROBE_NOTE):
-        return cast(Mode, note.removeprefix(PROBE_NOTE).partition("+")[0])
-    if note.startswith(PROBE_NOTE):
-        raise ConfigurationError(
-            f"{table.path} is a table of probes, made to profile {table.model_id}: it cannot be "
-            "served. Publish budget tables with `sglang-alloc publish`."
-        )
-    if note in MODES and asked not in {None, note}:
-        raise ConfigurationError(
-            f"mode {asked!r} was asked for, but {table.path} was published for mode {note!r}, "
-            "which the controller counts on: publish it with --mode for the other one"
-        )
-    mode = asked or (note if note in MODES else default_mode(table.has_section))
-    require_support(mode, table.has_section, table.model_id)
-    return mode
 
 
 def enforcement_tables(table: SharedTable, mode: Mode) -> EnforcementTables:

@@ -1,4 +1,4 @@
-"""Which mode a table is served in, and whose predicted loss counts then."""
+"""Whose predicted loss counts, and which mode a published table is for."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +15,6 @@ from sglang_alloc.cli import app
 from sglang_alloc.errors import ConfigurationError, TableFormatError
 from sglang_alloc.predicted_loss import predicted_loss
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
-from sglang_alloc.worker_tables import choose_mode
 
 FULL = make_full_tables()
 Publish = Callable[[str], SharedTable]
@@ -62,18 +61,6 @@ def test_a_table_without_a_mode_s_own_loss_gives_that_of_the_quotas(tmp_path: Pa
         np.testing.assert_array_equal(
             predicted_loss(table, "decode"), FULL.arrays()["predicted_loss"]
         )
-
-
-def test_a_table_for_one_mode_is_served_in_no_other(published: Publish) -> None:
-    table = published("layer")
-    assert choose_mode(None, table) == "layer"
-    with pytest.raises(ConfigurationError, match=r"published for mode 'layer'.*--mode"):
-        choose_mode("threshold", table)
-
-
-def test_probes_are_not_served(published: Publish) -> None:
-    with pytest.raises(ConfigurationError, match="table of probes"):
-        choose_mode(None, published("probe:layer"))
 
 
 def test_probes_are_published_but_never_saved(tmp_path: Path) -> None:

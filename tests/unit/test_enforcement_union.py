@@ -12,9 +12,8 @@ from table_factory import make_full_tables, make_tables
 
 from sglang_alloc.enforcement import EnforcementTables, RoutedSlots
 from sglang_alloc.enforcement_host import HostEnforcement
-from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
-from sglang_alloc.worker_tables import choose_mode, enforcement_tables
+from sglang_alloc.worker_tables import enforcement_tables
 from sglang_alloc_kernels.reference_mass import reference_factor_torch
 from sglang_alloc_kernels.score_threshold import score_threshold_torch
 from sglang_alloc_kernels.union_selection import opened_selection_torch, union_selection_torch
@@ -172,12 +171,3 @@ def test_a_prefill_decides_each_token_alone(tables: EnforcementTables) -> None:
     assert torch.equal(together, torch.cat(one_by_one))
     enforcement.begin_forward("decode")
     assert enforcement.drop(0, slots) is slots
-
-
-def test_a_table_without_union_rows_is_refused(tmp_path: Path) -> None:
-    publish_shared_table(tmp_path / "plain.tbl", make_tables())
-    with (
-        SharedTable.open(tmp_path / "plain.tbl") as table,
-        pytest.raises(ConfigurationError, match="holds no union_quotas"),
-    ):
-        choose_mode("union", table)

@@ -18,7 +18,7 @@ from sglang_alloc import plugin, plugin_entry, plugin_proof
 from sglang_alloc.budget_follower import BudgetChange
 from sglang_alloc.compatibility import is_before
 from sglang_alloc.compatibility_seams import DOWN_USES_TMA, SEAMS, TRITON_EXPERTS, ZEROS_IN_PLACE
-from sglang_alloc.errors import SharedTableError, UnsupportedServerError
+from sglang_alloc.errors import ConfigurationError, UnsupportedServerError
 from sglang_alloc.plugin_facts import num_shared_columns
 from sglang_alloc.plugin_proof import prove_routing
 from sglang_alloc.shared_table import Fallback, Selection, publish_shared_table
@@ -343,7 +343,7 @@ def test_a_fallback_without_a_row_is_refused_before_anything_is_patched(
 ) -> None:
     monkeypatch.setattr(plugin, "verify_seams", lambda resolve: [])  # has its own tests
     beyond = WorkerSettings(settings.table_path, fallback=Fallback("budget", 99, 99))
-    with pytest.raises(SharedTableError, match="99"):
+    with pytest.raises(ConfigurationError, match="99"):
         plugin._check_before_hooks(beyond)
 
 

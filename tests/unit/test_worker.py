@@ -18,7 +18,7 @@ from sglang_alloc.budget_follower import BudgetChange, BudgetFollower
 from sglang_alloc.enforcement import RoutedSlots
 from sglang_alloc.enforcement_device import DeviceEnforcement
 from sglang_alloc.enforcement_host import HostEnforcement
-from sglang_alloc.errors import ConfigurationError, ModelMismatchError, UnsupportedServerError
+from sglang_alloc.errors import ModelMismatchError, UnsupportedServerError
 from sglang_alloc.request_budget import OwnBudget, OwnBudgets
 from sglang_alloc.shared_table import (
     Fallback,
@@ -31,7 +31,7 @@ from sglang_alloc.shared_table_words import source_code
 from sglang_alloc.step_record import StepRecord
 from sglang_alloc.worker import ServedModel, Worker, check_fits, make_enforcement
 from sglang_alloc.worker_settings import FULL_QUALITY, WorkerSettings
-from sglang_alloc.worker_tables import choose_mode, enforcement_tables
+from sglang_alloc.worker_tables import enforcement_tables
 
 SECOND_NS = 10**9
 LAYERS, TOP_K, EXPERTS = 3, 4, 8
@@ -273,16 +273,6 @@ def test_a_table_of_another_model_is_named_and_refused(
 ) -> None:
     with pytest.raises(ModelMismatchError, match=named):
         check_fits(table, _make_model(**change))
-
-
-def test_the_mode_follows_what_the_table_holds(table: SharedTable, tmp_path: Path) -> None:
-    assert choose_mode(None, table) == "layer"
-    assert choose_mode("token", table) == "token"
-    with pytest.raises(ConfigurationError, match="holds no thresholds"):
-        choose_mode("threshold", table)
-    publish_shared_table(tmp_path / "full.tbl", make_full_tables())
-    with SharedTable.open(tmp_path / "full.tbl") as full:
-        assert choose_mode(None, full) == "threshold"
 
 
 def test_prefill_uses_its_own_rows_where_the_table_has_them(tmp_path: Path) -> None:

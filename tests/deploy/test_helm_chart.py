@@ -23,6 +23,9 @@ from chart_render import (
     values_arguments,
 )
 
+from sglang_alloc_controller.config_follower import RESTART_SECTIONS
+from sglang_alloc_controller.settings import Settings
+
 OPERATOR_GROUP = "monitoring.coreos.com/v1"
 ALL_SETS = pytest.mark.parametrize("value_set", VALUE_SETS)
 
@@ -158,14 +161,74 @@ def test_optional_objects_are_off_by_default_and_on_when_asked_for() -> None:
     assert {m["kind"] for m in render("everything")} == always | optional
 
 
-def test_changed_configuration_restarts_the_pod_unless_switched_off() -> None:
-    def checksum(*arguments: str) -> str | None:
-        template = only(render("default", *arguments), "Deployment")["spec"]["template"]
-        value: str | None = template["metadata"]["annotations"].get("checksum/controller-config")
-        return value
+# A changed value of each section of the controller's configuration, as helm's argument.
+CHANGES = {
+    "table": "sharedTable.fileName=other.tbl",
+    "mode": "controller.config.mode=control",
+    "tick_seconds": "controller.config.tick_seconds=1",
+    "source": "controller.config.source.poll_seconds=2",
+    "slo": "controller.config.slo.queue_requests=9",
+    "quality": "controller.config.quality.decode_floor_budget=9",
+    "fixed": "controller.config.fixed.prefill_budget=9,controller.config.fixed.decode_budget=9",
+    "law": "controller.config.law.min_samples=9",
+    "freshness": "controller.config.freshness.hold_seconds=9",
+    "http": "controller.metricsPort=9999",
+    "control": "controller.controlTokenSecret.name=tokens",
+    "kill_switch": "controller.config.kill_switch.path=/tmp/kill",
+    "decision_log": "controller.config.decision_log.path=/tmp/log",
+}
 
-    assert checksum() != checksum("--set", "controller.config.slo.queue_requests=9")
-    assert checksum("--set", "controller.restartOnConfigChange=false") is None
+
+def _checksum(*arguments: str) -> str | None:
+    template = only(render("default", *arguments), "Deployment")["spec"]["template"]
+    value: str | None = template["metadata"]["annotations"].get("checksum/controller-config")
+    return value
+
+
+@pytest.mark.parametrize("section", Settings.model_fields)
+def test_only_what_the_controller_cannot_follow_restarts_the_pod_and_only_if_asked_to(
+    section: str,
+) -> None:
+    asked, change = ("--set", "controller.restartOnConfigChange=true"), ("--set", CHANGES[section])
+    assert _checksum(*change) is None
+    restarts = _checksum(*asked) != _checksum(*asked, *change)
+    assert restarts == (section in RESTART_SECTIONS)
+
+
+def test_budget_tables_and_a_cost_model_beside_them_can_be_read_by_the_controller() -> None:
+    manifests = render("everything")
+    mounts = {
+        name: next(m for m in container(manifests, name)["volumeMounts"] if "tables" in m["name"])
+        for name in ("publish-table", "controller")
+    }
+    assert mounts["controller"] == mounts["publish-table"]
+    assert mounts["controller"]["readOnly"] is True
+
+
+def test_control_token_comes_from_its_secret_and_a_missing_one_does_not_hold_up_the_pod() -> None:
+    manifests = render("everything")
+    volume = next(v for v in _pod(manifests)["volumes"] if v["name"] == "control-token")["secret"]
+    assert (volume["secretName"], volume["optional"]) == ("control-token", True)
+    assert volume["items"] == [{"key": "bearer", "path": "token"}]
+    mounts = container(manifests, "controller")["volumeMounts"]
+    folder = next(m["mountPath"] for m in mounts if m["name"] == "control-token")
+    text = only(manifests, "ConfigMap", "demo-olmoe-controller")["data"]["controller.yaml"]
+    assert yaml.safe_load(text)["control"] == {"token_file": f"{folder}/token"}
+
+
+def test_two_places_for_one_token_are_refused() -> None:
+    token_file = "controller.config.control.token_file=/tmp/token"
+    arguments = ("--set", token_file, "--set", "controller.controlTokenSecret.name=tokens")
+    result = helm("template", "demo", str(CHART), *arguments, check=False)
+    assert "controlTokenSecret.name and controller.config.control.token_file" in result.stderr
+
+
+def test_controller_has_the_environment_and_the_volumes_that_it_is_given() -> None:
+    manifests = render("everything")
+    controller = container(manifests, "controller")
+    assert {"name": "SGLANG_ALLOC_KILL_SWITCH", "value": "0"} in controller["env"]
+    assert {"name": "decisions", "mountPath": "/var/log/sglang-alloc"} in controller["volumeMounts"]
+    assert any(v["name"] == "decisions" for v in _pod(manifests)["volumes"])
 
 
 def test_a_new_chart_version_alone_does_not_reload_the_model() -> None:

@@ -106,6 +106,17 @@ def _answers(url: str, process: subprocess.Popen[bytes]) -> bool:
     return False
 
 
+def _comes(port: int, line: str) -> bool:
+    """Wait until this line is in the controller's metrics."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            if line in answer.read().decode().splitlines():
+                return True
+        time.sleep(0.1)
+    return False
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -144,6 +155,17 @@ def test_controller_works_before_sglang_is_there(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
         assert table.selector()[1:] == (8, 8), "it stops at full quality"
+
+
+def test_kill_switch_of_the_runbook_is_seen_and_released(tmp_path: Path) -> None:
+    shared, port = _publish(tmp_path), _free_port()
+    with _controller(tmp_path, port) as process:
+        assert _answers(f"http://127.0.0.1:{port}/livez", process)
+        switch = shared.with_name("model.tbl.kill")
+        switch.touch()
+        assert _comes(port, "sglang_alloc_controller_kill_switch 1.0")
+        switch.unlink()
+        assert _comes(port, "sglang_alloc_controller_kill_switch 0.0")
 
 
 def test_controller_that_refuses_its_settings_stays_and_leaves_the_server_alone(

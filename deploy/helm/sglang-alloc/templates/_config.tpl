@@ -19,7 +19,18 @@ A null in the values removes a key on its way here; the two SLOs must be said, s
 {{- $_ := set $config "source" $source }}
 {{- $_ := set $config "table" (include "sglang-alloc.tablePath" .) }}
 {{- $_ := set $config "http" (dict "host" "0.0.0.0" "port" .Values.controller.metricsPort) }}
+{{- if .Values.controller.controlTokenSecret.name }}
+{{- if ($config.control).token_file }}
+{{- fail "controller.controlTokenSecret.name and controller.config.control.token_file are both set: keep one" }}
+{{- end }}
+{{- $_ := set $config "control" (dict "token_file" (printf "%s/token" (include "sglang-alloc.controlTokenFolder" .))) }}
+{{- end }}
 {{- toYaml $config }}
+{{- end }}
+
+{{/* The sections that a running controller cannot take; it follows changes of all others by itself. */}}
+{{- define "sglang-alloc.whatNeedsARestart" -}}
+{{- pick (include "sglang-alloc.controllerConfig" . | fromYaml) "table" "source" "http" "control" "kill_switch" "decision_log" | toYaml }}
 {{- end }}
 
 {{/* An SLO between two buckets cannot be measured: refuse it before anything is installed. */}}

@@ -41,9 +41,12 @@ probe is enough. So it stays and retries when it refuses to work, and no probe r
     - /etc/sglang-alloc/controller.yaml
     - --retry-seconds
     - "10"
-  env: # for `sglang-alloc status` and `set`, run inside the container
+  env: # the table: for `sglang-alloc status` and `set`, run inside the container
     - name: SGLANG_ALLOC_TABLE
       value: {{ include "sglang-alloc.tablePath" . }}
+    {{- with .Values.controller.extraEnv }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
   ports:
     - name: ctrl-metrics
       containerPort: {{ .Values.controller.metricsPort }}
@@ -56,10 +59,21 @@ probe is enough. So it stays and retries when it refuses to work, and no probe r
     - name: controller-config
       mountPath: /etc/sglang-alloc
       readOnly: true
+    - name: budget-tables
+      mountPath: {{ .Values.budgetTables.mountPath }}
+      readOnly: true
+    {{- if .Values.controller.controlTokenSecret.name }}
+    - name: control-token
+      mountPath: {{ include "sglang-alloc.controlTokenFolder" . }}
+      readOnly: true
+    {{- end }}
     - name: shared-table
       mountPath: {{ .Values.sharedTable.mountPath }}
     - name: tmp
       mountPath: /tmp
+    {{- with .Values.controller.extraVolumeMounts }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
 {{- end }}
 
 {{/* 3. SGLang itself, started through `sglang-alloc serve`, which reads SGLANG_ALLOC_* and checks it all first. */}}

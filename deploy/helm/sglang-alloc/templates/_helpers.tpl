@@ -52,6 +52,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- printf "%s/%s" .Values.sharedTable.mountPath .Values.sharedTable.fileName }}
 {{- end }}
 
+{{- define "sglang-alloc.controlTokenFolder" -}}
+/run/secrets/sglang-alloc
+{{- end }}
+
 {{- define "sglang-alloc.containerSecurityContext" -}}
 allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true

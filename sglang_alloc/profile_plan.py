@@ -11,7 +11,6 @@ import numpy.typing as npt
 from sglang_alloc.errors import ConfigurationError
 
 Context = Literal["isolated", "target", "paper", "lexi"]
-CONTEXTS: tuple[Context, ...] = ("isolated", "target", "paper")
 
 Matrix = npt.NDArray[np.float64]
 

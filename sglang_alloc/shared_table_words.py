@@ -80,8 +80,7 @@ class WorkerCounters(NamedTuple):
     kept_mass_millionths: int = 0
 
 
-_COUNTER_INDEX = {name: index for index, name in enumerate(WorkerCounters._fields)}
-assert len(_COUNTER_INDEX) == WORKER_SLOT_WORDS
+assert len(WorkerCounters._fields) == WORKER_SLOT_WORDS
 
 
 class WorkerSlot:
@@ -101,12 +100,6 @@ class WorkerSlot:
         if self._is_intact():
             for index in range(WORKER_SLOT_WORDS - 1, -1, -1):
                 self._words[index] = counters[index]
-
-    def update(self, **counters: int) -> None:
-        """Write the named words of `WorkerCounters`, each by one 8-byte store; see `store`."""
-        if self._is_intact():
-            for name, value in counters.items():
-                self._words[_COUNTER_INDEX[name]] = value
 
 
 def pack_word(generation: int, prefill_budget: int, decode_budget: int) -> int:

@@ -71,11 +71,9 @@ class WorkerStatistics:
         self._taken[phase] = replace(self.by_phase[phase])
         return recent
 
-    def begin_forward(self, phase: Phase | None, num_tokens: int) -> None:
+    def begin_forward(self, phase: Phase, num_tokens: int) -> None:
         """Start a forward; its routing is measured when it is the phase's turn."""
         self._sampled = None
-        if phase is None:
-            return
         statistics, self._phase = self.by_phase[phase], phase
         if statistics.forwards % SAMPLE_EVERY[phase] == 0:
             statistics.sampled_forwards += 1

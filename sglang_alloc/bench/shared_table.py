@@ -54,7 +54,6 @@ def _operations(table: SharedTable, writer: SelectorWriter) -> dict[str, Callabl
         "selector()": table.selector,
         "selection(), controller alive": lambda: table.selection(now_ns, _STALE_AFTER_NS, full),
         "selection(), controller stale": lambda: table.selection(2 * now_ns, 1, full),
-        "worker_slot.update(steps, last_step_ns)": lambda: slot.update(steps=1, last_step_ns=1),
         "worker_slot.store(), all 16 words": lambda: slot.store(counters),
         "writer.write()": lambda: writer.write(100, 200),
         "writer.beat()": lambda: writer.beat(now_ns),

@@ -43,7 +43,6 @@ class Material(NamedTuple):
     prompts: Tensor  # (P, S)
     full_continuations: Tensor  # (P, new_tokens)
     questions: dict[str, list[Question]]
-    full_right: dict[str, Tensor]  # (Q,) by task
 
 
 def domains_in_turn(split: str, count: int, window_tokens: int) -> Tensor:
@@ -76,21 +75,17 @@ def gather_material(model: ReferenceModel, sizes: Sizes) -> Material:
     windows = domains_in_turn("heldout", sizes.windows, sizes.window_tokens)
     assert len(windows) % ROWS_PER_PASS == 0
     prompts = domains_in_turn("heldout", sizes.prompts, sizes.prompt_tokens)[:, :-1]
-    asked, right = able_questions(model, sizes.questions)
     return Material(
         windows,
         full_log_probabilities(model, windows),
         prompts,
         greedy_continuations(model, prompts, sizes.new_tokens, None),
-        asked,
-        right,
+        able_questions(model, sizes.questions),
     )
 
 
-def able_questions(
-    model: ReferenceModel, count: int
-) -> tuple[dict[str, list[Question]], dict[str, Tensor]]:
-    """Questions of the tasks that the full model can do, and which of them it gets right.
+def able_questions(model: ReferenceModel, count: int) -> dict[str, list[Question]]:
+    """Questions of the tasks that the full model can do.
 
     The made-up tasks if it can do at least two of them, because no answer of those can be known by
     heart; else those cut from text.
@@ -101,4 +96,4 @@ def able_questions(
         able = [task for task, marks in right.items() if float(marks.mean()) >= RIGHT_SHARE_MIN]
         if len(able) > 1:
             break
-    return {task: asked[task] for task in able}, {task: right[task] for task in able}
+    return {task: asked[task] for task in able}

@@ -12,8 +12,6 @@ from sglang_alloc.reference.architecture import ReferenceConfig, huggingface_con
 from sglang_alloc.reference.model import ReferenceModel
 from sglang_alloc.reference.tokenizer import save_tokenizer
 
-CHECKPOINT_BYTES_MAX = 16_000_000  # the repository carries it
-
 
 def checkpoint_tensors(model: ReferenceModel) -> dict[str, Tensor]:
     """The weights under Hugging Face's names, one matrix per expert, bfloat16."""

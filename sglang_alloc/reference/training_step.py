@@ -13,11 +13,10 @@ from sglang_alloc.reference.recipe import Recipe, learning_rate_at
 
 
 class StepResult(NamedTuple):
-    """Mean cross-entropy in nats per byte, balance loss, gradient norm before clipping."""
+    """Mean cross-entropy in nats per byte, and balance loss."""
 
     loss: float
     balance_loss: float
-    gradient_norm: float
 
 
 def build_optimizer(model: ReferenceModel, recipe: Recipe) -> torch.optim.AdamW:
@@ -59,13 +58,13 @@ def training_step(
         for gradients, _, _ in parts[1:]:
             total += gradients[index]
         parameter.grad = total / len(parts)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.gradient_norm_max)
+    torch.nn.utils.clip_grad_norm_(parameters, recipe.gradient_norm_max)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(recipe, step) * group["rate_ratio"]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     losses = torch.tensor([[loss, balance] for _, loss, balance in parts]).mean(0)
-    return StepResult(float(losses[0]), float(losses[1]), float(norm))
+    return StepResult(float(losses[0]), float(losses[1]))
 
 
 def _gradients(

@@ -70,14 +70,6 @@ def served_union(
     return referenced(rule, tables.union_references[row].tolist(), saliency)
 
 
-def distinct_experts(kept_ids: Tensor, batch: int, steps: int, num_experts: int) -> float:
-    """Mean number of distinct experts of a step, from kept ids (T, K) that are -1 where dropped."""
-    by_step = kept_ids.view(-1, batch, steps, kept_ids.shape[1]).transpose(1, 2).flatten(2)
-    seen = torch.zeros(*by_step.shape[:2], num_experts + 1, dtype=torch.bool)
-    seen.scatter_(2, torch.where(by_step < 0, num_experts, by_step), True)
-    return float(seen[..., :num_experts].sum(-1).float().mean())
-
-
 @torch.no_grad()
 def calibrate_union(
     model: ReferenceModel,

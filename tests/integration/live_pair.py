@@ -58,7 +58,6 @@ class Evidence:
     server_metrics: str = ""
     server_loads: str = ""
     ordeals: Ordeals | None = None
-    controller_metrics: str = ""
     empty_queries: list[PanelQuery] = field(default_factory=list)
 
 
@@ -80,7 +79,7 @@ def run_story(folder: Path, prometheus_binary: str) -> Evidence:
         load = stack.enter_context(_load(server.url))
         _control_kill_resume(folder, config, controller_port, table, evidence)
         with _controller(folder, config, controller_port) as process:
-            _look(evidence, server.url, controller_port, prometheus)
+            _look(evidence, server.url, prometheus)
             pair = Pair(
                 server.url, server.process.pid, f"http://127.0.0.1:{controller_port}", config, table
             )
@@ -118,12 +117,11 @@ def _control_kill_resume(
         evidence.resumed = Selector(0, *_acknowledged(table))
 
 
-def _look(evidence: Evidence, server: str, port: int, prometheus: Prometheus) -> None:
+def _look(evidence: Evidence, server: str, prometheus: Prometheus) -> None:
     queries = panel_queries(DASHBOARD)
     evidence.empty_queries = prometheus.wait_until_none_is_empty(queries, PATIENCE_SECONDS)
     evidence.server_metrics = _get(f"{server}/metrics")
     evidence.server_loads = _get(f"{server}{LOADS_PATH}")
-    evidence.controller_metrics = _get(f"http://127.0.0.1:{port}/metrics")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from sglang_alloc.server_runs.budget_override import BudgetOverride
 from sglang_alloc.server_runs.errors import ServerRunError
 from sglang_alloc.server_runs.machine import cpu_model, machine_facts, software_versions
 from sglang_alloc.server_runs.progress import Stage, StageProgress, time_left_text
-from sglang_alloc.shared_table import SharedTable
+from sglang_alloc.shared_table import SharedTable, WorkerCounters
 
 LOADS = {
     "timestamp": "2026-01-01T00:00:00Z",
@@ -31,13 +31,14 @@ LOADS = {
 def _acknowledge_override(table: SharedTable) -> None:
     override = table.override(time.monotonic_ns())
     assert override is not None
-    table.worker_slot(0).update(
-        pid=1, acknowledged_source=2, acknowledged_generation=override.generation
+    table.worker_slot(0).store(
+        WorkerCounters(pid=1, acknowledged_source=2, acknowledged_generation=override.generation)
     )
 
 
 def _acknowledge(table: SharedTable, prefill_budget: int, decode_budget: int) -> None:
-    table.worker_slot(0).update(pid=1, prefill_budget=prefill_budget, decode_budget=decode_budget)
+    counters = WorkerCounters(pid=1, prefill_budget=prefill_budget, decode_budget=decode_budget)
+    table.worker_slot(0).store(counters)
 
 
 def test_the_loads_of_all_ranks_are_added_up() -> None:

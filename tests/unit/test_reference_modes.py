@@ -16,7 +16,6 @@ from sglang_alloc.reference.heldout import token_losses
 from sglang_alloc.reference.thresholds import calibrate_thresholds, measure_saliency
 from sglang_alloc.reference.union_sets import (
     calibrate_union,
-    distinct_experts,
     served_union,
     union_allocation,
 )
@@ -74,11 +73,6 @@ def test_losses_of_the_union_are_those_of_the_tables_as_they_are_served() -> Non
             losses[reference] = float((token_losses(model, windows, rule) - full).mean())
         assert losses[k2] == pytest.approx(float(found.losses[row]), abs=1e-5)
         assert losses[k2] == pytest.approx(min(losses.values()), abs=1e-5)
-
-
-def test_distinct_experts_are_counted_per_step() -> None:
-    kept = torch.tensor([[0, 1], [2, -1], [0, 3], [2, 2]])  # two windows of two steps
-    assert distinct_experts(kept, batch=2, steps=2, num_experts=4) == 2.0
 
 
 def test_a_batch_mixes_the_domains() -> None:

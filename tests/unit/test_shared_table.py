@@ -227,8 +227,8 @@ def test_the_counters_of_each_rank_come_back(table: SharedTable) -> None:
     table.worker_slot(63).store(WorkerCounters(pid=7, rank=63))
     slot = table.worker_slot(0)
     slot.store(first)
-    slot.update(steps=99, last_step_ns=2**64 - 1)
     expected = first._replace(steps=99, last_step_ns=2**64 - 1)
+    slot.store(expected)
     other = SharedTable.open(table.path, writable=False)
     assert other.worker_counters() == [expected, WorkerCounters(pid=7, rank=63)]
 
@@ -273,7 +273,6 @@ def test_a_file_shortened_in_place_means_fallback_and_not_a_crash(
     hold = Fallback("hold")
     assert table.selection(NOW_NS, SECOND_NS, hold) == Selection("fallback", 2, 5, 7)
     slot.store(WorkerCounters(pid=7))
-    slot.update(steps=7)
     assert table.path.stat().st_size == left_bytes
     assert not table.is_current()
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from sglang_alloc.errors import SharedTableError
 from sglang_alloc.shared_table import SOURCES, SharedTable, WorkerCounters
-
-_RECENT_SECONDS = 10.0
+from sglang_alloc.shared_table_liveness import is_alive, process_lives
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def living_workers(path: Path) -> list[int]:
         contextlib.suppress(SharedTableError),
         SharedTable.open(path, writable=False) as table,
     ):
-        return [worker.pid for worker in table.worker_counters() if _lives(worker.pid)]
+        return [worker.pid for worker in table.worker_counters() if process_lives(worker.pid)]
     return []
 
 
@@ -131,11 +130,10 @@ def _worker_status(
 
     distinct = mean("distinct_experts", "sampled_decode_steps")
     source = counters.acknowledged_source
-    step_age_seconds = (now_ns - counters.last_step_ns) / 1e9
     return WorkerStatus(
         rank=counters.rank,
         pid=counters.pid,
-        alive=step_age_seconds < _RECENT_SECONDS or _lives(counters.pid),
+        alive=is_alive(counters, now_ns),
         acknowledged_generation=counters.acknowledged_generation,
         source=SOURCES[source] if source < len(SOURCES) else f"unknown {source}",
         prefill_budget=counters.prefill_budget,
@@ -146,9 +144,5 @@ def _worker_status(
         kept_mass_ratio=counters.kept_mass_millionths / 1e6,
         steps=counters.steps,
         fallbacks=counters.fallbacks,
-        last_step_age_seconds=step_age_seconds,
+        last_step_age_seconds=(now_ns - counters.last_step_ns) / 1e9,
     )
-
-
-def _lives(pid: int) -> bool:
-    return Path(f"/proc/{pid}").is_dir()

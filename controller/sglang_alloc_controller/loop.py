@@ -11,6 +11,7 @@ import structlog
 
 from sglang_alloc.errors import AllocError, ConfigurationError, TableInUseError
 from sglang_alloc.shared_table import Override, SharedTable
+from sglang_alloc.shared_table_liveness import steps_now
 from sglang_alloc_controller.bucket_edges import missing_edges
 from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.config_follower import ReloadOutcome
@@ -275,7 +276,7 @@ class ControlLoop:
         observation: Observation,
     ) -> TickReport:
         newest, ranges = self._core.history.newest, self._core.ranges
-        worker = self._link.slowest_worker()
+        worker = self._link.slowest_worker(round(seen.now_seconds * _NANOSECONDS))
         written = self._written()
         budget_min = self._link.table.shape.budget_min
         report = TickReport(
@@ -309,8 +310,7 @@ class ControlLoop:
         return self._with_quality_minutes(report)
 
     def _with_quality_minutes(self, report: TickReport) -> TickReport:
-        # An idle server acknowledges nothing, and nobody is there to get less than full quality.
-        below_full = report.is_below_full and report.input_state is not InputState.IDLE
+        below_full = report.is_below_full and self._serves(report)
         window_seconds = 3600 * self.settings.quality.below_full_window_hours
         self._below_full.add(
             report.now_seconds, below_full=below_full, window_seconds=window_seconds
@@ -319,6 +319,14 @@ class ControlLoop:
             below_full_seconds_total=self._below_full.total_seconds,
             below_full_minutes=self._below_full.minutes(),
         )
+
+    def _serves(self, report: TickReport) -> bool:
+        """Tell whether somebody is there to get less than full quality."""
+        if report.input_state is InputState.STALE:
+            # Whether there is load is not known; a rank that steps serves somebody.
+            now_ns = round(report.now_seconds * _NANOSECONDS)
+            return report.worker is not None and steps_now(report.worker, now_ns)
+        return report.input_state is not InputState.IDLE
 
     def _publish(self, report: TickReport, reading: Reading | None) -> None:
         self._metrics.report(report)

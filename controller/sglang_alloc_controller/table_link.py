@@ -13,6 +13,7 @@ from sglang_alloc.shared_table import (
     WorkerCounters,
     is_newer_generation,
 )
+from sglang_alloc.shared_table_liveness import is_alive
 
 _Bounds = TypeVar("_Bounds")
 
@@ -76,7 +77,12 @@ class TableLink:
             raise
 
     def selector(self) -> Selector:
-        """Return the budgets in the selector."""
+        """Return the budgets in the selector.
+
+        Raises:
+            SharedTableError: the file is lost; to read on would end the process.
+        """
+        self.table.require_intact()
         return self.table.selector()
 
     def override(self, now_ns: int) -> Override | None:
@@ -89,7 +95,7 @@ class TableLink:
 
     def write(self, prefill_budget: int, decode_budget: int) -> bool:
         """Write the budgets if they differ from the selector's; return whether they did."""
-        selector = self.table.selector()
+        selector = self.selector()
         if (selector.prefill_budget, selector.decode_budget) == (prefill_budget, decode_budget):
             return False
         self._writer.write(prefill_budget, decode_budget)
@@ -99,10 +105,15 @@ class TableLink:
         """Tell the workers that this controller lives."""
         self._writer.beat(now_ns)
 
-    def slowest_worker(self) -> WorkerCounters | None:
-        """Return the counters of the rank that is furthest behind; None: no worker yet."""
+    def slowest_worker(self, now_ns: int) -> WorkerCounters | None:
+        """Return the counters of the living rank that is furthest behind; None: no rank lives.
+
+        The slots of a server that is gone keep what they held.
+        """
         slowest: WorkerCounters | None = None
         for worker in self.table.worker_counters():
+            if not is_alive(worker, now_ns):
+                continue
             if slowest is None or is_newer_generation(
                 slowest.acknowledged_generation, worker.acknowledged_generation
             ):

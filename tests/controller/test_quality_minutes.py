@@ -1,15 +1,27 @@
 """Minutes below full quality: what counts, the rolling window, and what an idle server is."""
 
+import math
 from pathlib import Path
 
 import pytest
 from engine_counters import Engine
-from virtual_loop import VirtualController, make_settings, publish_table
+from virtual_loop import NS, VirtualController, make_settings, publish_table
 
 from sglang_alloc.shared_table import WorkerCounters
 from sglang_alloc_controller.quality_minutes import QualityMinutes
 
 HOUR = 3600.0
+
+
+# The largest pid of Linux, which is the first that no process has.
+NO_PROCESS = 4_194_304
+
+
+def _step(controller: VirtualController, pid: int, age_seconds: float = 0.0) -> None:
+    """Let rank 0 have stepped so long ago, at budgets of which one is below full."""
+    last_step_ns = controller.clock.now_ns - round(age_seconds * NS)
+    worker = WorkerCounters(pid=pid, prefill_budget=40, decode_budget=48, last_step_ns=last_step_ns)
+    controller.link.table.worker_slot(0).store(worker)
 
 
 def _run(minutes: QualityMinutes, start: float, seconds: float, *, below: bool) -> float:
@@ -49,9 +61,7 @@ def test_a_rank_below_its_ceiling_counts_while_the_server_has_work(tmp_path: Pat
     controller = VirtualController(make_settings(tmp_path / "t.tbl", quality=quality))
     engine = Engine(controller)
     controller.source = engine
-    slot = controller.link.table.worker_slot(0)
-    zeros = WorkerCounters(*[0] * len(WorkerCounters._fields))
-    slot.store(zeros._replace(pid=1, prefill_budget=40, decode_budget=48))
+    _step(controller, pid=1, age_seconds=1000.0)
     for _ in range(21):
         controller.tick()
     assert controller.metric("below_full_seconds_total") == pytest.approx(10.0)
@@ -62,3 +72,34 @@ def test_a_rank_below_its_ceiling_counts_while_the_server_has_work(tmp_path: Pat
         controller.tick()
     assert controller.state() == "idle"
     assert controller.metric("below_full_seconds_total") < 16.0
+
+
+def test_the_slot_of_a_server_that_is_gone_counts_no_more(tmp_path: Path) -> None:
+    publish_table(tmp_path / "t.tbl")
+    controller = VirtualController(make_settings(tmp_path / "t.tbl"))
+    engine = Engine(controller)
+    controller.source = engine
+    _step(controller, NO_PROCESS)
+    controller.tick()
+    assert controller.metric("budget_acknowledged_activations", phase="prefill") == 40
+    for _ in range(7200):
+        controller.tick()
+    assert math.isnan(controller.metric("budget_acknowledged_activations", phase="prefill"))
+    # The first tick has no time behind it.
+    assert controller.metric("below_full_seconds_total") == pytest.approx(9.5)
+
+
+@pytest.mark.parametrize(("steps", "minutes"), [(True, 1.0), (False, 9.5 / 60)])
+def test_without_readings_a_rank_counts_while_it_steps(
+    tmp_path: Path, steps: bool, minutes: float
+) -> None:
+    publish_table(tmp_path / "t.tbl")
+    controller = VirtualController(make_settings(tmp_path / "t.tbl"))
+    _step(controller, pid=1)
+    for _ in range(121):
+        controller.tick()
+        if steps:
+            _step(controller, pid=1)
+    assert controller.state() == "stale"
+    assert controller.metric("budget_acknowledged_activations", phase="prefill") == 40
+    assert controller.metric("below_full_minutes") == pytest.approx(minutes)

@@ -30,7 +30,7 @@ class ScoredSlots(NamedTuple):
         return step.floors[:num_tokens, None] >= top_k
 
 
-Rule = Callable[[ScoredSlots], torch.Tensor]
+KeepRule = Callable[[ScoredSlots], torch.Tensor]
 
 
 def apply_rule_torch(
@@ -38,7 +38,7 @@ def apply_rule_torch(
     topk_ids: torch.Tensor,
     rows: LayerRows,
     layer_index: int,
-    rule: Rule,
+    rule: KeepRule,
     *,
     num_shared: int,
     step: StepTensors,

@@ -6,7 +6,6 @@ is larger comes from the rule.
 """
 
 import copy
-from collections.abc import Callable
 from itertools import product
 from typing import NamedTuple
 
@@ -17,9 +16,14 @@ from sglang_alloc.evaluation.generation import agreed_share, greedy_continuation
 from sglang_alloc.evaluation.jobs import Job
 from sglang_alloc.evaluation.material import Material
 from sglang_alloc.evaluation.points import Point, rounded
-from sglang_alloc.evaluation.rules import Subject, served_threshold
+from sglang_alloc.evaluation.rules import (
+    Builder,
+    Subject,
+    served_layer,
+    served_threshold,
+    served_token,
+)
 from sglang_alloc.evaluation.step_rules import by_step
-from sglang_alloc.reference.allocations import layer_allocation, token_allocation
 from sglang_alloc.reference.model import Allocation, ReferenceModel
 from sglang_alloc.reference.union_sets import served_union
 
@@ -99,25 +103,13 @@ def _unlike(model: ReferenceModel, batches: list[Tensor], rule: Allocation | Non
     return 1.0 - float(agreed_share(first[:1], second[:1])[0])
 
 
-def _layer(subject: Subject, budget: int) -> Allocation:
-    return layer_allocation(subject.tables.quotas[subject.row(budget)].tolist())
-
-
-def _threshold(subject: Subject, budget: int) -> Allocation:
-    return served_threshold(subject, budget)
-
-
-def _token(subject: Subject, budget: int) -> Allocation:
-    return token_allocation(subject.tables.quotas[subject.row(budget)].tolist())
-
-
 def _union(subject: Subject, budget: int) -> Allocation:
     return served_union(subject.tables, budget, subject.saliency.double(), BATCH, steps=1)
 
 
-STEP_RULES: dict[str, Callable[[Subject, int], Allocation]] = {
-    "layer": _layer,
-    "threshold": _threshold,
-    "token": _token,
+STEP_RULES: dict[str, Builder] = {
+    "layer": served_layer,
+    "threshold": served_threshold,
+    "token": served_token,
     "union": _union,
 }

@@ -31,12 +31,11 @@ from sglang_alloc.evaluation.score_rules import (
 )
 from sglang_alloc.reference.allocations import (
     layer_allocation,
-    referenced,
     threshold_allocation,
     token_allocation,
 )
-from sglang_alloc.reference.gains import gained
 from sglang_alloc.reference.model import Allocation, ReferenceModel
+from sglang_alloc.reference.rule_comparison import threshold_of_tables
 from sglang_alloc.reference.thresholds import calibrate_thresholds
 from sglang_alloc.solve import solve_all_budgets
 
@@ -98,14 +97,7 @@ def build_rule(subject: Subject, name: str, budget: int) -> Allocation:
 
 def served_threshold(subject: Subject, budget: int) -> Allocation:
     """Mode `threshold` with the thresholds, references and gains of the tables: the default."""
-    tables, row = subject.tables, subject.row(budget)
-    assert tables.thresholds is not None
-    rule = threshold_allocation(tables.thresholds[row].tolist(), subject.saliency)
-    if tables.references is not None:
-        rule = referenced(rule, tables.references[row].tolist(), subject.saliency)
-    if tables.gains is not None:
-        rule = gained(rule, tables.gains[row].tolist())
-    return rule
+    return threshold_of_tables(subject.tables, budget, subject.saliency)
 
 
 def plain_threshold(subject: Subject, budget: int) -> Allocation:
@@ -116,11 +108,13 @@ def plain_threshold(subject: Subject, budget: int) -> Allocation:
     return threshold_allocation(found.thresholds, subject.saliency)
 
 
-def _mode_layer(subject: Subject, budget: int) -> Allocation:
+def served_layer(subject: Subject, budget: int) -> Allocation:
+    """Mode `layer` with the quotas of the tables."""
     return layer_allocation(subject.tables.quotas[subject.row(budget)].tolist())
 
 
-def _mode_token(subject: Subject, budget: int) -> Allocation:
+def served_token(subject: Subject, budget: int) -> Allocation:
+    """Mode `token` with the quotas of the tables."""
     return token_allocation(subject.tables.quotas[subject.row(budget)].tolist())
 
 
@@ -177,8 +171,8 @@ def _top_p(subject: Subject, budget: int) -> Allocation:
 
 # Ours, without corrections; and what corrections are tried on beside them.
 _PLAIN: dict[str, Builder] = {
-    "layer": _mode_layer,
-    "token": _mode_token,
+    "layer": served_layer,
+    "token": served_token,
     "threshold": plain_threshold,
     "uniform k": _uniform,
 }
@@ -195,8 +189,8 @@ BASELINES: dict[str, Builder] = {
 }
 RULES: dict[str, Builder] = {
     DEFAULT_RULE: served_threshold,
-    "layer": _mode_layer,
-    "token": _mode_token,
+    "layer": served_layer,
+    "token": served_token,
     "weight threshold": _weight_threshold,
     **BASELINES,
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sglang_alloc.reference.allocations import apply_kept
 from sglang_alloc.reference.model import Allocation, ReferenceModel
-from sglang_alloc.reference.thresholds import threshold_of_quota
+from sglang_alloc.reference.thresholds import threshold_of_scores
 from sglang_alloc_kernels.score_threshold import score_threshold_torch
 
 Score = Callable[[int, Tensor, Tensor], Tensor]  # (layer, ids, weights) -> (T, K)
@@ -64,7 +64,7 @@ def layerwise_thresholds(
     found: dict[int, float] = {}
 
     def allocate(layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        found[layer] = threshold_of_quota(score(layer, ids, weights), quotas[layer])
+        found[layer] = threshold_of_scores(score(layer, ids, weights), quotas[layer])
         return kept_by_score(score, [found.get(index, 0.0) for index in range(len(quotas))])(
             layer, x, ids, weights
         )
@@ -84,7 +84,7 @@ def global_threshold(model: ReferenceModel, windows: Tensor, score: Score, quota
         seen: list[Tensor] = []
         rule = kept_by_score(score, [threshold] * model.config.num_layers)
         model(windows[:, :-1], _recording(rule, score, seen))
-        threshold = threshold_of_quota(torch.cat(seen), quota)
+        threshold = threshold_of_scores(torch.cat(seen), quota)
     return threshold
 
 

@@ -16,6 +16,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from sglang_alloc.budget_tables import BudgetTables, save_budget_tables
+from sglang_alloc.calibrate_corrections import references_of_rows
 from sglang_alloc.calibrate_thresholds import anchor_rows
 from sglang_alloc.model_identity import identity_from_config
 from sglang_alloc.profile_plan import falling_to_zero
@@ -34,12 +35,11 @@ from sglang_alloc.reference.samples import read_sample
 from sglang_alloc.reference.sensitivity import profile_sensitivity
 from sglang_alloc.reference.threshold_quotas import threshold_quotas
 from sglang_alloc.reference.thresholds import CalibratedRow, calibrate_thresholds, measure_saliency
-from sglang_alloc.reference.union_sets import UnionRows, calibrate_union
+from sglang_alloc.reference.union_sets import REFERENCE_ANCHORS, UnionRows, calibrate_union
 from sglang_alloc.solve import solve_all_budgets
 
 WINDOW_TOKENS = 1_024  # the trained context: beyond it losses mean nothing
 CALIBRATION_WINDOWS, HELDOUT_WINDOWS = 10, 7  # per domain
-REFERENCE_ANCHORS = 9
 UNION_BATCH = 8  # requests in a decode step: the smallest that shares many experts loses most
 UNION_WINDOWS = 16  # two such batches
 WORKERS = 2
@@ -165,8 +165,7 @@ def best_references(
     losses = np.array(list(found)).reshape(len(anchors), -1)
     best = [candidates[i] for i in losses.argmin(axis=1)]
     best[-1] = top_k
-    nearest = [int(np.abs(np.array(anchors) - row).argmin()) for row in range(len(targets))]
-    return [best[i] for i in nearest[:-1]] + [top_k]
+    return references_of_rows(len(targets), anchors, best, top_k)
 
 
 def union_windows(calibration: dict[str, Tensor]) -> Tensor:

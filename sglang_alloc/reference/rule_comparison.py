@@ -44,6 +44,21 @@ def held_out(model: ReferenceModel, windows: dict[str, Tensor]) -> HeldOut:
     return HeldOut(windows, {domain: token_losses(model, w) for domain, w in windows.items()})
 
 
+def threshold_of_tables(tables: BudgetTables, budget: int, saliency: Tensor) -> Allocation:
+    """Mode `threshold` with the thresholds, references and gains of the tables, as it is served.
+
+    saliency: the tables', (L, E).
+    """
+    row = budget - tables.budget_min
+    assert tables.thresholds is not None
+    rule = threshold_allocation(tables.thresholds[row].tolist(), saliency)
+    if tables.references is not None:
+        rule = referenced(rule, tables.references[row].tolist(), saliency)
+    if tables.gains is not None:
+        rule = gained(rule, tables.gains[row].tolist())
+    return rule
+
+
 def compare_modes(
     model: ReferenceModel,
     tables: BudgetTables,
@@ -52,19 +67,12 @@ def compare_modes(
     executor: Executor,
 ) -> Iterator[LossRow]:
     """Measure the modes `threshold` and `layer` at `budgets`, several at once, in order."""
-    assert tables.thresholds is not None
     assert tables.saliency is not None
     saliency = torch.from_numpy(tables.saliency)
     rules: list[tuple[str, int, Allocation]] = []
     for budget in budgets:
-        index = budget - tables.budget_min
-        thresholds, quotas = tables.thresholds[index].tolist(), tables.quotas[index].tolist()
-        rule = threshold_allocation(thresholds, saliency)
-        if tables.references is not None:
-            rule = referenced(rule, tables.references[index].tolist(), saliency)
-        if tables.gains is not None:
-            rule = gained(rule, tables.gains[index].tolist())
-        rules.append(("threshold", budget, rule))
+        quotas = tables.quotas[budget - tables.budget_min].tolist()
+        rules.append(("threshold", budget, threshold_of_tables(tables, budget, saliency)))
         rules.append(("layer", budget, layer_allocation(quotas)))
 
     def measure(rule: tuple[str, int, Allocation]) -> LossRow:

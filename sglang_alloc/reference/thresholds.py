@@ -44,7 +44,7 @@ def measure_saliency(model: ReferenceModel, windows: Tensor) -> Tensor:
     return torch.where(counts > 0, sums / counts.clamp(min=1), typical).float()
 
 
-def threshold_of_quota(slot_scores: Tensor, quota: float) -> float:
+def threshold_of_scores(slot_scores: Tensor, quota: float) -> float:
     """The threshold at which tokens keep `quota` of their slots on average.
 
     slot_scores (T, K); a token's best slot is kept whatever the threshold, so the threshold is the
@@ -78,7 +78,7 @@ class ThresholdCalibration:
 
     def __call__(self, layer: int, _x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         slot_scores = scores(layer, ids, weights, self._saliency)
-        threshold = threshold_of_quota(slot_scores, self._quotas[layer])
+        threshold = threshold_of_scores(slot_scores, self._quotas[layer])
         self.thresholds[layer] = threshold
         kept = score_threshold_torch(slot_scores, threshold)
         reduced = apply_kept(weights, kept, renormalize=False)

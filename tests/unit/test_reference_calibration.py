@@ -35,7 +35,7 @@ from sglang_alloc.reference.threshold_quotas import (
 from sglang_alloc.reference.thresholds import (
     calibrate_thresholds,
     measure_saliency,
-    threshold_of_quota,
+    threshold_of_scores,
 )
 
 
@@ -97,9 +97,9 @@ def test_threshold_keeps_its_quota_exactly_on_its_own_text(quota: float) -> None
 
 def test_threshold_at_quota_one_keeps_only_the_best() -> None:
     scores = torch.tensor([[0.4, 0.9], [0.8, 0.1]])
-    assert threshold_of_quota(scores, 1.0) > 0.9
-    assert threshold_of_quota(scores, 1.5) == pytest.approx(0.4)
-    assert threshold_of_quota(scores, 2.0) == 0.0
+    assert threshold_of_scores(scores, 1.0) > 0.9
+    assert threshold_of_scores(scores, 1.5) == pytest.approx(0.4)
+    assert threshold_of_scores(scores, 2.0) == 0.0
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "olmoe"])

@@ -42,7 +42,7 @@ lint: $(INSTALLED) ## Format, lint, types and import rules; changes nothing
 	@.venv/bin/lint-imports
 
 bench: $(INSTALLED) ## Latency against budget on this machine, beside stock SGLang
-	@$(VENV_PYTHON) -m sglang_alloc.bench
+	@.venv/bin/sglang-alloc bench
 	@PYTHONPATH=kernels/bench $(VENV_PYTHON) -m moe_bench --device cpu
 
 bench-gpu: ## Routing, MoE layers and whole steps on a GPU, in the environment of GPU_PYTHON

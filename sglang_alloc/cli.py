@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from sglang_alloc.cli_bench import bench
 from sglang_alloc.cli_calibrate import calibrate
 from sglang_alloc.cli_evaluate import evaluate
 from sglang_alloc.cli_evaluate_served import evaluate_served
@@ -48,6 +49,10 @@ app.command(
     options_metavar="[OPTIONS] -- [SGLANG OPTIONS]",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": False},
 )(calibrate)
+app.command(
+    options_metavar="[OPTIONS] -- [SGLANG OPTIONS]",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": False},
+)(bench)
 app.command()(evaluate)
 app.command(
     "evaluate-served",

@@ -18,6 +18,7 @@ from sglang_alloc.errors import AllocError
 from sglang_alloc.plugin_entry import TABLE_VARIABLE
 from sglang_alloc.profile_windows import Window
 from sglang_alloc.server_runs.budget_override import BudgetOverride
+from sglang_alloc.server_runs.engine_device import serves_on_cpu
 from sglang_alloc.server_runs.owned_process import OwnedProcess, owned_process
 from sglang_alloc.server_runs.server_process import (
     CPU_ARGUMENTS,
@@ -191,16 +192,16 @@ def profiled_server(
     """
     table_path = folder / "probes.tbl"
     publish_shared_table(table_path, probes, mode_note=note)
-    port = free_port()
+    port, on_cpu = free_port(), serves_on_cpu(arguments)
     command = [
         *(sys.executable, "-m", "sglang.launch_server"),
         *("--model-path", str(model_path), "--port", str(port), "--host", "127.0.0.1"),
         "--disable-cuda-graph",
-        *(() if _has_accelerator(arguments) else CPU_ARGUMENTS),
+        *(CPU_ARGUMENTS if on_cpu else ()),
         *arguments,
     ]
     environment = {
-        **({} if _has_accelerator(arguments) else CPU_ENVIRONMENT),
+        **(CPU_ENVIRONMENT if on_cpu else {}),
         TABLE_VARIABLE: str(table_path.absolute()),
         PROFILE_VARIABLE: str(folder.absolute()),
         ROUTING_VARIABLE: "",  # probes look at SGLang's slots
@@ -215,14 +216,6 @@ def profiled_server(
                 yield server
             finally:
                 server.close()
-
-
-def _has_accelerator(arguments: Sequence[str]) -> bool:
-    if "--device" in arguments:
-        return arguments[arguments.index("--device") + 1] != "cpu"
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def _forwarded(meta: dict[str, Any]) -> int:

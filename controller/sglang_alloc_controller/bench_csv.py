@@ -51,7 +51,7 @@ def _read(path: Path) -> list[_Row]:
     if missing:
         raise ConfigurationError(
             f"The bench {path} should have the columns {', '.join(COLUMNS)} and lacks "
-            f"{', '.join(missing)}. Make it with `make bench`."
+            f"{', '.join(missing)}. Make it with `sglang-alloc bench`."
         )
     return rows
 

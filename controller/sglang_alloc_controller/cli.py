@@ -105,7 +105,8 @@ def replay(
 def advise(
     *,
     benches: Annotated[
-        list[Path], typer.Argument(help="CSVs of `make bench`, one for each mode to compare.")
+        list[Path],
+        typer.Argument(help="CSVs of `sglang-alloc bench`, one for each mode to compare."),
     ],
     tables: Annotated[
         Path, typer.Option(help="The budget tables (.npz) of the model.", show_default=False)
@@ -183,8 +184,8 @@ def simulate(
     bench: Annotated[
         Path | None,
         typer.Option(
-            help="CSV of your server's step times, of `python -m sglang_alloc.bench`. Default: "
-            "the reference model on two CPU cores.",
+            help="CSV of your server's step times, of `sglang-alloc bench`. Default: the "
+            "reference model on two CPU cores.",
             show_default=False,
         ),
     ] = None,

@@ -72,7 +72,7 @@ def _step_times(benches: Sequence[Path], tables: BudgetTables) -> dict[str, Step
             if mode not in MODES:
                 raise ConfigurationError(
                     f"{path} does not say in its column `mode` what was served ({mode}): one of "
-                    f"{', '.join(MODES)}. Make it with `make bench`."
+                    f"{', '.join(MODES)}. Make it with `sglang-alloc bench`."
                 )
             if mode in measured:
                 raise ConfigurationError(

@@ -86,9 +86,9 @@ class QualitySettings(Section):
     """Nats per token above the full model that the table may predict; it becomes the smallest
     budget, for each phase by its own prediction. null: no such bound."""
     cost_model: str | None = None
-    """CSV of step times by budget, as `python -m sglang_alloc.bench` writes it. With it the law
-    uses only budgets that are faster than every larger one, and lowers first what saves most time
-    per predicted loss. null: all budgets, prefill first."""
+    """CSV of step times by budget, as `sglang-alloc bench` writes it. With it the law uses only
+    budgets that are faster than every larger one, and lowers first what saves most time per
+    predicted loss. null: all budgets, prefill first."""
     prefill_floor_budget: Budget | None = None
     """Smallest prefill budget, activations per token over all MoE layers; null: the table's."""
     decode_floor_budget: Budget | None = None

@@ -11,18 +11,21 @@ from typing import NamedTuple
 
 
 class Pair(NamedTuple):
-    """Stock SGLang and one budget, timed one right after the other in the same round."""
+    """One budget and stock SGLang (None: not served), timed one after the other in a round."""
 
     case: str
     budget: int
     phase: str
     concurrency: int
-    stock_seconds: float
+    stock_seconds: float | None
     seconds: float
 
 
 class Row(NamedTuple):
-    """One case over all rounds; a quartile pair is (25 %, 75 %) and holds half of the rounds."""
+    """One case over all rounds; a quartile pair is (25 %, 75 %) and holds half of the rounds.
+
+    What is of stock is None where no stock server was beside it.
+    """
 
     phase: str
     concurrency: int
@@ -33,10 +36,10 @@ class Row(NamedTuple):
     median_ms: float
     low_ms: float
     high_ms: float
-    stock_median_ms: float
-    ratio_to_stock: float
-    ratio_low: float
-    ratio_high: float
+    stock_median_ms: float | None
+    ratio_to_stock: float | None
+    ratio_low: float | None
+    ratio_high: float | None
 
 
 def summarise(pairs: Sequence[Pair], activations: Mapping[tuple[str, str], float]) -> list[Row]:
@@ -55,24 +58,29 @@ def summarise(pairs: Sequence[Pair], activations: Mapping[tuple[str, str], float
 
 def _row(group: Sequence[Pair], activations_per_token: float | None) -> Row:
     times = [1000 * pair.seconds for pair in group]
-    ratios = [pair.seconds / pair.stock_seconds for pair in group]
     low_ms, high_ms = quartiles(times)
-    ratio_low, ratio_high = quartiles(ratios)
     return Row(
-        phase=group[0].phase,
-        concurrency=group[0].concurrency,
-        case=group[0].case,
-        budget=group[0].budget,
-        activations_per_token=activations_per_token,
-        rounds=len(group),
-        median_ms=statistics.median(times),
-        low_ms=low_ms,
-        high_ms=high_ms,
-        stock_median_ms=statistics.median(1000 * pair.stock_seconds for pair in group),
-        ratio_to_stock=statistics.median(ratios),
-        ratio_low=ratio_low,
-        ratio_high=ratio_high,
+        group[0].phase,
+        group[0].concurrency,
+        group[0].case,
+        group[0].budget,
+        activations_per_token,
+        len(group),
+        statistics.median(times),
+        low_ms,
+        high_ms,
+        *_beside_stock(group),
     )
+
+
+def _beside_stock(group: Sequence[Pair]) -> tuple[float | None, ...]:
+    """Return stock's median in ms, and the median and quartiles of the ratios to it."""
+    both = [(pair.seconds, pair.stock_seconds) for pair in group if pair.stock_seconds is not None]
+    if not both:
+        return (None, None, None, None)
+    ratios = [seconds / stock for seconds, stock in both]
+    stock_ms = statistics.median(1000 * stock for _, stock in both)
+    return (stock_ms, statistics.median(ratios), *quartiles(ratios))
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
@@ -106,23 +114,33 @@ def _phase_table(rows: Sequence[Row], phase: str) -> str:
     lines = [
         f"| {phase}: {title} | activations per token | {' | '.join(heads)} |",
         "|---" * (2 + len(heads)) + "|",
-        f"| stock SGLang | | {' | '.join(_stock(mine, c) for c in concurrencies)} |",
     ]
+    if any(row.stock_median_ms is not None for row in mine):
+        lines.append(f"| stock SGLang | | {' | '.join(_stock(mine, c) for c in concurrencies)} |")
+    full_ms = {row.concurrency: row.median_ms for row in _of_largest_budget(mine)}
     for case in dict.fromkeys(row.case for row in mine):
-        cells = [row for row in mine if row.case == case]
+        cells = sorted((row for row in mine if row.case == case), key=lambda row: row.concurrency)
         measured = cells[0].activations_per_token
         shown = "" if measured is None else f"{measured:.1f}"
-        figures = " | ".join(_figure(row) for row in cells)
+        figures = " | ".join(_figure(row, full_ms[row.concurrency]) for row in cells)
         lines.append(f"| {case} (budget {cells[0].budget}) | {shown} | {figures} |")
     return "\n".join(lines)
 
 
+def _of_largest_budget(rows: Sequence[Row]) -> list[Row]:
+    largest = max(row.budget for row in rows)
+    return [row for row in rows if row.budget == largest]
+
+
 def _stock(rows: Sequence[Row], concurrency: int) -> str:
-    medians = [row.stock_median_ms for row in rows if row.concurrency == concurrency]
-    return f"{statistics.median(medians):.1f}"
+    mine = [row.stock_median_ms for row in rows if row.concurrency == concurrency]
+    return f"{statistics.median(ms for ms in mine if ms is not None):.1f}"
 
 
-def _figure(row: Row) -> str:
+def _figure(row: Row, full_ms: float) -> str:
+    """Return the median and its ratio to stock with the quartiles, or else to full budget."""
+    if row.ratio_to_stock is None:
+        return f"{row.median_ms:.1f} = {row.median_ms / full_ms:.2f}x full"
     spread = f"{row.ratio_low:.2f}-{row.ratio_high:.2f}"
     return f"{row.median_ms:.1f} = {row.ratio_to_stock:.2f}x ({spread})"
 

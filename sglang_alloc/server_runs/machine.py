@@ -57,6 +57,29 @@ def today_utc() -> str:
     return datetime.now(timezone.utc).date().isoformat()
 
 
+def gpu_facts(*, on_cpu: bool) -> dict[str, str]:
+    """Return name and driver of the GPUs, and torch's CUDA; each `-` on a CPU or where unknown."""
+    if on_cpu:
+        return dict.fromkeys(("gpu", "driver", "cuda"), "-")
+    import torch  # takes seconds; here it opens no GPU
+
+    names, drivers = _nvidia_smi("name"), _nvidia_smi("driver_version")
+    return {
+        "gpu": " + ".join(dict.fromkeys(names)) or "-",
+        "driver": " + ".join(dict.fromkeys(drivers)) or "-",
+        "cuda": torch.version.cuda or "-",
+    }
+
+
+def _nvidia_smi(field: str) -> list[str]:
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
+
+
 def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

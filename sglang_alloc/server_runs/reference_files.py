@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from sglang_alloc.allocation_mode import MODES
@@ -28,11 +29,16 @@ def tables_path(given: argparse.Namespace) -> Path:
 
 
 def heldout_texts(given: argparse.Namespace) -> list[str]:
-    """Read the held-out text that prompts are cut from.
+    """Read the held-out text that `add_model_arguments` names; raises as `read_heldout` does."""
+    return read_heldout(given.text or ())
+
+
+def read_heldout(named: Sequence[Path]) -> list[str]:
+    """Read the held-out text that prompts are cut from, by default the bundled one.
 
     Raises ServerRunError when there is none or it cannot be read.
     """
-    paths = given.text or sorted((REFERENCE / "samples").glob("heldout_*.txt"))
+    paths = list(named) or sorted((REFERENCE / "samples").glob("heldout_*.txt"))
     if not paths:
         raise ServerRunError(
             f"no held-out text was found in {REFERENCE / 'samples'}, and prompts are cut from it: "

@@ -1,4 +1,4 @@
-"""Demo, step 1: a real SGLang server on the CPU, ready to answer, stopped when the block ends."""
+"""Demo, step 1: a real SGLang server, ready to answer, stopped when the block ends."""
 
 from __future__ import annotations
 
@@ -58,14 +58,16 @@ class ServerOptions(TypedDict, total=False):
     """How a server is started.
 
     With a `table` it is started by `sglang-alloc serve`, else it is stock SGLang and the plugin
-    stays inert. `extra_args` are SGLang's own and may repeat a default (the last one counts); `env`
-    is added to the environment; without a `port` one is chosen.
+    stays inert. It runs on the CPU unless `on_cpu` is false: SGLang then takes the device of
+    `extra_args`, or the one that it finds. `extra_args` are SGLang's own and may repeat a default
+    (the last one counts); `env` is added to the environment; without a `port` one is chosen.
     """
 
     log_path: Required[Path]
     table: Path | None
     mode: str | None
     extra_args: Sequence[str]
+    on_cpu: bool
     env: Mapping[str, str] | None
     port: int | None
 
@@ -91,7 +93,7 @@ def serve(
 @contextlib.contextmanager
 def started_server(model_path: Path, **options: Unpack[ServerOptions]) -> Iterator[Server]:
     """Start SGLang for `model_path` without waiting; stop its process group at the end."""
-    table = options.get("table")
+    table, on_cpu = options.get("table"), options.get("on_cpu", True)
     port = options.get("port") or free_port()
     command = server_command(
         model_path,
@@ -99,8 +101,9 @@ def started_server(model_path: Path, **options: Unpack[ServerOptions]) -> Iterat
         table=table,
         mode=options.get("mode"),
         extra_args=options.get("extra_args", ()),
+        on_cpu=on_cpu,
     )
-    environment = {**CPU_ENVIRONMENT, **(options.get("env") or {})}
+    environment = {**(CPU_ENVIRONMENT if on_cpu else {}), **(options.get("env") or {})}
     with owned_process("SGLang", command, log_path=options["log_path"], env=environment) as process:
         yield Server(f"http://127.0.0.1:{port}", process, table)
 
@@ -112,9 +115,12 @@ def server_command(
     table: Path | None,
     mode: str | None,
     extra_args: Sequence[str],
+    on_cpu: bool = True,
 ) -> list[str]:
     """Return the command line: stock SGLang, or `sglang-alloc serve` in front of it."""
-    arguments = ["--model-path", str(model_path), "--port", str(port), *CPU_ARGUMENTS, *extra_args]
+    device_arguments = CPU_ARGUMENTS if on_cpu else ("--enable-metrics",)
+    arguments = ["--model-path", str(model_path), "--port", str(port)]
+    arguments += [*device_arguments, *extra_args]
     if table is None:
         return [sys.executable, "-m", "sglang.launch_server", *arguments]
     chosen_mode = [] if mode is None else ["--mode", mode]

@@ -3,17 +3,26 @@
 import csv
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx2
 import pytest
 
-from sglang_alloc.bench.__main__ import main
 from sglang_alloc.bench.latency import budget_cases
 from sglang_alloc.bench.summary import Pair, markdown, quartiles, summarise, write_csv
-from sglang_alloc.bench.timing import DECODE_STEPS, measure_timings
+from sglang_alloc.bench.timing import (
+    ON_CPU,
+    Prompts,
+    measure_timings,
+    require_room,
+    tokenize,
+    warm_up,
+)
+from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.server_runs.errors import ServerRunError
 from sglang_alloc.shared_table import TableShape
+from sglang_alloc_controller.bench_csv import read_step_times
 
 
 def _make_pairs() -> list[Pair]:
@@ -81,40 +90,110 @@ def test_the_table_has_a_line_per_budget_and_stock_above() -> None:
     assert "| prefill: ms until the batch's first tokens |" in text
 
 
+def test_without_stock_the_table_compares_with_full_budget() -> None:
+    pairs = [
+        Pair("full", 48, "decode", 8, None, 0.020),
+        Pair("1/2", 24, "decode", 8, None, 0.015),
+        Pair("full", 48, "prefill", 1, None, 0.4),
+        Pair("1/2", 24, "prefill", 1, None, 0.3),
+    ]
+    text = markdown(summarise(pairs, {}))
+    assert "stock" not in text
+    assert "| 1/2 (budget 24) |  | 15.0 = 0.75x full |" in text
+
+
+def test_the_controller_reads_a_csv_without_stock(tmp_path: Path) -> None:
+    pairs = [
+        Pair(name, budget, phase, batch, None, seconds * batch)
+        for name, budget, seconds in (("full", 48, 0.4), ("1/2", 24, 0.3))
+        for phase, batch in (("prefill", 2), ("decode", 8))
+    ]
+    path = tmp_path / "latency.csv"
+    write_csv(path, summarise(pairs, {}), {"mode": "layer", "prefill_prompt_tokens": 100})
+    with path.open(encoding="utf-8", newline="") as file:
+        row = next(csv.DictReader(file))
+    empty = ("stock_median_ms", "ratio_to_stock", "ratio_low", "ratio_high")
+    assert [row[name] for name in empty] == ["", "", "", ""]
+    times = read_step_times(path)
+    assert (times.prefill.sizes, times.decode.sizes) == ((200.0,), (8.0,))
+    assert times.prefill.budgets == (24, 48)
+    assert times.prefill.seconds[0] == pytest.approx((0.6, 0.8))
+
+
+def _client(answer: Callable[[httpx2.Request], httpx2.Response]) -> httpx2.Client:
+    return httpx2.Client(transport=httpx2.MockTransport(answer), base_url="http://server")
+
+
+def _prompts(count: int = 1000) -> Prompts:
+    return Prompts(range(count), random.Random(1))
+
+
 def test_decode_is_the_difference_of_long_and_short_answers() -> None:
     now = [0.0]
 
     def answer(request: httpx2.Request) -> httpx2.Response:
         body = json.loads(request.content)
-        tokens = body["sampling_params"]["max_new_tokens"]
-        # 0.5 s of prefill for any batch, then 10 ms per further token and prompt.
-        now[0] += 0.5 + 0.010 * (tokens - 1) * len(body["text"])
+        tokens, prompts = body["sampling_params"]["max_new_tokens"], body["input_ids"]
+        # 1 ms per prompt token, then 10 ms per further token and prompt.
+        now[0] += 0.001 * sum(map(len, prompts)) + 0.010 * (tokens - 1) * len(prompts)
         meta = {"meta_info": {"completion_tokens": tokens}}
-        return httpx2.Response(200, json=[meta for _ in body["text"]])
+        return httpx2.Response(200, json=[meta for _ in prompts])
 
-    client = httpx2.Client(transport=httpx2.MockTransport(answer), base_url="http://server")
-    timings = measure_timings(client, ["text " * 200], random.Random(1), clock=lambda: now[0])
+    sizes = ON_CPU._replace(prefill_batches=(2, 4), decode_batches=(1, 32), prompt_tokens=100)
+    timings = measure_timings(_client(answer), sizes, _prompts(), clock=lambda: now[0])
     seconds = {timing[:2]: timing.seconds for timing in timings}
-    assert seconds["prefill", 8] == pytest.approx(0.5)
-    assert seconds["decode", 1] == pytest.approx(0.010)
-    assert seconds["decode", 32] == pytest.approx(0.320)
-    assert DECODE_STEPS > 1
+    assert seconds == {
+        ("prefill", 2): pytest.approx(0.2),
+        ("prefill", 4): pytest.approx(0.4),
+        ("decode", 1): pytest.approx(0.010),
+        ("decode", 32): pytest.approx(0.320),
+    }
+
+
+def test_warming_up_sends_every_size_once() -> None:
+    batches = []
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        body = json.loads(request.content)
+        prompts, tokens = body["input_ids"], body["sampling_params"]["max_new_tokens"]
+        batches.append((len(prompts), len(prompts[0])))
+        meta = {"meta_info": {"completion_tokens": tokens}}
+        return httpx2.Response(200, json=[meta for _ in prompts])
+
+    sizes = ON_CPU._replace(prefill_batches=(2,), decode_batches=(1, 8), prompt_tokens=100)
+    warm_up(_client(answer), sizes, _prompts())
+    assert set(batches) == {(2, 100), (1, 32), (8, 32)}
+
+
+def test_prompts_longer_than_the_text_are_refused_with_a_way_out() -> None:
+    with pytest.raises(ConfigurationError, match=r"300 tokens.*only 200.*--text"):
+        _prompts(200).cut(1, 300)
+
+
+def test_texts_become_one_row_of_the_server_s_tokens() -> None:
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        texts = json.loads(request.content)["prompt"]
+        return httpx2.Response(200, json={"tokens": [[len(text), 7] for text in texts]})
+
+    assert tokenize(_client(answer), ["ab", "abc"]) == [2, 7, 3, 7]
+
+
+def test_a_batch_that_the_server_would_queue_is_refused() -> None:
+    loads = {"loads": [{"max_running_requests": 31}, {"max_running_requests": 40}]}
+    client = _client(lambda _: httpx2.Response(200, json=loads))
+    with pytest.raises(ConfigurationError, match=r"32 requests.*runs 31.*--decode-batches"):
+        require_room(client, ON_CPU)
+    require_room(client, ON_CPU._replace(decode_batches=(31,), prefill_batches=(31,)))
+
+
+@pytest.mark.parametrize("body", [{"loads": []}, {"loads": [{"max_running_requests": 0}]}, {}])
+def test_a_server_that_names_no_limit_is_measured(body: dict[str, object]) -> None:
+    require_room(_client(lambda _: httpx2.Response(200, json=body)), ON_CPU)
 
 
 def test_a_short_answer_stops_the_bench() -> None:
     def answer(request: httpx2.Request) -> httpx2.Response:
         return httpx2.Response(200, json=[{"meta_info": {"completion_tokens": 1}}])
 
-    client = httpx2.Client(transport=httpx2.MockTransport(answer), base_url="http://server")
     with pytest.raises(ServerRunError, match="4 output tokens were asked for"):
-        measure_timings(client, ["text " * 200], random.Random(1))
-
-
-def test_missing_tables_end_the_bench_with_a_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("words " * 500)
-    arguments = ["latency", "--model", str(tmp_path), "--text", str(text), "--out", str(tmp_path)]
-    assert main(arguments) == 1
-    assert "budget table" in capsys.readouterr().err
+        measure_timings(_client(answer), ON_CPU, _prompts())

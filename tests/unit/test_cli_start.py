@@ -15,7 +15,9 @@ def _run(*arguments: str, imports: bool = False) -> subprocess.CompletedProcess[
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["publish"], ["status"], ["set"], ["version"]])
+@pytest.mark.parametrize(
+    "command", [[], ["serve"], ["bench"], ["publish"], ["status"], ["set"], ["version"]]
+)
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     result = _run(*command, "--help", imports=True)
     assert result.returncode == 0
@@ -26,7 +28,7 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
 
 def test_help_lists_every_command() -> None:
     listed = _run("--help").stdout
-    assert all(name in listed for name in ("serve", "publish", "status", "set", "version"))
+    assert all(name in listed for name in ("serve", "bench", "publish", "status", "set", "version"))
 
 
 def test_an_error_is_one_sentence_on_stderr_and_status_one(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Simulator check, first step: a short bench of the running server, as the CSV that fits a plant.
 
-It differs from `python -m sglang_alloc.bench` in that it times no stock server beside it, and takes
-prompts as long as the trace's: attention to a long prompt is part of what a step costs.
+It differs from `sglang-alloc bench` in that it decodes behind prompts as long as the trace's:
+attention to a long prompt is part of what a step costs.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def write_bench(
     prompt_bytes: int,
     facts: Mapping[str, object],
 ) -> None:
-    """Write the medians in the columns of `make bench`, those of a stock server left out."""
+    """Write the medians in the columns of `sglang-alloc bench`, those of stock left out."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)

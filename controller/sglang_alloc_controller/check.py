@@ -10,6 +10,7 @@ from sglang_alloc.shared_table import SharedTable
 from sglang_alloc_controller.bucket_edges import check_edges
 from sglang_alloc_controller.quality_bounds import budget_ranges
 from sglang_alloc_controller.samples import PHASES, Reading
+from sglang_alloc_controller.series_fold import unseen_priorities
 from sglang_alloc_controller.settings import Settings
 from sglang_alloc_controller.sglang_metrics import SGLangMetrics
 from sglang_alloc_controller.source import open_source
@@ -64,6 +65,9 @@ def _source(settings: Settings) -> Iterator[Finding]:
     yield _freshness(settings, reading)
     if missing:
         yield Finding("unknown", f"{settings.source.url} does not show {', '.join(missing)} yet.")
+    unseen = unseen_priorities(reading, settings.source)
+    if unseen is not None:
+        yield Finding("unknown", unseen)
     for finding in check_edges(reading, settings.slo):
         level = "ok" if finding.present else "failed" if finding.known else "unknown"
         yield Finding(level, finding.sentence)

@@ -23,6 +23,7 @@ from sglang_alloc_controller.own_metrics import OwnMetrics
 from sglang_alloc_controller.quality_bounds import budget_ranges, predicted_loss
 from sglang_alloc_controller.quality_minutes import QualityMinutes
 from sglang_alloc_controller.samples import PHASES, InputState, Phase, Reading
+from sglang_alloc_controller.series_fold import unseen_priorities
 from sglang_alloc_controller.settings import Settings
 from sglang_alloc_controller.sglang_loads import decode_step_seconds
 from sglang_alloc_controller.source_poller import Observation
@@ -90,6 +91,7 @@ class ControlLoop:
         self._decision_log = decision_log
         self._around = surroundings
         self._told: tuple[object, ...] = ()
+        self._told_priorities: str | None = None
         self._reminded_at_seconds: dict[str, float] = {}
         self._below_full = QualityMinutes()
         self._last_reading: Reading | None = None
@@ -213,6 +215,7 @@ class ControlLoop:
         self._last_reading = reading
         for sentence in missing_edges(reading, self.settings.slo):
             self._remind("slo_not_measured", problem=sentence)
+        self._tell_priorities(unseen_priorities(reading, self.settings.source))
         if last is not None and last.model_names != reading.model_names:
             _log.warning(
                 "model_changed", before=sorted(last.model_names), now=sorted(reading.model_names)
@@ -244,6 +247,11 @@ class ControlLoop:
             raise
         except Exception:
             self._remind("kill_switch_failed", exc_info=True)
+
+    def _tell_priorities(self, problem: str | None) -> None:
+        if problem is not None and problem != self._told_priorities:
+            _log.warning("priority_not_seen", problem=problem)
+            self._told_priorities = problem
 
     def _orders(self, seen: Seen, override: Override | None, kill_cause: str | None) -> _Orders:
         full, budgets = self._full(), None

@@ -105,6 +105,9 @@ class Reading:
     """What each data-parallel rank has done since its start; empty: the server does not tell."""
     model_names: frozenset[str] = frozenset()
     """Names of the models that the series belong to."""
+    priorities: frozenset[str] = frozenset()
+    """Priorities that the series tell apart; empty: the server does not schedule by priority, or
+    has not seen a request yet."""
 
     def series(self, slo: Slo) -> Mapping[str, Histogram]:
         """Return the histogram series of one latency."""

@@ -64,7 +64,8 @@ class SeriesFold:
     Gauges: the maximum over ranks and replicas, since tensor ranks repeat each other and the worst
     queue is the one that hurts. Under priority scheduling SGLang reports the total with an empty
     priority and its parts besides: the total counts, or the chosen priorities' parts are added up
-    for each rank. Histograms stay apart by series; those of other priorities are left out.
+    for each rank. A server that shows no parts is counted whole. Histograms stay apart by series;
+    those of other priorities are left out.
 
     Prompt tokens: the maximum over the ranks of an engine, which all count the same, and the sum
     over engines, since the requests are counted over all of them too. A target without latencies is
@@ -80,6 +81,7 @@ class SeriesFold:
         self._sums: dict[tuple[Slo, str], float] = {}
         self._edges: dict[Slo, set[float]] = {"ttft": set(), "itl": set()}
         self._model_names: set[str] = set()
+        self._priorities: set[str] = set()
         self._prefill_tokens: dict[Labels, float] = {}
         self._serving_targets: set[str] = set()
 
@@ -89,6 +91,7 @@ class SeriesFold:
         if model_name is not None and labels.model_name not in {None, model_name}:
             return
         self._model_names.add(labels.model_name or "")
+        self._priorities.add(labels.priority)
         if name == "realtime_tokens_total":
             if labels.mode == "prefill_compute" and math.isfinite(value):
                 self._prefill_tokens[labels] = value
@@ -127,6 +130,7 @@ class SeriesFold:
             prefill_tokens=sum(prefill_tokens.values()) if prefill_tokens else None,
             engines=max(1, len(prefill_tokens)),
             model_names=frozenset(self._model_names - {""}),
+            priorities=frozenset(self._priorities - {""}),
         )
 
     def _prefill_tokens_by_engine(self) -> dict[str, float]:
@@ -138,7 +142,8 @@ class SeriesFold:
 
     def _largest(self, name: str, priorities: list[str] | None) -> float:
         """Return the gauge of the rank that has most, of these priorities or in total."""
-        chosen = {""} if priorities is None else set(priorities)
+        apart = any(parts.keys() - {""} for parts in self._gauges[name].values())
+        chosen = set(priorities) if priorities is not None and apart else {""}
         return max(
             sum(value for priority, value in parts.items() if priority in chosen)
             for parts in self._gauges[name].values()
@@ -162,6 +167,27 @@ class SeriesFold:
             return False
         priorities = self._settings.priorities
         return priorities is None or labels.priority == "" or labels.priority in priorities
+
+
+def unseen_priorities(reading: Reading, settings: SourceSettings) -> str | None:
+    """Return a sentence about chosen priorities that the server does not show; None: it does.
+
+    Nothing is said of a server that has answered no request.
+    """
+    unseen = set(settings.priorities or ()) - reading.priorities
+    if not unseen or not (reading.priorities or reading.event_count("ttft")):
+        return None
+    listed = ", ".join(sorted(unseen))
+    if not reading.priorities:
+        return (
+            f"source.priorities chooses {listed}, but the server shows no priorities, so all its "
+            "requests count. Start SGLang with --enable-priority-scheduling, or remove the setting."
+        )
+    return (
+        f"source.priorities chooses {listed}, which the server has not shown yet; it shows "
+        f"{', '.join(sorted(reading.priorities))}. Correct the setting unless such requests are "
+        "still to come."
+    )
 
 
 def _written(labels: Mapping[str, str], without: frozenset[str]) -> str:

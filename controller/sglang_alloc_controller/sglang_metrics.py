@@ -107,13 +107,13 @@ def parse_metrics(text: str, taken_at_seconds: float, settings: SourceSettings) 
 
 
 def with_load(reading: Reading, load: EngineLoad, settings: SourceSettings) -> Reading:
-    """Return the reading with the load's age, and with its queue unless priorities are chosen.
+    """Return the reading with the load's age, and with its queue unless priorities are counted.
 
     The load does not tell priorities apart, and SGLang's gauges in /metrics stay where they were
     while an engine is idle.
     """
     taken_at_seconds = reading.taken_at_seconds - load.age_seconds
-    if settings.priorities is not None:
+    if settings.priorities is not None and reading.priorities:
         return replace(
             reading,
             taken_at_seconds=taken_at_seconds,

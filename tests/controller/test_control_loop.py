@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from engine_counters import Engine
+from structlog.testing import capture_logs
 from time_machine import TimeMachineFixture
 from virtual_loop import NS, VirtualController, make_settings, publish_table
 
@@ -413,6 +415,15 @@ def test_an_slo_that_is_no_bucket_edge_is_not_guessed_at(table: Path) -> None:
     engine.edges, engine.within_ratio = (0.04, 0.9, float("inf")), 0.0
     assert _run(controller, 30) == FULL
     assert controller.metric("slo_attainment_ratio", slo="ttft") != 0.0
+
+
+def test_a_priority_that_the_server_does_not_show_is_logged_once(table: Path) -> None:
+    controller, _ = _controller(table, source={"priorities": ["0"]})
+    structlog.reset_defaults()  # the fixture that silences logs puts them back afterwards
+    with capture_logs() as logs:
+        _run(controller, 300)
+    events = [line["event"] for line in logs]
+    assert events.count("priority_not_seen") == 1
 
 
 def test_the_slowest_worker_is_reported(table: Path) -> None:

@@ -129,7 +129,9 @@ def test_loads_can_be_switched_off() -> None:
 def test_chosen_priorities_keep_their_own_queue_because_loads_do_not_tell_them_apart() -> None:
     load = parse_loads(answer(rank(num_waiting_reqs=50)))
     chosen = SourceSettings(priorities=["0"])
-    assert with_load(READING, load, chosen).queue_requests == 9
+    apart = replace(READING, priorities=frozenset({"0", "3"}))
+    assert with_load(apart, load, chosen).queue_requests == 9
+    assert with_load(READING, load, chosen).queue_requests == 50  # this server has none
     assert with_load(READING, load, SourceSettings()).queue_requests == 50
 
 

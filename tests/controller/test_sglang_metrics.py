@@ -1,11 +1,13 @@
 """SGLang's metrics pages, recorded from a real server, as readings."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from sglang_alloc_controller.histogram_window import events_between, within_ratio
 from sglang_alloc_controller.samples import Reading, SourceError
+from sglang_alloc_controller.series_fold import unseen_priorities
 from sglang_alloc_controller.settings import SourceSettings
 from sglang_alloc_controller.sglang_metrics import missing_series, parse_metrics
 
@@ -74,6 +76,40 @@ def test_only_chosen_priorities_count_for_latency_and_queue(recorded: Path) -> N
     assert _parse(burst, SourceSettings(priorities=["0"])).queue_requests == 0
     both = SourceSettings(priorities=["0", "3"])
     assert _parse(burst, both).queue_requests == _parse(burst).queue_requests
+
+
+def test_a_server_without_priorities_is_counted_whole(recorded: Path) -> None:
+    chosen = SourceSettings(priorities=["0"])
+    assert _parse((recorded / "burst.txt").read_text(), chosen).queue_requests == 20
+
+
+@pytest.mark.parametrize(
+    ("page", "priorities", "sentence"),
+    [
+        ("burst", ["0"], "server shows no priorities, so all"),
+        ("tp2_priority_burst", ["7", "3"], r"chooses 7, which .* not shown yet; it shows"),
+    ],
+)
+def test_a_chosen_priority_that_the_server_does_not_show_is_told(
+    recorded: Path, page: str, priorities: list[str], sentence: str
+) -> None:
+    settings = SourceSettings(priorities=priorities)
+    reading = _parse((recorded / f"{page}.txt").read_text(), settings)
+    told = unseen_priorities(reading, settings)
+    assert told is not None
+    assert re.search(sentence, told)
+
+
+@pytest.mark.parametrize(
+    ("page", "priorities"),
+    [("burst", None), ("tp2_priority_burst", ["3"]), ("start", ["0"])],
+)
+def test_nothing_is_told_of_priorities_that_are_there_or_of_a_fresh_server(
+    recorded: Path, page: str, priorities: list[str] | None
+) -> None:
+    settings = SourceSettings(priorities=priorities)
+    reading = _parse((recorded / f"{page}.txt").read_text(), settings)
+    assert unseen_priorities(reading, settings) is None
 
 
 def test_waiting_work_of_another_priority_does_not_make_the_server_idle(recorded: Path) -> None:

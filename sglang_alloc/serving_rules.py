@@ -12,6 +12,7 @@ from typing import NamedTuple
 from sglang_alloc.allocation_mode import (
     MODES,
     Mode,
+    Probe,
     default_mode,
     probe_of_note,
     require_support,
@@ -51,8 +52,12 @@ def mode_to_serve(settings: WorkerSettings, table: TableFacts) -> Mode:
     Raises:
         ConfigurationError: the table cannot be served with these settings.
     """
-    mode = _allowed_mode(settings, table)
-    require_support(mode, table.has_section, table.model_id)
+    probe = probe_of_note(table.mode_note)
+    if probe is not None:
+        mode = _profiled_mode(probe, settings, table)  # by rows of its own: it needs no section
+    else:
+        mode = _asked_mode(settings, table)
+        require_support(mode, table.has_section, table.model_id)
     if settings.correct_drift:
         _require_calibrated_thresholds(mode, table)
     if settings.fallback.kind == "budget":
@@ -61,21 +66,23 @@ def mode_to_serve(settings: WorkerSettings, table: TableFacts) -> Mode:
     return mode
 
 
-def _allowed_mode(settings: WorkerSettings, table: TableFacts) -> Mode:
-    """Return the mode that was asked for, or the table's.
-
-    A table that was published for one mode is served in that one, because the controller takes its
-    predicted loss for what the budgets cost. A table of probes is for the profiler alone.
-    """
-    asked, note = settings.mode, table.mode_note
-    probe = probe_of_note(note)
-    if probe is not None:
-        if settings.profile_folder is not None:
-            return probe.mode
+def _profiled_mode(probe: Probe, settings: WorkerSettings, table: TableFacts) -> Mode:
+    """Return the mode of a table of probes, which is for the profiler alone."""
+    if settings.profile_folder is None:
         raise ConfigurationError(
             f"{table.path} is a table of probes, made to profile {table.model_id}: it cannot be "
             "served. Publish budget tables with `sglang-alloc publish`."
         )
+    return probe.mode
+
+
+def _asked_mode(settings: WorkerSettings, table: TableFacts) -> Mode:
+    """Return the mode that was asked for, or the table's.
+
+    A table that was published for one mode is served in that one, because the controller takes its
+    predicted loss for what the budgets cost.
+    """
+    asked, note = settings.mode, table.mode_note
     if note not in MODES:
         return asked or default_mode(table.has_section)
     if asked not in {None, note}:

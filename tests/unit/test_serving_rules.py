@@ -64,6 +64,7 @@ def test_probes_are_for_the_profiler_alone(choose: Choose, tmp_path: Path) -> No
     with pytest.raises(ConfigurationError, match="table of probes"):
         choose(FULL, note)
     assert choose(FULL, note, profile_folder=tmp_path) == "union"
+    assert choose(PLAIN, note, profile_folder=tmp_path) == "union"  # by the probes' own rows
 
 
 @pytest.mark.parametrize("budgets", [(2, 3), (3, 2), (12, 13)])

@@ -108,6 +108,33 @@ def test_an_slo_that_is_not_promised_has_no_rules() -> None:
     assert {r["labels"]["slo"] for r in edges["rules"] if "labels" in r} == {"itl"}
 
 
+LATE_TOKENS = """
+rule_files: [rules.yaml]
+group_eval_order:
+  [sglang-alloc-normalise, sglang-alloc-slo-edges, sglang-alloc-slo-errors, sglang-alloc-slo-alerts]
+evaluation_interval: 1m
+tests:
+  - interval: 1m
+    input_series:
+      - series: sglang:inter_token_latency_seconds_bucket{instance="a", le="0.1"}
+        values: 0+10x90
+      - series: sglang:inter_token_latency_seconds_bucket{instance="a", le="+Inf"}
+        values: 0+100x90
+    promql_expr_test:
+      - expr: count by (slo) (ALERTS{alertname="SglangAllocSloBurnFast", alertstate="firing"})
+        eval_time: 80m
+        exp_samples: [{labels: '{slo="itl"}', value: 1}]
+"""
+
+
+def test_late_tokens_page_where_no_first_token_is_promised(promtool: str, tmp_path: Path) -> None:
+    no_ttft = "controller.config.slo.ttft_seconds=null,monitoring.prometheusRule.enabled=true"
+    rules_text = yaml.safe_dump({"groups": _chart_groups("default", "--set", no_ttft)})
+    (tmp_path / "rules.yaml").write_text(rules_text, encoding="utf-8")
+    (tmp_path / "late.test.yaml").write_text(LATE_TOKENS, encoding="utf-8")
+    assert "SUCCESS" in _promtool(promtool, "test", "rules", str(tmp_path / "late.test.yaml"))
+
+
 def test_only_one_file_holds_numbers_that_an_operator_chooses() -> None:
     others = [path for path in RULE_FILES if path != RULES_FOLDER / "slo_edges.rules.yaml"]
     assert all("vector(" not in path.read_text(encoding="utf-8") for path in others)

@@ -14,9 +14,13 @@ from sglang_alloc.cpu_moe import forward_gated_experts, gated_experts
 from sglang_alloc.enforcement import RoutedSlots
 from sglang_alloc.errors import UnsupportedServerError
 from sglang_alloc.plugin_facts import num_shared_columns
+from sglang_alloc.worker_tables import enforcement_tables
 
 if TYPE_CHECKING:
     from sglang_alloc.worker import Worker
+
+
+_RAISED = 1e30  # far above any score, and finite in float32
 
 
 def is_hooked(target: str, hook: Callable[..., Any]) -> bool:
@@ -44,26 +48,35 @@ def prove_routing(worker: Worker, layer_index: int, router: Any) -> RoutedSlots:
 
     Proves that the layer's own call reaches the hook, and that slots are dropped where the quota
     asks for it: a stale binding or a backend that routes elsewhere shows here, before the server
-    is ready. The logits fall so steeply that, under softmax and sigmoid alike, all but the first
-    slots weigh next to nothing.
+    is ready. Thresholds are raised so far meanwhile that all but the first slot are below them.
     """
     shape, model = worker.table.shape, worker.model
+    tables = enforcement_tables(worker.table, worker.mode)
+    raises_thresholds = tables.rule_of("decode") == "threshold"
+    plain, raised = [1.0] * shape.num_layers, [_RAISED] * shape.num_layers
     hidden_states = torch.zeros(3, 8, device=model.device_type)
     logits = -4.0 * torch.arange(model.num_experts, device=model.device_type).float()
     worker.enforcement.set_budgets(shape.budget_min, shape.budget_min)
+    if raises_thresholds:
+        worker.enforcement.set_threshold_factors(plain, raised)
     worker.enforcement.begin_forward("decode")
     try:
         output = router(hidden_states, logits.repeat(3, 1))
     finally:
         worker.enforcement.set_budgets(shape.budget_max, shape.budget_max)
+        if raises_thresholds:
+            worker.enforcement.set_threshold_factors(plain, plain)
         worker.enforcement.begin_forward("decode")
     if type(output).__name__ != "StandardTopKOutput":
         raise UnsupportedServerError(
             f"the MoE backend routes inside its kernel ({type(output).__name__}), so no slot can "
             "be dropped: start SGLang with --moe-runner-backend triton"
         )
-    quota = worker.quotas("decode", shape.budget_min)[layer_index]
-    must_drop = worker.mode != "threshold" and quota < model.top_k
+    if raises_thresholds:
+        thresholds = tables.decode.thresholds  # a table of probes has none
+        must_drop = thresholds is not None and bool(thresholds[0, layer_index] > 0)
+    else:
+        must_drop = bool(tables.decode.quotas[0, layer_index] < model.top_k)
     dropped = bool((output.topk_ids < 0).any())
     if not worker.has_seen(layer_index) or (must_drop and not dropped):
         raise UnsupportedServerError(

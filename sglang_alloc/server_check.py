@@ -30,6 +30,10 @@ REFUSED_OPTIONS: dict[str, tuple[object, str]] = {
     "moe_dp_size": (1, _SHARDED),
     "enable_dp_attention": (False, "its padding rows have not been shown to stay out of routing"),
     "enable_eplb": (False, _PHYSICAL_IDS),
+    "ep_dispatch_algorithm": (
+        None,
+        "it looks up a copy of each slot's expert, and finds the last one's for a dropped slot",
+    ),
     "ep_num_redundant_experts": (0, _PHYSICAL_IDS),
     "init_expert_location": ("trivial", _PHYSICAL_IDS),
     "enable_lora": (False, "adapters on experts have not been shown to take a dropped slot"),
@@ -43,6 +47,11 @@ REFUSED_OPTIONS: dict[str, tuple[object, str]] = {
     "enable_torch_compile": (
         False,
         "the compiled CPU experts cannot take a dropped slot, and compiled routing is untested",
+    ),
+    "dllm_algorithm": (
+        None,
+        "a diffusion model's steps run in decode's graphs or in prefill's, as they fit, and so "
+        "under the rules of either phase",
     ),
     "kt_weight_path": (None, "experts computed by KTransformers have not been shown to skip slots"),
 }

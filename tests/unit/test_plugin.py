@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from table_factory import FINGERPRINT, make_tables
@@ -23,7 +24,7 @@ from sglang_alloc.plugin_facts import num_shared_columns
 from sglang_alloc.plugin_proof import prove_routing
 from sglang_alloc.shared_table import Fallback, Selection, publish_shared_table
 from sglang_alloc.worker import ServedModel, Worker, make_enforcement
-from sglang_alloc.worker_settings import WorkerSettings
+from sglang_alloc.worker_settings import Mode, WorkerSettings
 
 LAYERS, TOP_K, EXPERTS = 3, 4, 8
 
@@ -89,18 +90,32 @@ def _through_hook(
 
 
 class _Router:
-    """Stands in for SGLang's TopK: its call reaches the hook, unless told to go around it."""
+    """Stands in for SGLang's TopK: its call reaches the hook, unless told to go around it.
 
-    def __init__(self, process: Any, index: int, *, reaches_hook: bool = True) -> None:
+    replaces_dropped: the last expert takes the place of dropped slots, as under
+    `--ep-dispatch-algorithm`.
+    """
+
+    def __init__(
+        self,
+        process: Any,
+        index: int,
+        *,
+        reaches_hook: bool = True,
+        replaces_dropped: bool = False,
+    ) -> None:
         self.topk_config = SimpleNamespace(top_k=TOP_K, num_shared_topk_slots=0)
         self.layer_id = index
         self._reaches_hook = reaches_hook
+        self._replaces_dropped = replaces_dropped
         process.layer_index_of[id(self.topk_config)] = index
 
     def __call__(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> StandardTopKOutput:
         weights, ids = logits.softmax(dim=1).topk(TOP_K)
         if self._reaches_hook:
             weights, ids = _through_hook(weights, ids, self.topk_config)
+        if self._replaces_dropped:
+            ids = ids.masked_fill(ids < 0, EXPERTS - 1)
         return StandardTopKOutput(weights, ids, logits)
 
 
@@ -308,6 +323,30 @@ def test_the_proof_refuses_a_layer_whose_hook_is_not_reached(worker: Worker, pro
     with pytest.raises(UnsupportedServerError, match="MoE layer 2 does not obey the budget"):
         prove_routing(worker, 1, _Router(process, 1, reaches_hook=False))
     assert not worker.enforcement.drops_slots()
+
+
+@pytest.mark.parametrize("mode", ["threshold", "union"])
+def test_the_proof_asks_thresholds_for_a_drop_however_low_they_are(
+    process: Any, tmp_path: Path, mode: Mode
+) -> None:
+    """An engine that puts other experts in the place of dropped slots shows in no other way."""
+    loss = make_tables(LAYERS, TOP_K).predicted_loss
+    low = np.full((len(loss), LAYERS), 1e-6, np.float32)
+    fields = {"thresholds": low, "union_thresholds": low, "union_predicted_loss": loss}
+    tables = make_tables(LAYERS, TOP_K, EXPERTS, **fields)
+    publish_shared_table(tmp_path / "low.tbl", tables)
+    worker = Worker(WorkerSettings(tmp_path / "low.tbl", mode=mode))
+    model = ServedModel("tiny", FINGERPRINT, (1, 2, 3), TOP_K, EXPERTS, 0, "cpu")
+    worker.bind(model, make_enforcement(worker.table, worker.mode, "cpu"), metrics=None)
+    process.worker = worker
+    obeys, replaces = _Router(process, 0), _Router(process, 1, replaces_dropped=True)
+    prove_routing(worker, 0, obeys)
+    with pytest.raises(UnsupportedServerError, match="MoE layer 2 does not obey the budget"):
+        prove_routing(worker, 1, replaces)
+    _reduce(worker, LAYERS)
+    worker.begin_forward("decode", 2)
+    assert (obeys(torch.zeros(2, 8), torch.zeros(2, EXPERTS)).topk_ids >= 0).all()
+    worker.close()
 
 
 def test_the_proof_refuses_a_backend_that_routes_in_its_kernel(worker: Worker) -> None:

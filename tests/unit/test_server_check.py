@@ -70,6 +70,8 @@ def test_the_native_experts_are_served_on_a_cpu() -> None:
             "zeros overwrite the sums",
         ),
         ({"options": {"init_expert_location": "plan.json"}}, "renumbers experts"),
+        ({"options": {"ep_dispatch_algorithm": "dynamic"}}, "the last one's for a dropped slot"),
+        ({"options": {"dllm_algorithm": "LowConfidence"}}, "rules of either phase"),
         ({"graph_backends": {"prefill": "tc_piecewise"}}, "--cuda-graph-backend-prefill"),
     ],
 )

@@ -27,6 +27,26 @@ REFUSED = [
     ('controller.config.table="/tmp/x"', "additional properties 'table' not allowed"),
     ("podSecurity.runAsUser=0", "/podSecurity/runAsUser"),
     ('monitoring.podMonitor.interval="often"', "/monitoring/podMonitor/interval"),
+    ('monitoring.podMonitor.interval="5m"', "/monitoring/podMonitor/interval"),
+    ('monitoring.podMonitor.interval="61s"', "/monitoring/podMonitor/interval"),
+    ('nameOverride="Foo_Bar"', "/nameOverride"),
+    ('fullnameOverride="1st"', "/fullnameOverride"),
+    ("worker.correctDrift=1", "/worker/correctDrift"),
+    ('controller.controlTokenSecret.key=""', "/controller/controlTokenSecret/key"),
+    ("controller.extraVolumeMounts=[{}]", "/controller/extraVolumeMounts/0"),
+]
+# Each value is possible; together they are not.
+IMPOSSIBLE = [
+    ("sglang.port=9464", "sglang.port and controller.metricsPort are both 9464"),
+    ("sglang.ttftBucketsSeconds=[2,1]", "sglang.ttftBucketsSeconds [2 1] must go up"),
+    ('worker={"correctDrift":true,"mode":"layer"}', "but worker.mode is layer"),
+    ('controller.config.mode="fixed"', "needs controller.config.fixed.prefill_budget"),
+    ('controller.config.source.kind="prometheus"', "needs controller.config.source.url"),
+    ("controller.config.source.poll_seconds=5", "must be below controller.config.freshness.stale"),
+    (
+        'controller.config.quality={"decode_floor_budget":9,"decode_ceiling_budget":8}',
+        "decode_floor_budget is 9, which is above decode_ceiling_budget (8)",
+    ),
 ]
 
 
@@ -35,6 +55,33 @@ def test_wrong_value_is_refused_naming_its_place(setting: str, reason: str) -> N
     result = helm("template", "demo", str(CHART), "--set-json", setting, check=False)
     assert result.returncode != 0
     assert reason in result.stderr
+
+
+@pytest.mark.parametrize(("setting", "reason"), IMPOSSIBLE, ids=[s for s, _ in IMPOSSIBLE])
+def test_values_that_are_impossible_together_are_refused_saying_why(
+    setting: str, reason: str
+) -> None:
+    result = helm("template", "demo", str(CHART), "--set-json", setting, check=False)
+    assert result.returncode != 0
+    assert reason in result.stderr
+
+
+POSSIBLE = [
+    "sglang.port=9464,controller.enabled=false",
+    'worker={"correctDrift":true,"mode":"threshold"}',
+    'controller.config={"mode":"fixed","fixed":{"prefill_budget":9,"decode_budget":9}}',
+    'controller.config.source={"kind":"prometheus","url":"http://prometheus:9090"}',
+    "controller.config.source.poll_seconds=4.9",
+    'controller.config.quality={"decode_floor_budget":8,"decode_ceiling_budget":8}',
+    'monitoring.podMonitor={"enabled":true,"interval":"60s"}',
+    'monitoring.podMonitor={"enabled":true,"interval":"1m"}',
+    'nameOverride="qwen3-30b"',
+]
+
+
+@pytest.mark.parametrize("setting", POSSIBLE)
+def test_their_possible_neighbours_are_accepted(setting: str) -> None:
+    helm("template", "demo", str(CHART), "--set-json", setting)
 
 
 def test_slo_without_a_bucket_at_its_edge_is_refused() -> None:

@@ -32,16 +32,3 @@ A null in the values removes a key on its way here; the two SLOs must be said, s
 {{- define "sglang-alloc.whatNeedsARestart" -}}
 {{- pick (include "sglang-alloc.controllerConfig" . | fromYaml) "table" "source" "http" "control" "kill_switch" "decision_log" | toYaml }}
 {{- end }}
-
-{{/* An SLO between two buckets cannot be measured: refuse it before anything is installed. */}}
-{{- define "sglang-alloc.requireEdge" -}}
-{{- if not (kindIs "invalid" .value) }}
-{{- $found := false }}
-{{- range .edges }}
-{{- if eq (float64 .) (float64 $.value) }}{{ $found = true }}{{ end }}
-{{- end }}
-{{- if not $found }}
-{{- fail (printf "controller.config.slo.%s is %v, which is not an edge of sglang.%s %v: add it there" .slo .value .name .edges) }}
-{{- end }}
-{{- end }}
-{{- end }}

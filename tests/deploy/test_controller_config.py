@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -73,5 +75,33 @@ def test_config_map_is_mounted_as_a_folder_where_the_controller_reads_it() -> No
     assert f"{mount['mountPath']}/{file_name}" in controller["args"]
 
 
+EXAMPLE = REPOSITORY / "deploy" / "controller.example.yaml"
+
+
 def test_example_configuration_is_accepted_by_the_controller() -> None:
-    load_settings(REPOSITORY / "deploy" / "controller.example.yaml")
+    load_settings(EXAMPLE)
+
+
+@pytest.mark.parametrize(
+    ("slo", "histogram"),
+    [("ttft_seconds", "time_to_first_token"), ("itl_seconds", "inter_token_latency")],
+)
+def test_example_slos_are_edges_of_an_sglang_that_was_told_none(slo: str, histogram: str) -> None:
+    edges = _default_edges(f"bucket_{histogram}")
+    assert getattr(load_settings(EXAMPLE).slo, slo) in edges
+
+
+def _default_edges(name: str) -> list[float]:
+    """Read a list of buckets from SGLang's source; importing it would take most of a minute."""
+    (origin,) = find_spec("sglang").submodule_search_locations  # type: ignore[union-attr, misc]
+    (source,) = Path(origin).glob("srt/**/metrics_collector.py")
+    lists = [
+        ast.literal_eval(node.value)
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.List)
+        and ast.unparse(node.targets[0]) == name
+    ]
+    assert len(lists) == 1, name
+    edges: list[float] = lists[0]
+    return edges

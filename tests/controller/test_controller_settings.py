@@ -8,6 +8,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from engine_counters import Engine
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from virtual_loop import VirtualController, make_settings, publish_table
@@ -93,6 +94,7 @@ def test_the_manual_lists_every_reason_and_every_metric(tmp_path: Path) -> None:
         assert f"`{reason.value}`" in manual
     publish_table(tmp_path / "t.tbl")
     controller = VirtualController(make_settings(tmp_path / "t.tbl"))
+    controller.source = Engine(controller)  # a stale input would show no saturation
     controller.tick()
     text = controller.metrics.text().decode()
     names = set(re.findall(r"^sglang_alloc_controller_(\w+)", text, re.M))

@@ -21,7 +21,13 @@ from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.npz_file import read_npz
 from sglang_alloc.profile_engine import ProfiledServer
 from sglang_alloc.profile_plan import uniform_plan
-from sglang_alloc.profile_run import Progress, probe_tables, serving_tables, windows_of
+from sglang_alloc.profile_run import (
+    Progress,
+    probe_tables,
+    require_fit,
+    serving_tables,
+    windows_of,
+)
 from sglang_alloc.profile_settings import ProfileJob
 from sglang_alloc.profile_windows import Window
 from sglang_alloc.sensitivity_file import Sensitivities
@@ -75,6 +81,7 @@ def record_anchors(
         ConfigurationError: the text does not do, or the engine recorded nothing.
         ProfileError, ProcessDiedError: the engine failed.
     """
+    require_fit(job)
     top_k = sensitivities.top_k
     rows = _rows(len(means), len(anchors), top_k, corrections)
     tables = _tables(job, sensitivities, means, anchors, rows)

@@ -1,6 +1,7 @@
 """Offline story: what has been measured, one line of JSON each, so that a run can go on.
 
-The first line is the identity of the run. A last line without its line feed was cut off by a crash
+The first line is the identity of the run; until something is measured another run may take its
+place. A last line without its line feed was cut off by a crash
 or a full disk and is dropped; the others are never changed.
 """
 
@@ -37,6 +38,8 @@ class JsonLines:
         self._allow_nan = allow_nan
         lines = self._whole_lines()
         found = [self._parsed(line) for line in lines]
+        if len(found) == 1 and found[0].get("format") == identity.get("format"):
+            lines, found = [], []  # a run that measured nothing binds nobody
         if found:
             self.require_same(found[0], identity)
         self.entries = found[1:]  # what was there already, in order

@@ -27,7 +27,13 @@ from sglang_alloc.profile_plan import (
 )
 from sglang_alloc.profile_series import Series
 from sglang_alloc.profile_settings import ProfiledMode, ProfileJob
-from sglang_alloc.profile_windows import Window, cut_windows, digest, require_vocabulary
+from sglang_alloc.profile_windows import (
+    Window,
+    cut_windows,
+    digest,
+    require_room_for_windows,
+    require_vocabulary,
+)
 from sglang_alloc.saliency_record import FILE_NAME as SALIENCY_FILE
 from sglang_alloc.saliency_record import saliency_of
 from sglang_alloc.sensitivity_file import HALF_SLOTS, ProfiledModel, Sensitivities
@@ -74,6 +80,7 @@ def run_profile(job: ProfileJob, progress: Progress) -> Profile:
     """
     if job.settings.context == "lexi":
         return _lexi(job, progress)
+    require_fit(job)
     identity = job.settings.identity(job.model, job.model_id, "\f".join(job.texts))
     series: list[Series] = []
     journal = ProfileJournal(job.folder / "journal.jsonl", identity)
@@ -82,6 +89,19 @@ def run_profile(job: ProfileJob, progress: Progress) -> Profile:
     for mode in job.settings.modes:
         series += _measure_mode(job, mode, journal, progress)
     return _assembled(job, series, _known_saliency(job, journal))
+
+
+def require_fit(job: ProfileJob) -> None:
+    """Raise `ConfigurationError` for settings that this model or this text cannot fulfil.
+
+    Nothing is written and no server started for it.
+    """
+    settings = job.settings
+    require_room_for_windows(
+        job.texts, settings.prefix_tokens, settings.continuation_tokens, settings.windows
+    )
+    for mode in settings.modes:
+        _plan(job, mode)
 
 
 @contextmanager

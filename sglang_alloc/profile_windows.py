@@ -34,6 +34,25 @@ def read_text(paths: Sequence[Path]) -> list[str]:
     return texts
 
 
+def require_room_for_windows(
+    texts: Sequence[str], prefix_tokens: int, continuation_tokens: int, count: int
+) -> None:
+    """Raise `ConfigurationError` when the texts cannot hold `count` windows by any tokenizer.
+
+    A token is a byte at least; one more may be set ahead of a text. What the tokenizer of the model
+    makes of it is known only once a server runs.
+    """
+    length = prefix_tokens + continuation_tokens
+    sizes = [len(text.encode()) for text in texts]
+    most = sum((size + 1) // length for size in sizes)
+    if most < count:
+        raise ConfigurationError(
+            f"The calibration text has {sum(sizes)} bytes, which are at most {most} windows, and "
+            f"--windows asks for {count}: one window needs {length} tokens, each a byte or more, "
+            "from one text. Give more text, or fewer or shorter windows."
+        )
+
+
 def cut_windows(
     texts: Sequence[Sequence[int]], prefix_tokens: int, continuation_tokens: int, count: int
 ) -> list[Window]:

@@ -148,11 +148,29 @@ def test_text_of_another_tokenizer_is_noticed_by_its_loss(bench: Bench) -> None:
         (("--measure", "9"), "keeps 1 to 4"),
         (("--context", "target"), "give --target-quota"),
         (("--prefix-tokens", "999"), "one window needs 1001"),
+        (("--windows", "76"), "at most 75 windows, and --windows asks for 76"),
     ],
 )
-def test_what_cannot_be_profiled_is_said(
+def test_what_cannot_be_profiled_is_said_before_a_server_starts_or_a_file_is_written(
     bench: Bench, options: tuple[str, ...], message: str
 ) -> None:
     error = _refusal(bench.profile(*options), bench.folder)
     assert isinstance(error, ConfigurationError)
     assert message in str(error)
+    assert bench.starts == 0
+    assert not (bench.folder / "s.npz.profile").exists()
+
+
+def test_text_that_only_the_tokenizer_finds_short_does_not_spoil_the_output(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def words(_server: Formula, texts: Sequence[str]) -> list[list[int]]:
+        return [list(range(len(text.split()))) for text in texts]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Formula, "tokenize", words)
+        error = _refusal(bench.profile("--windows", "50"), bench.folder)
+    assert "holds 15 windows" in str(error)
+    (bench.folder / "text").write_text("another text " * 50)
+    result = bench.profile("--windows", "50")
+    assert result.exit_code == 0, result.output

@@ -61,6 +61,24 @@ def test_a_profile_of_something_else_is_refused_by_name(
     assert path.read_bytes() == before
 
 
+def test_a_run_that_measured_nothing_gives_its_place_to_another(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    ProfileJournal(path, IDENTITY)
+    other = {**IDENTITY, "windows": 8}
+    ProfileJournal(path, other).add(FIRST)
+    assert ProfileJournal(path, other).find("layer:decode", 0, 0) == FIRST
+    with pytest.raises(ConfigurationError, match="windows was 8 and is now 4"):
+        ProfileJournal(path, IDENTITY)
+
+
+def test_a_single_line_of_another_format_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "notes"
+    path.write_text('{"format": "mine"}\n')
+    with pytest.raises(ConfigurationError, match="format was 'mine'"):
+        ProfileJournal(path, IDENTITY)
+    assert path.read_text() == '{"format": "mine"}\n'
+
+
 def test_other_windows_of_the_same_text_are_refused(path: Path) -> None:
     journal = ProfileJournal(path, IDENTITY)
     with pytest.raises(ConfigurationError, match="windows_sha256 was 'ab' and is now 'cd'"):

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+INTERRUPTED = 130
+
 
 def evaluate(
     model: Annotated[
@@ -52,8 +54,9 @@ def evaluate(
 
     from sglang_alloc.errors import ConfigurationError
     from sglang_alloc.evaluation.material import Sizes
-    from sglang_alloc.evaluation.run import FRACTIONS, Evaluation
+    from sglang_alloc.evaluation.run import FRACTIONS, JOURNAL_NAME, Evaluation
     from sglang_alloc.evaluation.run import evaluate as run
+    from sglang_alloc.server_runs.interruption import sigterm_interrupts
 
     if windows % 32:
         raise ConfigurationError(
@@ -68,5 +71,14 @@ def evaluate(
         rivals=rival or (),
         workers=workers,
     )
-    report = run(asked, Console(stderr=True))
+    try:
+        with sigterm_interrupts():
+            report = run(asked, Console(stderr=True))
+    except KeyboardInterrupt:
+        typer.echo(
+            f"Interrupted. What was measured is in {asked.output / JOURNAL_NAME}; the same command "
+            "goes on from there.",
+            err=True,
+        )
+        raise typer.Exit(INTERRUPTED) from None
     typer.echo(f"wrote {report}")

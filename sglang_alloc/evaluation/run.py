@@ -86,7 +86,7 @@ def evaluate(asked: Evaluation, console: Console) -> Path:
 
 def checked_tables(asked: Evaluation) -> BudgetTables:
     """Load the tables and make sure that they are the model's and hold every mode."""
-    config = json.loads((asked.folder / "config.json").read_text())
+    config = _config(asked.folder)
     if config.get("model_type") not in FAMILIES:
         raise ConfigurationError(
             f"{asked.folder} holds a model of type {config.get('model_type')!r}. Every rule is "
@@ -106,6 +106,20 @@ def checked_tables(asked: Evaluation) -> BudgetTables:
                 "tables again with `python -m sglang_alloc.reference.calibrate`."
             )
     return tables
+
+
+def _config(folder: Path) -> dict[str, object]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"{path} was to say which model is evaluated and cannot be read: {error}. Give the "
+            "folder of a reference model, such as sglang_alloc/reference/qwen3-moe-ref."
+        ) from error
+    if not isinstance(config, dict):
+        raise ConfigurationError(f"{path} is not a JSON object, so it is no model's.")
+    return config
 
 
 def identity_of(asked: Evaluation) -> dict[str, object]:
@@ -182,4 +196,9 @@ def _rule(subject: Subject, rule: str, budget: int) -> Allocation | None:
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path} is part of what is evaluated and cannot be read: {error.strerror}."
+        ) from error

@@ -149,6 +149,37 @@ def test_a_model_that_is_no_reference_model_is_sent_to_its_server(tmp_path: Path
     assert "evaluate-served" in str(result.exception)
 
 
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_a_folder_without_a_model_is_refused(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    result = CliRunner().invoke(app, ["evaluate", str(tmp_path), "-o", str(tmp_path / "out")])
+    assert isinstance(result.exception, ConfigurationError)
+    assert f"{tmp_path / 'config.json'} " in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_weights_is_refused(evaluated: Evaluation, tmp_path: Path) -> None:
+    for name in ("config.json", "budget_tables.npz"):
+        (tmp_path / name).write_bytes((evaluated.folder / name).read_bytes())
+    result = CliRunner().invoke(app, ["evaluate", str(tmp_path), "-o", str(tmp_path / "out")])
+    assert isinstance(result.exception, ConfigurationError)
+    assert "model.safetensors" in str(result.exception)
+
+
+def test_an_interrupted_evaluation_says_what_it_kept(
+    evaluated: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_jobs(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "run_jobs", run_jobs)
+    command = ["evaluate", str(evaluated.folder), "-o", str(tmp_path)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 130
+    assert f"is in {tmp_path / JOURNAL_NAME}; the same command goes on" in result.stderr
+
+
 def test_a_number_of_windows_without_whole_batches_is_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--windows", "40"])
     assert "multiple of 32" in str(result.exception)

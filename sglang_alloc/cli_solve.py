@@ -49,8 +49,10 @@ def solve(
     from sglang_alloc.sensitivity_file import load_sensitivities
     from sglang_alloc.solve_bounds import parse_bounds
     from sglang_alloc.solve_tables import solve_file
-    from sglang_alloc.solve_view import solution_text, write_picture
+    from sglang_alloc.solve_view import require_picture, solution_text, write_picture
 
+    if plot is not None:
+        require_picture(plot)
     loaded = load_sensitivities(sensitivity)
     bounds = parse_bounds(
         loaded.layer_ids, loaded.top_k, min_quota or (), max_quota or (), pin or ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.solve import Solution
 
 _ROWS_SHOWN = 13
+_PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def solution_text(solution: Solution, layer_ids: Sequence[int]) -> str:
@@ -33,21 +35,31 @@ def solution_text(solution: Solution, layer_ids: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
+def require_picture(path: Path) -> None:
+    """Raise `ConfigurationError` when `write_picture` could not draw such a file here."""
+    if find_spec("matplotlib") is None:
+        raise ConfigurationError(
+            "A picture needs matplotlib: install it from the clone with `pip install '.[report]'`, "
+            "or leave --plot out."
+        )
+    if path.suffix.lower() not in ("", *_PICTURE_SUFFIXES):
+        raise ConfigurationError(
+            f"A picture {path} was asked for, and its kind is told by the suffix: give one of "
+            f"{', '.join(_PICTURE_SUFFIXES)}."
+        )
+
+
 def write_picture(path: Path, solution: Solution, layer_ids: Sequence[int], title: str) -> None:
-    """Draw quotas by layer and budget over predicted loss by budget, as PNG or SVG by suffix.
+    """Draw quotas by layer and budget over predicted loss by budget, in the suffix's format.
 
     Raises:
-        ConfigurationError: matplotlib is not installed, or the picture cannot be written.
+        ConfigurationError: as `require_picture`, or the picture cannot be written.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.colors import BoundaryNorm
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigurationError(
-            "A picture needs matplotlib: install it with `pip install 'sglang-alloc[report]'`, or "
-            "leave --plot out."
-        ) from error
+    require_picture(path)
+    import matplotlib as mpl
+    from matplotlib.colors import BoundaryNorm
+    from matplotlib.figure import Figure
+
     budgets, top_k = solution.budgets, int(solution.quotas.max())
     figure = Figure(
         figsize=(9.6, 2.6 + max(1.6, 0.22 * len(layer_ids)) + 2.2), layout="constrained"
@@ -74,7 +86,7 @@ def write_picture(path: Path, solution: Solution, layer_ids: Sequence[int], titl
     below.grid(color="#eceef1")
     below.spines[["top", "right"]].set_visible(False)
     content = io.BytesIO()
-    figure.savefig(content, format=path.suffix.removeprefix(".") or "png", dpi=130)
+    figure.savefig(content, format=path.suffix.removeprefix(".").lower() or "png", dpi=130)
     _write(path, content.getvalue())
 
 

@@ -77,6 +77,17 @@ def test_a_picture_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("name", ["p.xyz", "p.npz"])
+def test_a_picture_of_no_known_kind_is_refused_before_anything_is_written(
+    tmp_path: Path, name: str
+) -> None:
+    np.savez(tmp_path / "s.npz", sensitivity=MATRIX)
+    error = _refusal(tmp_path, "--plot", str(tmp_path / name))
+    assert isinstance(error, ConfigurationError)
+    assert f"{name} was asked for" in str(error)
+    assert ".png, .svg, .pdf" in str(error)
+
+
 def test_infeasible_bounds_write_nothing(tmp_path: Path) -> None:
     np.savez(tmp_path / "s.npz", sensitivity=MATRIX)
     error = _refusal(tmp_path, "--min-quota", "1=3", "--max-quota", "2")

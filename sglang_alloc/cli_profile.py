@@ -26,7 +26,14 @@ def profile(
         str | None, typer.Option(metavar="NAME", help="Name for people. Default: the folder's.")
     ] = None,
     mode: Annotated[
-        str, typer.Option(metavar="MODE,...", help="That will serve: layer, threshold, union.")
+        str,
+        typer.Option(
+            metavar="MODE,...",
+            help="That will serve. threshold: `serve` prefers it because it loses least; it takes "
+            "more probes than layer, and its tables, from `calibrate`, serve layer too. layer: "
+            "enough for modes layer and token, and `solve` makes the tables. union: for that mode "
+            "where tables are solved without thresholds.",
+        ),
     ] = "layer",
     phase: Annotated[
         str, typer.Option(metavar="PHASE,...", help="decode, prefill.")

@@ -30,7 +30,7 @@ def evaluate_served(
     """Run lm-evaluation-harness against a server whose budget is held fixed meanwhile.
 
     Everything after [bold]--[/] goes to lm_eval, for example:
-    sglang-alloc evaluate-served http://127.0.0.1:30000 --table /dev/shm/model.tbl
+    sglang-alloc evaluate-served http://127.0.0.1:30000 --table /dev/shm/sglang-alloc/MODEL.tbl
     --budget 0.5x --budget full --tokenizer MODEL [bold]--[/] --tasks gsm8k --limit 200
     """
     # Imported here because help must not wait for numpy.

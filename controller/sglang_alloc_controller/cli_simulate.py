@@ -83,8 +83,8 @@ def simulate(request: Request, deployment: Deployment) -> str:
     out = request.out
     if out is not None and find_spec("matplotlib") is None:
         raise ConfigurationError(
-            "The plots need matplotlib, which is not installed. Install it with "
-            "`pip install 'sglang-alloc[report]'`, or leave --out away to print the table only."
+            "The plots need matplotlib, which is not installed. Install it from the clone with "
+            "`pip install '.[report]'`, or leave --out away to print the table only."
         )
     world = deployment.world
     store = CellStore(out, identity(world), identity_of_others(world)) if out else None

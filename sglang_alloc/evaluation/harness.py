@@ -80,8 +80,8 @@ def find_harness() -> str:
     found = str(beside) if beside.exists() else shutil.which("lm_eval")
     if found is None:
         raise HarnessError(
-            'lm_eval was not found. Install it with `pip install "sglang-alloc[evaluate]"`, or in '
-            "an environment of its own that is on the PATH."
+            "lm_eval was not found. Install it from the clone with `pip install '.[evaluate]'`, or "
+            "in an environment of its own that is on the PATH."
         )
     return found
 

@@ -188,7 +188,7 @@ def test_a_missing_harness_says_how_to_install_it(
 ) -> None:
     monkeypatch.setattr("sglang_alloc.evaluation.harness.sys.executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(HarnessError, match=r"sglang-alloc\[evaluate\]"):
+    with pytest.raises(HarnessError, match=r"pip install '\.\[evaluate\]'"):
         harness.find_harness()
 
 

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any
 import httpx2
 import yaml
 from stand_in_server import free_port
+from waiting import PATIENCE_SECONDS, wait_until
 
 EXECUTABLE = Path(sys.executable).with_name("sglang-alloc-controller")
-PATIENCE_SECONDS = 60.0
 
 
 def write_config(folder: Path, url: str, **sections: Any) -> Path:
@@ -97,12 +96,13 @@ class ControllerProcess:
 
     def wait_for(self, fact: Callable[[], bool], what: str) -> None:
         """Wait until `fact` holds; fail with the log when it does not come."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not fact():
+
+        def has_come() -> bool:
             ended = self.process.poll()
             assert ended is None, f"the controller ended ({ended}): {self.log()}"
-            assert time.monotonic() < deadline, f"{what} did not come: {self.log()}"
-            time.sleep(0.02)
+            return fact()
+
+        wait_until(has_come, what, explain=self.log)
 
     def log(self) -> str:
         return self._log_path.read_text()

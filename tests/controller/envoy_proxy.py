@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any
 import httpx2
 import yaml
 from stand_in_server import free_port
+from waiting import PATIENCE_SECONDS, wait_until
 
-PATIENCE_SECONDS = 60.0
 _DELAY, _ABORT = "fault.http.delay.fixed_delay_percent", "fault.http.abort.abort_percent"
 
 
@@ -54,16 +53,14 @@ def proxying(folder: Path, server_port: int) -> Iterator[Envoy]:
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], admin_url: str, log: Path) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while True:
+    def is_ready() -> bool:
         assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
         try:
-            if httpx2.get(f"{admin_url}/ready", timeout=5).status_code == 200:
-                return
+            return httpx2.get(f"{admin_url}/ready", timeout=5).status_code == 200
         except httpx2.TransportError:
-            pass
-        time.sleep(0.05)
+            return False
+
+    wait_until(is_ready, "Envoy is ready", explain=log.read_text)
 
 
 def _config(port: int, admin_port: int, server_port: int) -> dict[str, Any]:

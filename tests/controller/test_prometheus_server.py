@@ -1,5 +1,6 @@
 """A real Prometheus scrapes recorded SGLang metrics: its API gives the same reading."""
 
+import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from controller_process import call, running, write_config
 from prometheus_process import scraping
 from stand_in_server import StandInServer, serving
 from virtual_loop import publish_table
+from waiting import wait_until
 
 from sglang_alloc.shared_table import SharedTable
 from sglang_alloc_controller.prometheus_api import PrometheusApi
@@ -18,8 +20,6 @@ from sglang_alloc_controller.settings import SourceSettings
 from sglang_alloc_controller.sglang_metrics import SGLangMetrics
 
 pytestmark = pytest.mark.server
-
-PATIENCE_SECONDS = 60.0
 
 
 @pytest.fixture
@@ -39,18 +39,30 @@ def _settings(url: str, **fields: object) -> SourceSettings:
     return SourceSettings(kind="prometheus", url=url, selector='job="sglang"', **fields)
 
 
-def _try(source: PrometheusApi) -> Reading | SourceError:
-    try:
+def _reading_or_none(source: PrometheusApi) -> Reading | None:
+    with contextlib.suppress(SourceError):
         return source.read()
+    return None
+
+
+def _problem_or_none(source: PrometheusApi) -> SourceError | None:
+    try:
+        source.read()
     except SourceError as error:
         return error
+    return None
+
+
+def _is_ready(prometheus: str) -> bool:
+    try:
+        return httpx2.get(f"{prometheus}/-/ready", timeout=5).status_code == 200
+    except httpx2.TransportError:
+        return False
 
 
 def _first_reading(source: PrometheusApi) -> Reading:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not isinstance(found := _try(source), Reading):
-        assert time.monotonic() < deadline, found
-        time.sleep(0.2)
+    found = wait_until(lambda: _reading_or_none(source), "a reading")
+    assert found is not None
     return found
 
 
@@ -71,15 +83,15 @@ def test_the_api_gives_the_same_reading_as_the_server_itself(
 
 def test_a_reading_is_as_old_as_its_scrape(server: StandInServer, prometheus: str) -> None:
     source = PrometheusApi(_settings(prometheus), time.monotonic)
-    first = _first_reading(source)
-    assert time.monotonic() - first.taken_at_seconds < 30
+    began = time.monotonic()
+    wait_until(
+        lambda: _first_reading(source).taken_at_seconds >= began, "a reading of a later scrape"
+    )
     server.fault = "error"
     scraped = server.requests
-    while server.requests < scraped + 3:
-        time.sleep(0.1)
+    wait_until(lambda: server.requests >= scraped + 3, "three failed scrapes")
     frozen = source.read()
-    while server.requests < scraped + 5:
-        time.sleep(0.1)
+    wait_until(lambda: server.requests >= scraped + 5, "two more")
     again = source.read()
     source.close()
     assert again.taken_at_seconds == pytest.approx(frozen.taken_at_seconds, abs=0.5)
@@ -91,21 +103,15 @@ def test_after_the_lookback_a_dead_target_is_no_reading(
     source = PrometheusApi(_settings(prometheus, lookback_seconds=3.0), time.monotonic)
     _first_reading(source)
     server.fault = "error"
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while isinstance(found := _try(source), Reading):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    problem = wait_until(lambda: _problem_or_none(source), "no reading")
     source.close()
-    assert "has no sglang:num_queue_reqs" in str(found)
+    assert "has no sglang:num_queue_reqs" in str(problem)
 
 
 def test_a_selector_that_is_no_promql_is_told(prometheus: str) -> None:
     settings = _settings(prometheus).model_copy(update={"selector": "job="})
     source = PrometheusApi(settings, time.monotonic)
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while httpx2.get(f"{prometheus}/-/ready", timeout=5).status_code != 200:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_until(lambda: _is_ready(prometheus), "Prometheus is ready")
     with pytest.raises(SourceError, match="status 400"):
         source.read()
     source.close()

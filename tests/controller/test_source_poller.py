@@ -1,9 +1,9 @@
 """The reading thread: the newest reading stays at hand whatever the source does."""
 
 import threading
-import time
 
 import pytest
+from waiting import wait_until
 
 from sglang_alloc_controller.samples import Reading, SourceError
 from sglang_alloc_controller.source_poller import SourcePoller
@@ -77,8 +77,7 @@ def test_the_thread_reads_until_it_is_stopped_and_closes_the_source() -> None:
     source = Source()
     poller = SourcePoller(source, 0.001)
     poller.start()
-    while source.count < 5:
-        assert source.read_once.wait(10)
+    wait_until(lambda: source.count >= 5, "five readings")
     poller.stop(10.0)
     assert source.closed.is_set()
 
@@ -90,15 +89,10 @@ def test_a_thread_that_a_fault_of_ours_ended_is_told_and_replaced() -> None:
     poller = SourcePoller(source, 0.001)
     poller.start()
     assert source.read_once.wait(10)
-    deadline = time.monotonic() + 30
-    while (observation := poller.latest()).error is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    assert "fault of the controller" in observation.error
+    error = wait_until(lambda: poller.latest().error, "an error")
+    assert "fault of the controller" in error
     source.fault = None
-    while poller.latest().error is not None:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    wait_until(lambda: poller.latest().error is None, "a reading again")
     assert poller.latest().reading is not None
     poller.stop(10.0)
     assert source.closed.is_set()

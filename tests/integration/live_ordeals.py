@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import httpx2
 import yaml
+from waiting import PATIENCE_SECONDS, wait_until
 
 from sglang_alloc.demo.load import RequestRecord, send_request, streaming_client
 from sglang_alloc.demo.trace import TracedRequest
@@ -27,7 +28,6 @@ from sglang_alloc.shared_table import SharedTable
 from sglang_alloc.shared_table_words import source_code
 from sglang_alloc_controller.sglang_loads import LOADS_PATH, parse_loads
 
-PATIENCE_SECONDS = 60.0
 # A request that a busy machine answers late is not lost.
 LOST_SECONDS = 240.0
 # A worker that heard no heartbeat would be in its fallback by then.
@@ -75,9 +75,9 @@ def go_through(pair: Pair) -> Ordeals:
     with ThreadPoolExecutor(1) as pool:
         long_request = pool.submit(lambda: asyncio.run(_send(pair.server_url, _LONG)))
         with _hanging_scheduler(pair):
-            _wait(lambda: pair.state() == "stale", "the hang was noticed")
+            wait_until(lambda: pair.state() == "stale", "the hang was noticed")
             seen.hung_state = pair.state()
-        _wait(lambda: pair.state() == "valid", "the server was seen again")
+        wait_until(lambda: pair.state() == "valid", "the server was seen again")
         seen.state_after_hang = pair.state()
         seen.long_request = long_request.result()
     command = [console_script("sglang-alloc-controller"), "run", "--config", str(pair.config)]
@@ -128,7 +128,7 @@ def _hanging_scheduler(pair: Pair) -> Iterator[None]:
         return False
 
     try:
-        _wait(caught_at_work, "the scheduler had a request to run")
+        wait_until(caught_at_work, "the scheduler had a request to run")
         yield
     finally:
         _signal(pids, signal.SIGCONT)
@@ -160,10 +160,3 @@ def _reload_nonsense(pair: Pair) -> str:
     pair.config.write_text(good)
     problem: str = answer.json().get("problem", "")
     return problem
-
-
-def _wait(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"not seen within {PATIENCE_SECONDS:.0f} s: {what}"
-        time.sleep(0.1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ from live_ordeals import LOST_SECONDS, Ordeals, Pair, go_through
 from panel_queries import PanelQuery, panel_queries
 from prometheus_files import DASHBOARD, RULE_FILES
 from prometheus_server import Prometheus, running_prometheus
+from waiting import PATIENCE_SECONDS, wait_until
 
 from sglang_alloc.budget_tables import load_budget_tables
 from sglang_alloc.demo.load import RequestRecord, offer_load
@@ -42,7 +43,6 @@ from sglang_alloc_controller.sglang_loads import LOADS_PATH
 IMPOSSIBLE_ITL_SECONDS, IMPOSSIBLE_TTFT_SECONDS = 0.001, 0.002
 STALE_AFTER_SECONDS = 3.0
 LOAD = Phase("load", seconds=70.0, requests_per_second=2.0)
-PATIENCE_SECONDS = 60.0
 
 
 @dataclass
@@ -104,16 +104,16 @@ def _control_kill_resume(
     evidence.before = table.selector()
     full = table.shape.budget_max
     with _controller(folder, config, port) as process:
-        _wait(lambda: table.selector().decode_budget < full, "the decode budget was lowered")
+        wait_until(lambda: table.selector().decode_budget < full, "the decode budget was lowered")
         # Else the full budgets from before would pass for those of the fallback.
-        _wait(lambda: _acknowledged(table)[1] < full, "the worker took the lower budget over")
+        wait_until(lambda: _acknowledged(table)[1] < full, "the worker took the lower budget over")
         process.popen.send_signal(signal.SIGKILL)
         process.popen.wait()
     evidence.lowered = table.selector()
-    _wait(lambda: _acknowledged(table) == (full, full), "the worker fell back to full quality")
+    wait_until(lambda: _acknowledged(table) == (full, full), "the worker fell back to full quality")
     evidence.fallback_sources = {c.acknowledged_source for c in table.worker_counters()}
     with _controller(folder, config, port):
-        _wait(lambda: _acknowledged(table) != (full, full), "the restarted controller resumed")
+        wait_until(lambda: _acknowledged(table) != (full, full), "the restarted controller resumed")
         evidence.resumed = Selector(0, *_acknowledged(table))
 
 
@@ -180,13 +180,6 @@ def _load(server: str) -> Iterator[Future[list[RequestRecord]]]:
 def _acknowledged(table: SharedTable) -> tuple[int, int]:
     counters = table.worker_counters()[0]
     return counters.prefill_budget, counters.decode_budget
-
-
-def _wait(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"not seen within {PATIENCE_SECONDS:.0f} s: {what}"
-        time.sleep(0.05)
 
 
 def _get(url: str) -> str:

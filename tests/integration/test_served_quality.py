@@ -21,6 +21,7 @@ from click.testing import Result
 from generation import GREEDY, Generated, generate
 from torch import Tensor
 from typer.testing import CliRunner
+from waiting import wait_until
 
 from sglang_alloc.budget_tables import load_budget_tables
 from sglang_alloc.cli import app
@@ -214,15 +215,14 @@ def test_a_budget_that_is_lost_during_the_harness_ends_it(
 ) -> None:
     served.override.clear()
     waiting = tmp_path / "lm_eval"  # stands in for lm_eval in mid-run
-    waiting.write_text("#!/bin/sh\nexec sleep 60\n")
+    runs = tmp_path / "runs"
+    waiting.write_text(f"#!/bin/sh\ntouch {runs}\nexec sleep 60\n")
     waiting.chmod(0o755)
     monkeypatch.setattr("sglang_alloc.evaluation.harness.find_harness", lambda: str(waiting))
     asked = HarnessRun(served.url, served.path, 20, str(MODEL), tmp_path, ())
     with ThreadPoolExecutor(1) as pool:
         run = pool.submit(run_harness, asked)
-        while served.table.override(time.monotonic_ns()) is None:
-            time.sleep(0.05)
-        time.sleep(0.5)
+        wait_until(runs.exists, "the harness runs")
         BudgetOverride(served.table, actor="somebody").set(30, 30)
         with pytest.raises(HarnessError, match="stopped obeying budget 20: it is at 30/30"):
             run.result()

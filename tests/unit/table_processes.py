@@ -6,9 +6,10 @@ from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
+from waiting import PATIENCE_SECONDS, wait_until
+
 from sglang_alloc.shared_table import Selector, SelectorWriter, SharedTable, is_newer_generation
 
-PATIENCE_SECONDS = 60.0
 MANY = 1000
 
 
@@ -95,7 +96,4 @@ def read_overrides(path: Path, report: Connection, wanted: int) -> None:
 
 def wait_for_generation(table: SharedTable, generation: int) -> None:
     """Wait until another process has written `generation`."""
-    give_up = time.monotonic() + PATIENCE_SECONDS
-    while table.selector().generation < generation:
-        assert time.monotonic() < give_up
-        time.sleep(0.001)
+    wait_until(lambda: table.selector().generation >= generation, f"generation {generation}")

@@ -3,10 +3,10 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 from sglang_alloc.server_runs.errors import NotReadyError, ProcessDiedError, ServerRunError
 from sglang_alloc.server_runs.owned_process import owned_process, pause_group, resume_group
@@ -32,16 +32,17 @@ def _python(code: str) -> list[str]:
 
 
 def _first_line(log_path: Path) -> str:
-    deadline = time.monotonic() + 20
-    while not (text := log_path.read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return text.splitlines()[0]
+    return wait_until(log_path.read_text, "a line in the log").splitlines()[0]
+
+
+def _state(pid: int) -> str:
+    """Return the letter that Linux has for what a process does."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def _is_running(pid: int) -> bool:
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        state = _state(pid)
     except OSError:
         return False
     return state != "Z"
@@ -117,10 +118,7 @@ def test_a_child_dies_with_a_starter_that_is_killed(tmp_path: Path) -> None:
     child = int(_first_line(log_path))
     process.kill()
     process.communicate()
-    deadline = time.monotonic() + 20
-    while _is_running(child):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: not _is_running(child), "the child is gone")
 
 
 def test_a_paused_group_takes_no_time_and_can_still_be_stopped(tmp_path: Path) -> None:
@@ -128,10 +126,7 @@ def test_a_paused_group_takes_no_time_and_can_still_be_stopped(tmp_path: Path) -
         "s", _python("import time; time.sleep(60)"), log_path=tmp_path / "log"
     ) as process:
         pause_group(process)
-        deadline = time.monotonic() + 20
-        while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: _state(process.pid) == "T", "the process is stopped")
         resume_group(process)
         pause_group(process)
     assert not _is_running(process.pid)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from completion_server import StandInServer
 from table_factory import publish_and_open
+from waiting import wait_until
 
 from sglang_alloc.evaluation import harness
 from sglang_alloc.evaluation.harness import HarnessError, HarnessRun, Measured, run_harness
@@ -121,12 +122,11 @@ def test_the_budget_holds_while_the_harness_runs_and_ends_with_it(
 def test_an_override_by_somebody_else_ends_the_run(
     server: StandInServer, table: SharedTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _program(tmp_path, "exec sleep 60", monkeypatch)
+    runs = tmp_path / "runs"
+    _program(tmp_path, f"touch {runs}; exec sleep 60", monkeypatch)
 
     def interfere() -> None:
-        while table.override(time.monotonic_ns()) is None:
-            time.sleep(0.005)
-        time.sleep(0.2)
+        wait_until(runs.exists, "the harness runs")
         table.set_override(9, 9, time.monotonic_ns() + 60 * 10**9, "somebody")
 
     thread = threading.Thread(target=interfere)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from table_factory import make_tables
+from waiting import wait_until
 
 from sglang_alloc import profile_engine
 from sglang_alloc.profile_engine import ProfiledServer, ProfileError
@@ -134,8 +135,7 @@ def test_a_probe_counts_when_the_engine_has_acknowledged_it(
     with SharedTable.open(tmp_path / "t.tbl") as engine:
 
         def acknowledge() -> None:
-            while (override := engine.override(time.monotonic_ns())) is None:
-                time.sleep(0.001)
+            override = wait_until(lambda: engine.override(time.monotonic_ns()), "an override")
             assert override[:2] == (6, 6)
             engine.worker_slot(0).store(
                 WorkerCounters(

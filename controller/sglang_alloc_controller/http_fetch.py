@@ -1,6 +1,10 @@
 """Control story, first step: one HTTP GET that ends in time whatever the other side does."""
 
+import contextlib
+import socket
+import threading
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import httpx2
 
@@ -22,7 +26,7 @@ class HttpFetcher:
     """A kept-open HTTP client with a limit on the whole answer, in seconds and in bytes.
 
     The limits of HTTP clients are per read, so a server that sends one byte a second would hold
-    one for ever; the total is checked between chunks.
+    one for ever, in its headers as in its body. A timer cuts the connection when the time is over.
     """
 
     def __init__(self, timeout_seconds: float, max_bytes: int, clock: Callable[[], float]) -> None:
@@ -30,6 +34,7 @@ class HttpFetcher:
         self._timeout_seconds = timeout_seconds
         self._max_bytes = max_bytes
         self._clock = clock
+        self._socket: socket.socket | None = None
         # Neither a proxy of the environment nor the engine's time for compression is wanted.
         self._client = httpx2.Client(
             timeout=timeout_seconds,
@@ -45,13 +50,23 @@ class HttpFetcher:
             SourceError: no connection, another status, not text, too slow or too long.
         """
         deadline_seconds = self._clock() + self._timeout_seconds
+        timer = threading.Timer(self._timeout_seconds, self._cut)
+        timer.daemon = True
+        timer.start()
         try:
-            with self._client.stream("GET", url, params=params) as response:
-                body = self._body(url, response, deadline_seconds)
-        except httpx2.TimeoutException as error:
-            raise self._too_slow(url) from error
+            with self._client.stream(
+                "GET", url, params=params, extensions={"trace": self._take_connection}
+            ) as response:
+                body = self._body(url, response)
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+            if isinstance(error, httpx2.TimeoutException) or self._clock() >= deadline_seconds:
+                raise self._too_slow(url) from error
             raise SourceError(f"Cannot read {url}: {error or type(error).__name__}.") from error
+        finally:
+            timer.cancel()
+        if self._clock() >= deadline_seconds:
+            # What was cut may look like a whole answer.
+            raise self._too_slow(url)
         text = body.decode("utf-8", errors="replace")
         if response.status_code != httpx2.codes.OK:
             excerpt = " ".join(text[:_ERROR_EXCERPT_CHARS].split())
@@ -62,12 +77,23 @@ class HttpFetcher:
         """Close the connections."""
         self._client.close()
 
-    def _body(self, url: str, response: httpx2.Response, deadline_seconds: float) -> bytes:
+    def _take_connection(self, event: str, info: Mapping[str, Any]) -> None:
+        """Remember the connection in use; the client tells of it when it makes one."""
+        if event in {"connection.connect_tcp.complete", "connection.start_tls.complete"}:
+            self._socket = info["return_value"].get_extra_info("socket")
+
+    def _cut(self) -> None:
+        """End the read that is under way, from another thread."""
+        connected = self._socket
+        if connected is not None:
+            with contextlib.suppress(OSError):
+                # Not the method of a TLS socket, which would take its state from the reader.
+                socket.socket.shutdown(connected, socket.SHUT_RDWR)
+
+    def _body(self, url: str, response: httpx2.Response) -> bytes:
         body = bytearray()
         for chunk in response.iter_bytes():
             body += chunk
-            if self._clock() > deadline_seconds:
-                raise self._too_slow(url)
             if len(body) > self._max_bytes:
                 raise SourceError(
                     f"{url} sent over {self._max_bytes} bytes; that is no metrics page."

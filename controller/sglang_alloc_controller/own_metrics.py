@@ -5,7 +5,7 @@ A tick only leaves its report behind; the series are built from the last one by 
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -31,8 +31,15 @@ _COUNTERS = {
 class OwnMetrics(Collector):
     """The counters of one controller and the report of its last tick."""
 
-    def __init__(self, mode: str, slo: SloSettings, quality: QualitySettings | None = None) -> None:
-        """Start at zero, without a tick."""
+    def __init__(
+        self,
+        mode: str,
+        slo: SloSettings,
+        quality: QualitySettings | None = None,
+        lost_log_lines: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """Start at zero, without a tick; `lost_log_lines` tells those of standard error."""
+        self._lost_log_lines = lost_log_lines
         self._mode = mode
         self._slo = slo
         self._quality = quality or QualitySettings()
@@ -115,6 +122,8 @@ class OwnMetrics(Collector):
     def _counters(self) -> Iterator[Metric]:
         for name, text in _COUNTERS.items():
             yield CounterMetricFamily(_PREFIX + name, text, value=self._counts[name])
+        name, text = "log_lines_lost", "Lines on standard error that nobody could take"
+        yield CounterMetricFamily(_PREFIX + name, text, value=self._lost_log_lines())
         failures = self._tick.source_failures_total if self._tick else 0
         name, text = "source_failures", "Readings that failed"
         yield CounterMetricFamily(_PREFIX + name, text, value=failures)

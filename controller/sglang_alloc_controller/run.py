@@ -75,7 +75,7 @@ def run(config: Path, settings: Settings, stop: StopSignal | None = None) -> Non
             cannot be used.
         SharedTableError: there is no usable shared table, or another process writes it.
     """
-    _configure_logging()
+    log_output = _configure_logging()
     follower = ConfigFollower(config, settings)
     stop = stop or StopSignal()
     stop.call_on_hangup(follower.ask_later)
@@ -83,7 +83,7 @@ def run(config: Path, settings: Settings, stop: StopSignal | None = None) -> Non
     _refuse_missing_edges(settings)
     link = TableLink(Path(settings.table), lambda table: _accept(settings, table))
     try:
-        _control(settings, link, follower, permit, stop)
+        _control(settings, link, follower, permit, stop, log_output=log_output)
     except TableInUseError:
         link.close()
         raise
@@ -95,9 +95,17 @@ def run(config: Path, settings: Settings, stop: StopSignal | None = None) -> Non
 
 
 def _control(
-    settings: Settings, link: TableLink, follower: ConfigFollower, permit: Permit, stop: StopSignal
+    settings: Settings,
+    link: TableLink,
+    follower: ConfigFollower,
+    permit: Permit,
+    stop: StopSignal,
+    *,
+    log_output: LogOutput,
 ) -> None:
-    metrics = OwnMetrics(settings.mode, settings.slo, settings.quality)
+    metrics = OwnMetrics(
+        settings.mode, settings.slo, settings.quality, lambda: log_output.lost_lines
+    )
     decision_log = DecisionLog(settings.decision_log, metrics.count_log_error)
     poller = SourcePoller(
         open_source(settings.source, time.monotonic), settings.source.poll_seconds
@@ -187,7 +195,7 @@ def _ready(loop: ControlLoop) -> Health:
     return Health(ticked, f"The input is {loop.input_state.value}.")
 
 
-def _configure_logging() -> None:
+def _configure_logging() -> LogOutput:
     """Log to standard error: for people on a terminal, as JSON lines elsewhere."""
     on_terminal, output = sys.stderr.isatty(), LogOutput(sys.stderr.fileno())
     structlog.configure(
@@ -200,3 +208,4 @@ def _configure_logging() -> None:
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=lambda *names: output,
     )
+    return output

@@ -57,13 +57,13 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
 class ControllerProcess:
     """A running controller and its metrics."""
 
-    def __init__(self, config: Path, *arguments: str) -> None:
+    def __init__(self, config: Path, *arguments: str, log: int | None = None) -> None:
         self._port = yaml.safe_load(config.read_text())["http"]["port"]
         self._log = config.with_suffix(".log").open("ab")
         self._log_path = config.with_suffix(".log")
         self.process = subprocess.Popen(
             [EXECUTABLE, "run", "--config", config, *arguments],
-            stderr=self._log,
+            stderr=self._log if log is None else log,
             stdout=self._log,
             start_new_session=True,
         )
@@ -120,9 +120,9 @@ class ControllerProcess:
 
 
 @contextmanager
-def running(config: Path, *arguments: str) -> Iterator[ControllerProcess]:
-    """Run a controller until the end of the block."""
-    controller = ControllerProcess(config, *arguments)
+def running(config: Path, *arguments: str, log: int | None = None) -> Iterator[ControllerProcess]:
+    """Run a controller until the end of the block; it logs to a file of its own, or to `log`."""
+    controller = ControllerProcess(config, *arguments, log=log)
     try:
         yield controller
     finally:

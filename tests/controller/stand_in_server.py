@@ -74,6 +74,9 @@ def _request_class(stand_in: StandInServer) -> type[BaseHTTPRequestHandler]:
             if stand_in.fault == "cut":
                 self.connection.shutdown(socket.SHUT_RDWR)
                 return
+            if stand_in.fault == "drip headers":
+                self._drip(b"HTTP/1.0 200 OK\r\nX-Drip: " + 600 * b"x" + b"\r\n\r\n")
+                return
             self.send_response(500 if stand_in.fault == "error" else 200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

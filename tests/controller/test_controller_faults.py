@@ -1,5 +1,6 @@
 """Faults on real processes: no budget outside its bounds, and a state that an operator can read."""
 
+import fcntl
 import json
 import os
 import random
@@ -202,3 +203,22 @@ def test_delays_and_aborts_of_a_proxy_make_the_input_stale_and_are_survived(
                 assert any(problem in (point["error"] or "") for point in history)
                 envoy.inject()
             controller.wait_for(lambda: controller.is_in_state("valid"), "valid input again")
+
+
+def test_a_stalled_reader_of_its_log_costs_lines_and_not_the_control_loop(
+    tmp_path: Path, table: SharedTable, server: StandInServer
+) -> None:
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    config = write_config(tmp_path, server.url)
+    with running(config, log=writer) as controller:
+        controller.wait_for(lambda: controller.is_in_state("valid"), "valid input")
+        for number in range(60):
+            # Each order is two lines of the log.
+            assert controller.order("/reload", actor=f"{number:060}").status_code == 200
+        controller.wait_for(lambda: controller.value("log_lines_lost_total") > 0, "lost lines")
+        _lower(controller, server, table)
+        assert controller.stop() == 0
+    assert _is_full(table)
+    os.close(reader)
+    os.close(writer)

@@ -39,13 +39,15 @@ def test_a_healthy_page_becomes_a_reading_of_now(source: SGLangMetrics) -> None:
     assert before <= reading.taken_at_seconds <= time.monotonic()
 
 
-@pytest.mark.parametrize("fault", ["hang", "drip"])
+@pytest.mark.parametrize("fault", ["hang", "drip", "drip headers"])
 def test_a_server_that_is_too_slow_is_given_up(
     server: StandInServer, source: SGLangMetrics, fault: str
 ) -> None:
     server.fault = fault
     with pytest.raises(SourceError, match=r"did not answer within 0\.4 s"):
         source.read()
+    server.fault = "none"
+    assert source.read().queue_requests == 20
 
 
 def test_an_error_status_is_told_with_what_came(

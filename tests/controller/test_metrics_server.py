@@ -80,6 +80,7 @@ def test_every_counter_is_there_before_its_first_event(served: Served) -> None:
         "source_failures_total",
         "engine_restarts_total",
         "decision_log_errors_total",
+        "log_lines_lost_total",
     ):
         assert f"sglang_alloc_controller_{name} 0.0" in text
     assert "_created" not in text

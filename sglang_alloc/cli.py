@@ -4,8 +4,10 @@ Each command imports what it needs when it runs, so that help and completion ans
 """
 
 import sys
+from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
 from sglang_alloc.cli_bench import bench
 from sglang_alloc.cli_calibrate import calibrate
@@ -20,6 +22,16 @@ from sglang_alloc.cli_status import status
 from sglang_alloc.cli_version import version
 from sglang_alloc.errors import AllocError
 
+
+class PassesOn(TyperCommand):
+    """A command that gives everything after `--` to another program: its own arguments go first."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return the arguments, then the options and what follows `--`."""
+        options, *arguments = super().collect_usage_pieces(ctx)
+        return [*arguments, options]
+
+
 app = typer.Typer(
     name="sglang-alloc",
     help="Trade a little Mixture-of-Experts quality for latency in SGLang.\n\n"
@@ -32,6 +44,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(
+    cls=PassesOn,
     options_metavar="[OPTIONS] -- [SGLANG OPTIONS]",
     context_settings={
         "allow_extra_args": True,
@@ -41,21 +54,25 @@ app.command(
     },
 )(serve)
 app.command(
+    cls=PassesOn,
     options_metavar="[OPTIONS] -- [SGLANG OPTIONS]",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": False},
 )(profile)
 app.command()(solve)
 app.command(
+    cls=PassesOn,
     options_metavar="[OPTIONS] -- [SGLANG OPTIONS]",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": False},
 )(calibrate)
 app.command(
+    cls=PassesOn,
     options_metavar="[OPTIONS] -- [SGLANG OPTIONS]",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": False},
 )(bench)
 app.command()(evaluate)
 app.command(
     "evaluate-served",
+    cls=PassesOn,
     options_metavar="[OPTIONS] -- [LM_EVAL OPTIONS]",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": False},
 )(evaluate_served)

@@ -1,4 +1,4 @@
-"""Option names that hold in every release of typer that is allowed."""
+"""Names of options and usage lines that hold in every release of typer that is allowed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, get_args, get_origin
 import pytest
 import typer
 from typer.models import OptionInfo
+from typer.testing import CliRunner
 
 from sglang_alloc.cli import app as serving
 from sglang_alloc_controller.cli import app as controlling
@@ -42,3 +43,19 @@ def test_an_option_whose_metavar_is_its_name_says_its_name(app: typer.Typer) -> 
         if option.metavar and option.metavar.lower() == name and not _says_its_name(option)
     ]
     assert unnamed == []
+
+
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("calibrate", "calibrate {SENSITIVITY.npz} [OPTIONS] -- [SGLANG OPTIONS]"),
+        ("evaluate-served", "evaluate-served {URL} [OPTIONS] -- [LM_EVAL OPTIONS]"),
+        ("profile", "profile [OPTIONS] -- [SGLANG OPTIONS]"),
+        ("bench", "bench [OPTIONS] -- [SGLANG OPTIONS]"),
+        ("serve", "serve [OPTIONS] -- [SGLANG OPTIONS]"),
+    ],
+)
+def test_a_usage_line_puts_arguments_where_they_can_go(command: str, usage: str) -> None:
+    shown = " ".join(CliRunner().invoke(serving, [command, "--help"]).output.split())
+    # Releases differ in the brackets around an argument that is required.
+    assert usage in shown or usage.replace("{", "").replace("}", "") in shown

@@ -1,9 +1,17 @@
-"""For every test: the tools of `make tools` come first, and Triton's own functions interpret."""
+"""For every test: the tools of `make tools` come first, and Triton's own functions interpret.
+
+Property tests state facts, not speed: a busy machine must not fail them.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 
 _TOOLS = Path(__file__).parents[1] / ".tools" / "bin"
 _INTERPRETED = "TRITON_INTERPRET"

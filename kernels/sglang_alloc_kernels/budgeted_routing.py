@@ -21,7 +21,7 @@ from sglang_alloc_kernels.largest_keys_tile import sortable_bits_tile
 from sglang_alloc_kernels.layer_rows import NO_STEP_TENSORS, LayerRows, StepTensors
 
 # Keeps a row of zero weights from dividing by zero, as SGLang's routing does.
-SMALLEST_MASS = 1e-20
+SMALLEST_MASS = tl.constexpr(1e-20)
 
 
 class Router(NamedTuple):
@@ -74,7 +74,7 @@ def budgeted_routing_torch(
         absent = ~allowed.bool()[best]
         ids, weights = ids.masked_fill(absent, DROPPED), weights.masked_fill(absent, 0.0)
     if router.renormalize:
-        weights = weights / (weights.sum(dim=1, keepdim=True) + SMALLEST_MASS)
+        weights = weights / (weights.sum(dim=1, keepdim=True) + SMALLEST_MASS.value)
     weights = weights * router.scaling
     return budgeted_slots_torch(weights, ids, rows, layer_index, rule, step=step)
 
@@ -205,8 +205,7 @@ def _budgeted_routing_kernel(
     chosen = tl.load(logits_ptr + ids, mask=present, other=float("-inf")).to(tl.float32)
     weights = tl.where(present, score_tile(chosen, largest, total, SCORING), 0.0)
     if RENORMALIZE:
-        # 1e-20 is SMALLEST_MASS.
-        weights = weights / (tl.sum(weights, axis=1)[:, None] + 1e-20)
+        weights = weights / (tl.sum(weights, axis=1)[:, None] + SMALLEST_MASS)
     weights = weights * scaling
     ids = tl.where(present, ids, -1)
 

@@ -29,6 +29,13 @@ class ScoredSlots(NamedTuple):
             return torch.zeros(num_tokens, 1, dtype=torch.bool, device=self.ids.device)
         return step.floors[:num_tokens, None] >= top_k
 
+    def capped(self, step: StepTensors) -> torch.Tensor:
+        """Return which tokens have a ceiling below K, (T, 1) bool."""
+        num_tokens, top_k = self.ids.shape
+        if step.ceilings is None:
+            return torch.zeros(num_tokens, 1, dtype=torch.bool, device=self.ids.device)
+        return step.ceilings[:num_tokens, None] < top_k
+
 
 KeepRule = Callable[[ScoredSlots], torch.Tensor]
 

@@ -40,7 +40,8 @@ class StepTensors(NamedTuple):
     floors: (T or more,) int32, slots that a token keeps at least, its best ones. A floor of K or
         more protects the token: all slots, the router's weights without gain, and in `token` mode
         no part in the contest.
-    ceilings: (T or more,) int32, slots that a token keeps at most; stronger than the floor.
+    ceilings: (T or more,) int32, slots that a token keeps at most; stronger than the floor. One
+        below K keeps the token out of the contest of mode `token`, too.
     sums: where the layers add up what they did.
     """
 

@@ -23,9 +23,14 @@ from sglang_alloc_kernels.kept_slots_tile import (
 from sglang_alloc_kernels.kernel_launch import tokens_per_program
 from sglang_alloc_kernels.largest_keys_tile import pick_digit_tile, winning_keys_tile
 from sglang_alloc_kernels.slot_rank import best_slot_tile
-from sglang_alloc_kernels.token_selection import contending_keys_tile, extra_slots_tile
+from sglang_alloc_kernels.token_selection import (
+    capped_slots_tile,
+    contending_keys_tile,
+    extra_slots_tile,
+)
 
-NUM_COUNTS = 1 + 4 * 256  # tokens in the contest, then keys by digit for each of four digits
+# Tokens in the contest, then keys by digit for each of four digits.
+NUM_COUNTS = tl.constexpr(1 + 4 * 256)
 
 
 def token_contest(
@@ -40,7 +45,7 @@ def token_contest(
     programs = triton.cdiv(num_tokens, block_tokens)
     device = arguments[0].device
     keys = torch.empty(programs * block_tokens * block_k, dtype=torch.int64, device=device)
-    counts = torch.zeros(NUM_COUNTS + programs, dtype=torch.int32, device=device)
+    counts = torch.zeros(NUM_COUNTS.value + programs, dtype=torch.int32, device=device)
     limits, layer_index = arguments[4], arguments[-2]
     grid, block_keys = (programs,), block_tokens * block_k
     _contest_keys_kernel[grid](*arguments, keys, counts, **constants, BLOCK_T=block_tokens)
@@ -91,7 +96,7 @@ def _contest_keys_kernel(
     saliency_ptr,  # (L, E) or None
     num_valid_ptr,  # (1,) or None
     floors_ptr,  # (T,) or None
-    ceilings_ptr,
+    ceilings_ptr,  # (T,) or None
     sums_ptr,
     lit_ptr,
     layer_index,
@@ -111,7 +116,8 @@ def _contest_keys_kernel(
     )
     scores = score_slots_tile(weights, ids, saliency_ptr, layer_index, NUM_EXPERTS, TOP_K)
     keys, contending = contending_keys_tile(
-        scores, best_slot_tile(scores), ids, tokens, num_tokens, floors_ptr, TOP_K
+        *(scores, best_slot_tile(scores), ids, tokens, num_tokens),
+        *(floors_ptr, ceilings_ptr, TOP_K),
     )
     keys = tl.reshape(keys, [BLOCK_T * BLOCK_K])
     places = tl.program_id(0) * BLOCK_T * BLOCK_K + tl.arange(0, BLOCK_T * BLOCK_K)
@@ -146,8 +152,7 @@ def _contest_ties_kernel(
     """Count this program's keys that equal the last winner's, behind the digits' counts."""
     last, _remaining, _wanted = contest_level_tile(counts_ptr, limits_ptr, layer_index, 4)
     keys = tl.load(keys_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))
-    # 1025 is NUM_COUNTS.
-    tl.store(counts_ptr + 1025 + tl.program_id(0), tl.sum((keys == last).to(tl.int32)))
+    tl.store(counts_ptr + NUM_COUNTS + tl.program_id(0), tl.sum((keys == last).to(tl.int32)))
 
 
 @triton.jit(do_not_specialize=["layer_index", "num_tokens"])
@@ -185,15 +190,19 @@ def _contest_slots_kernel(
     scores = score_slots_tile(weights, ids, saliency_ptr, layer_index, NUM_EXPERTS, TOP_K)
     best = best_slot_tile(scores)
     _keys, contending = contending_keys_tile(
-        scores, best, ids, tokens, num_tokens, floors_ptr, TOP_K
+        scores, best, ids, tokens, num_tokens, floors_ptr, ceilings_ptr, TOP_K
     )
     last, remaining, wanted = contest_level_tile(counts_ptr, limits_ptr, layer_index, 4)
     programs = tl.arange(0, BLOCK_PROGRAMS)
-    ties = tl.load(counts_ptr + 1025 + programs, mask=programs < program, other=0)
+    ties = tl.load(counts_ptr + NUM_COUNTS + programs, mask=programs < program, other=0)
     places = program * BLOCK_T * BLOCK_K + tl.arange(0, BLOCK_T * BLOCK_K)
     keys = tl.load(keys_ptr + places)
     won = winning_keys_tile(keys, last, remaining - tl.sum(ties), wanted)
     kept = tl.reshape(won, [BLOCK_T, BLOCK_K]) | (contending[:, None] & best)
+    if ceilings_ptr is not None:
+        kept = kept | capped_slots_tile(
+            scores, tokens, num_tokens, limits_ptr, layer_index, ceilings_ptr, TOP_K
+        )
     weights, ids = finish_slots_tile(
         *(weights, ids, scores, kept, tokens, num_tokens, layer_index),
         *(gains_ptr, references_ptr, floors_ptr, ceilings_ptr, sums_ptr, lit_ptr),

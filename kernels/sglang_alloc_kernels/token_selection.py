@@ -7,8 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang_alloc_kernels.kept_slots_tile import load_bound_tile
 from sglang_alloc_kernels.largest_keys_tile import sortable_bits_tile
-from sglang_alloc_kernels.slot_rank import slot_rank_torch
+from sglang_alloc_kernels.slot_rank import slot_rank_tile, slot_rank_torch
 
 # The paper finds one guaranteed slot per token to be best.
 BASE_SLOTS = 1
@@ -43,6 +44,19 @@ def extra_slots_torch(quota: float | torch.Tensor, num_tokens: torch.Tensor) -> 
     return (above * num_tokens.float()).floor()
 
 
+def capped_slots_torch(
+    ranks: torch.Tensor, quota: torch.Tensor, capped: torch.Tensor
+) -> torch.Tensor:
+    """Return which slots (T, K) bool tokens with a ceiling keep before it is applied.
+
+    Each keeps its best slots up to the quota, rounded down, without a contest: what a ceiling takes
+    from its token must not be won by others, nor lost by them.
+
+    ranks: (T, K) int; quota: a number; capped: (T,) bool, which tokens have a ceiling below K.
+    """
+    return capped[:, None] & (ranks < quota.floor())
+
+
 def sortable_bits_torch(scores: torch.Tensor) -> torch.Tensor:
     """Return int32 keys in the order of the scores; NaN sorts like -inf, and -0 like 0."""
     numbers = scores.float()
@@ -53,18 +67,29 @@ def sortable_bits_torch(scores: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def contending_keys_tile(scores, best, ids, tokens, num_tokens, floors_ptr, TOP_K):
+def contending_keys_tile(scores, best, ids, tokens, num_tokens, floors_ptr, ceilings_ptr, TOP_K):
     """Return the keys (T, K) of slots in the contest, -1 elsewhere, and which tokens take part.
 
-    Protected tokens and padding do not; a token's best slot, `best` (T, K), needs no contest.
+    Protected tokens, tokens with a ceiling and padding do not; a token's best slot, `best` (T, K),
+    needs no contest.
     """
     routed = (tl.arange(0, ids.shape[1]) < TOP_K)[None, :]
     contending = tl.max((routed & (ids >= 0)).to(tl.int32), axis=1) > 0
     if floors_ptr is not None:
         floors = tl.load(floors_ptr + tokens, mask=tokens < num_tokens, other=0)
         contending = contending & (floors < TOP_K)
+    if ceilings_ptr is not None:
+        ceilings = tl.load(ceilings_ptr + tokens, mask=tokens < num_tokens, other=0)
+        contending = contending & (ceilings >= TOP_K)
     candidate = contending[:, None] & routed & ~best
     return tl.where(candidate, sortable_bits_tile(scores), -1), contending
+
+
+@triton.jit
+def capped_slots_tile(scores, tokens, num_tokens, limits_ptr, layer_index, ceilings_ptr, TOP_K):
+    """Return which slots (T, K) tokens with a ceiling keep before it, as `capped_slots_torch`."""
+    capped = load_bound_tile(ceilings_ptr, tokens, num_tokens) < TOP_K
+    return capped & (slot_rank_tile(scores) < tl.floor(tl.load(limits_ptr + layer_index)))
 
 
 @triton.jit

@@ -19,6 +19,8 @@ from sglang_alloc_kernels.layer_rows import NO_STEP_TENSORS, LayerRows, StepTens
 from sglang_alloc_kernels.slot_rank import best_slot_tile
 from sglang_alloc_kernels.token_contest import token_contest
 from sglang_alloc_kernels.token_selection import (
+    capped_slots_tile,
+    capped_slots_torch,
     contending_keys_tile,
     extra_slots_tile,
     token_selection_torch,
@@ -40,14 +42,17 @@ def token_slots_torch(
     """Return one layer's (weights, ids) with the slots dropped that lost against other tokens'.
 
     Shapes and outcome as in `budgeted_slots_torch`. `rows.limits[layer_index]` is the mean number
-    of slots per token, 1 to K, fractions included. Protected tokens keep everything, take no part
-    in the contest and leave the others exactly their own budget; floors and ceilings of the other
-    tokens are applied after it.
+    of slots per token, 1 to K, fractions included. Protected tokens keep everything; those with a
+    ceiling below K keep their best slots up to it, and up to the quota rounded down. Both take no
+    part in the contest and leave the others exactly their own budget; floors of the others are
+    applied after it.
     """
 
     def decide(slots: ScoredSlots) -> torch.Tensor:
-        contending = (slots.ids >= 0).any(dim=1) & ~slots.protected(step)[:, 0]
-        return token_selection_torch(slots.scores, rows.limits[layer_index], contending)
+        capped, quota = slots.capped(step)[:, 0], rows.limits[layer_index]
+        contending = (slots.ids >= 0).any(dim=1) & ~slots.protected(step)[:, 0] & ~capped
+        won = token_selection_torch(slots.scores, quota, contending)
+        return won | capped_slots_torch(slots.ranks, quota, capped)
 
     return apply_rule_torch(
         topk_weights, topk_ids, rows, layer_index, decide, num_shared=num_shared, step=step
@@ -129,11 +134,15 @@ def _token_slots_kernel(
     scores = score_slots_tile(weights, ids, saliency_ptr, layer_index, NUM_EXPERTS, TOP_K)
     best = best_slot_tile(scores)
     keys, contending = contending_keys_tile(
-        scores, best, ids, tokens, num_tokens, floors_ptr, TOP_K
+        scores, best, ids, tokens, num_tokens, floors_ptr, ceilings_ptr, TOP_K
     )
     wanted = extra_slots_tile(limits_ptr, layer_index, tl.sum(contending.to(tl.int32)))
     won = largest_keys_tile(tl.reshape(keys, [BLOCK_T * BLOCK_K]), wanted, BITS=32)
     kept = tl.reshape(won, [BLOCK_T, BLOCK_K]) | (contending[:, None] & best)
+    if ceilings_ptr is not None:
+        kept = kept | capped_slots_tile(
+            scores, tokens, num_tokens, limits_ptr, layer_index, ceilings_ptr, TOP_K
+        )
     weights, ids = finish_slots_tile(
         *(weights, ids, scores, kept, tokens, num_tokens, layer_index),
         *(gains_ptr, references_ptr, floors_ptr, ceilings_ptr, sums_ptr, lit_ptr),

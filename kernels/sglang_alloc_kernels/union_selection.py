@@ -8,13 +8,14 @@ nothing (OEA, arXiv 2511.02237). With a cap the set grows by summed weight, as i
 from __future__ import annotations
 
 import torch
+import triton.language as tl
 
 from sglang_alloc_kernels.slot_rank import slot_rank_torch
 
 # Candidates' scores are summed in fixed point, whose sum does not depend on the order: every rank
 # of a tensor-parallel group decides alike.
-SCORE_STEPS = 1 << 20
-SCORE_MAX = float(1 << 20)
+SCORE_STEPS = tl.constexpr(1 << 20)
+SCORE_MAX = tl.constexpr(float(1 << 20))
 
 
 def union_selection_torch(
@@ -77,7 +78,8 @@ def _fill_up(
     scores: torch.Tensor, experts: torch.Tensor, in_set: torch.Tensor, cap: int | torch.Tensor
 ) -> torch.Tensor:
     """Return the heaviest experts outside the set that the cap has room for, (E + 1,) bool."""
-    steps = (scores.float().nan_to_num(0.0, neginf=0.0).clamp(0, SCORE_MAX) * SCORE_STEPS).long()
+    positive = scores.float().nan_to_num(0.0, neginf=0.0).clamp(0, SCORE_MAX.value)
+    steps = (positive * SCORE_STEPS.value).long()
     mass = torch.zeros(len(in_set), dtype=torch.int64, device=scores.device)
     mass.scatter_add_(0, experts.flatten(), steps.flatten())
     mass = torch.where(in_set, -1, mass)

@@ -25,7 +25,11 @@ from sglang_alloc_kernels.largest_keys_tile import largest_keys_tile
 from sglang_alloc_kernels.layer_rows import NO_STEP_TENSORS, LayerRows, StepTensors
 from sglang_alloc_kernels.score_threshold import score_threshold_torch
 from sglang_alloc_kernels.slot_rank import slot_rank_tile
-from sglang_alloc_kernels.union_selection import opened_selection_torch
+from sglang_alloc_kernels.union_selection import (
+    SCORE_MAX,
+    SCORE_STEPS,
+    opened_selection_torch,
+)
 
 # Its one program works through the tokens in this many pairs of slots: 128 tokens of top-8 at once.
 PAIRS_AT_ONCE = 8192
@@ -203,5 +207,4 @@ def _union_slots_kernel(
 def score_steps_tile(scores):
     """Return scores in fixed point, as `union_selection_torch` sums them; NaN is 0, as is less."""
     positive = tl.where(scores > 0, scores, 0.0)
-    # 1 << 20 is SCORE_STEPS and SCORE_MAX.
-    return (tl.minimum(positive, 1048576.0) * 1048576.0).to(tl.int64)
+    return (tl.minimum(positive, SCORE_MAX) * SCORE_STEPS).to(tl.int64)

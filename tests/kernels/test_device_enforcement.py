@@ -214,6 +214,24 @@ def test_a_protected_request_keeps_every_bit_and_the_others_their_budget(
     assert int((ours.drop(1, slots).ids < 0).sum()) > int((kept.ids < 0).sum())
 
 
+@pytest.mark.parametrize("mode", ["layer", "threshold", "token"])
+def test_a_ceiling_leaves_the_others_what_the_host_gives_them(mode: str, device: str) -> None:
+    """Its request scores highest, so it would win slots of which its ceiling then takes most."""
+    tables, slots = _make_tables(mode), _make_slots()
+    slots.weights[2] += 1.0
+    budgets = np.full(TOKENS, 5, np.int32)
+    budgets[2] = BUDGET_MIN
+    kept = []
+    ours = DeviceEnforcement(tables, torch.device(device), KERNELS)
+    for enforcement, given in ((HostEnforcement(tables), slots), (ours, _on(device, slots))):
+        enforcement.set_budgets(5, 5)
+        enforcement.begin_forward("decode", TOKENS, budgets)
+        kept.append(enforcement.drop(1, given).ids.cpu())
+    others = torch.arange(TOKENS) != 2
+    assert torch.equal(kept[1][others], kept[0][others])
+    assert int((kept[1][2] >= 0).sum()) == 1
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_ceiling_holds_in_every_layer_and_for_its_request_alone(mode: str, device: str) -> None:
     ours, slots = _make_device(mode, device), _on(device, _make_slots())

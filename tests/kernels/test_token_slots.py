@@ -72,6 +72,25 @@ def test_a_protected_token_leaves_the_others_exactly_their_own_budget(device: st
     assert torch.equal(kept[others.to(device)], alone)
 
 
+@pytest.mark.parametrize("quota", [1.0, 2.0, 3.7])
+@pytest.mark.parametrize("ceiling", [1, 3])
+def test_a_ceiling_takes_no_slot_from_the_others_and_gives_them_none(
+    quota: float, ceiling: int, device: str
+) -> None:
+    weights, ids = (tensor.to(device) for tensor in make_slots(TIED))
+    weights[5] += 10  # it would win every contest
+    ceilings = torch.full((37,), 6, dtype=torch.int32, device=device)
+    ceilings[5] = ceiling
+    rows = LayerRows(torch.tensor([quota], device=device))
+    step = StepTensors(ceilings=ceilings)
+    kept = token_slots.token_slots(weights, ids, rows, 0, step=step)[1] >= 0
+    others = (torch.arange(37) != 5).to(device)
+    alone = token_slots.token_slots(weights[others], ids[others], rows, 0)[1] >= 0
+    assert torch.equal(kept[others], alone)
+    assert int(kept[others].sum()) == int(quota * 36)
+    assert int(kept[5].sum()) == min(ceiling, int(quota))
+
+
 def test_of_equal_scores_the_earlier_token_wins(device: str) -> None:
     weights = torch.full((3, 4), 0.25, device=device)
     ids = torch.arange(12, dtype=torch.int32, device=device).view(3, 4)

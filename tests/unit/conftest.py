@@ -1,11 +1,7 @@
-"""Property tests state facts, not speed: a busy machine must not fail them."""
+"""What the unit tests share: torch works in one thread."""
 
 import pytest
 import torch
-from hypothesis import settings
-
-settings.register_profile("without a deadline", deadline=None)
-settings.load_profile("without a deadline")
 
 
 @pytest.fixture(scope="session", autouse=True)

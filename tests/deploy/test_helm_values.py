@@ -34,6 +34,9 @@ REFUSED = [
     ("worker.correctDrift=1", "/worker/correctDrift"),
     ('controller.controlTokenSecret.key=""', "/controller/controlTokenSecret/key"),
     ("controller.extraVolumeMounts=[{}]", "/controller/extraVolumeMounts/0"),
+    ("keda.minReplicas=0", "/keda/minReplicas"),
+    ("keda.saturationThreshold=2", "/keda/saturationThreshold"),
+    ('keda.prometheusAddress="prometheus:9090"', "/keda/prometheusAddress"),
 ]
 # Each value is possible; together they are not.
 IMPOSSIBLE = [
@@ -46,6 +49,15 @@ IMPOSSIBLE = [
     (
         'controller.config.quality={"decode_floor_budget":9,"decode_ceiling_budget":8}',
         "decode_floor_budget is 9, which is above decode_ceiling_budget (8)",
+    ),
+    ("keda.enabled=true", "keda.enabled needs keda.prometheusAddress"),
+    (
+        'keda={"enabled":true,"prometheusAddress":"http://p:9090","minReplicas":5}',
+        "keda.minReplicas is 5, which is above keda.maxReplicas (4)",
+    ),
+    (
+        'controller.enabled=false,keda={"enabled":true,"prometheusAddress":"http://p:9090"}',
+        "but controller.enabled is false",
     ),
 ]
 

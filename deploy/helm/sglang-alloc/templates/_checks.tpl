@@ -9,6 +9,19 @@ anything is installed, rather than by a container that does not start.
 {{- if and .Values.worker.correctDrift (not (has .Values.worker.mode (list "" "threshold"))) }}
 {{- fail (printf "worker.correctDrift moves thresholds, but worker.mode is %s: use mode threshold, or leave it out" .Values.worker.mode) }}
 {{- end }}
+{{- with .Values.keda }}
+{{- if .enabled }}
+{{- if not .prometheusAddress }}
+{{- fail "keda.enabled needs keda.prometheusAddress, for example http://prometheus-operated.monitoring.svc:9090" }}
+{{- end }}
+{{- if gt (int .minReplicas) (int .maxReplicas) }}
+{{- fail (printf "keda.minReplicas is %v, which is above keda.maxReplicas (%v)" .minReplicas .maxReplicas) }}
+{{- end }}
+{{- if not $.Values.controller.enabled }}
+{{- fail "keda.enabled scales on the controller's saturation, but controller.enabled is false" }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- if .Values.controller.enabled }}
 {{- if eq (int .Values.sglang.port) (int .Values.controller.metricsPort) }}
 {{- fail (printf "sglang.port and controller.metricsPort are both %v, and the containers of a pod share its ports: choose another one" .Values.sglang.port) }}

@@ -55,7 +55,7 @@ def run(
 
 @app.command()
 def check(config: ConfigPath) -> None:
-    """Try the configuration, the shared table, the source and the bucket edges."""
+    """Try what `run` needs: settings, shared table, source, bucket edges, token, port and log."""
     from sglang_alloc_controller.check import findings
     from sglang_alloc_controller.settings import load_settings
 

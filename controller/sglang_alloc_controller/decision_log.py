@@ -27,10 +27,7 @@ class DecisionLog:
             try:
                 self._open(self._path)
             except OSError as error:
-                raise ConfigurationError(
-                    f"decision_log.path is {self._path}, which cannot be opened for writing: "
-                    f"{error.strerror}. Choose a file in a folder that this user may write to."
-                ) from error
+                raise _unwritable(self._path, error.strerror) from error
 
     def begin(self, record: Mapping[str, object]) -> None:
         """Write what the next lines stand on, now and at the top of each file that follows."""
@@ -83,6 +80,27 @@ class DecisionLog:
     def _open(self, path: Path) -> None:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         self._file = os.open(path, flags, 0o640)
+
+
+def require_writable(settings: DecisionLogSettings) -> None:
+    """Raise a ConfigurationError unless the log can be written; make no file."""
+    if settings.path is None:
+        return
+    path = Path(settings.path)
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC))
+    except FileNotFoundError as error:
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise _unwritable(path, f"no file can be made in {path.parent}") from error
+    except OSError as error:
+        raise _unwritable(path, error.strerror) from error
+
+
+def _unwritable(path: Path, reason: str | None) -> ConfigurationError:
+    return ConfigurationError(
+        f"decision_log.path is {path}, which cannot be opened for writing: {reason}. Choose a file "
+        "in a folder that this user may write to."
+    )
 
 
 def _line(record: Mapping[str, object]) -> bytes:

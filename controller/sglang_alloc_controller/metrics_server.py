@@ -90,13 +90,7 @@ class MetricsServer:
         Raises:
             ConfigurationError: the address cannot be bound, for example because it is in use.
         """
-        try:
-            self._server = _Server(settings.host, settings.port, _request_class(routes))
-        except OSError as error:
-            raise ConfigurationError(
-                f"The controller cannot serve its metrics on http.host {settings.host}, http.port "
-                f"{settings.port}: {error.strerror}. Choose another port, or 0 for a free one."
-            ) from error
+        self._server = _bound(settings, _request_class(routes))
         self.port: int = self._server.server_address[1]
 
     def start(self) -> None:
@@ -109,6 +103,21 @@ class MetricsServer:
         """Stop answering and free the port; `start` must have been called."""
         self._server.shutdown()
         self._server.server_close()
+
+
+def require_free(settings: HttpSettings) -> None:
+    """Raise a ConfigurationError unless the address can be bound now."""
+    _bound(settings, BaseHTTPRequestHandler).server_close()
+
+
+def _bound(settings: HttpSettings, requests: type[BaseHTTPRequestHandler]) -> _Server:
+    try:
+        return _Server(settings.host, settings.port, requests)
+    except OSError as error:
+        raise ConfigurationError(
+            f"The controller cannot serve its metrics on http.host {settings.host}, http.port "
+            f"{settings.port}: {error.strerror}. Choose another port, or 0 for a free one."
+        ) from error
 
 
 def _problem(status: int, sentence: str) -> Answer:

@@ -13,7 +13,14 @@ from sglang_alloc_controller.samples import PHASES, Phase
 from sglang_alloc_controller.settings import QualitySettings, Settings
 from sglang_alloc_controller.step_times import StepTimes
 
-__all__ = ["budget_ranges", "predicted_loss"]
+__all__ = ["NO_COST_MODEL", "budget_ranges", "largest_loss", "predicted_loss"]
+
+NO_COST_MODEL = (
+    "quality.cost_model is not set, so the law does not look ahead: it gives up quality only after "
+    "a queue or late answers, by steps of any budget, the prefill budget first. With step times of "
+    "this server (`sglang-alloc bench`) it takes the budgets that the load needs before that, and "
+    "only such as save time."
+)
 
 
 def budget_ranges(table: SharedTable, settings: Settings) -> dict[Phase, BudgetRange]:
@@ -30,6 +37,14 @@ def budget_ranges(table: SharedTable, settings: Settings) -> dict[Phase, BudgetR
         _require_row(table, "fixed.prefill_budget", settings.fixed.prefill_budget)
         _require_row(table, "fixed.decode_budget", settings.fixed.decode_budget)
     return ranges
+
+
+def largest_loss(table: SharedTable, phase: Phase, bounds: BudgetRange) -> float:
+    """Return the largest predicted loss within the bounds, nats per token."""
+    first = table.shape.budget_min
+    return float(
+        predicted_loss(table, phase)[bounds.floor - first : bounds.ceiling - first + 1].max()
+    )
 
 
 def _useful(

@@ -31,7 +31,7 @@ from sglang_alloc_controller.metrics_server import (
 )
 from sglang_alloc_controller.own_metrics import OwnMetrics
 from sglang_alloc_controller.page_history import PageHistory
-from sglang_alloc_controller.quality_bounds import budget_ranges
+from sglang_alloc_controller.quality_bounds import NO_COST_MODEL, budget_ranges
 from sglang_alloc_controller.samples import SourceError
 from sglang_alloc_controller.settings import Settings, load_settings
 from sglang_alloc_controller.source import open_source
@@ -138,6 +138,8 @@ def _control(
         prefill=link.selector().prefill_budget,
         decode=link.selector().decode_budget,
     )
+    if settings.quality.cost_model is None and settings.mode != "fixed":
+        _log.info("no_cost_model", meaning=NO_COST_MODEL)
     try:
         loop.run()
     finally:

@@ -7,6 +7,7 @@ be had from the real server on demand. Tests with the real server are in tests/i
 import json
 import re
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -238,6 +239,62 @@ def test_check_tells_every_problem_at_once(tmp_path: Path, server: StandInServer
     assert len(failed) == 2
     assert "There is no shared table" in failed[0]
     assert "slo.ttft_seconds is 0.7" in failed[1]
+
+
+def test_check_tells_what_run_would_refuse_beside_table_and_source(
+    tmp_path: Path, table: SharedTable, server: StandInServer
+) -> None:
+    log = tmp_path / "none" / "d.jsonl"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        config = write_config(
+            tmp_path,
+            server.url,
+            http={"port": taken.getsockname()[1]},
+            control={"token_file": str(tmp_path / "token")},
+            decision_log={"path": str(log)},
+        )
+        checked, ran = call("check", "--config", str(config)), call("run", "--config", str(config))
+    assert (checked.returncode, ran.returncode) == (1, 2)
+    failed = [line for line in checked.stdout.splitlines() if line.startswith("failed")]
+    assert len(failed) == 3
+    assert "control.token_file" in failed[0]
+    assert "Address already in use" in failed[1]
+    assert f"decision_log.path is {log}" in failed[2]
+    assert not log.parent.exists()
+
+
+def test_check_beside_the_running_controller_does_not_blame_its_port(
+    tmp_path: Path, table: SharedTable, server: StandInServer
+) -> None:
+    config = write_config(tmp_path, server.url)
+    with running(config) as controller:
+        controller.wait_for(lambda: controller.is_in_state("valid"), "valid input")
+        checked = call("check", "--config", str(config))
+        assert "no_cost_model" in controller.log()
+    assert checked.returncode == 0, checked.stdout
+    assert f"A controller of this table runs (pid {controller.process.pid})" in checked.stdout
+
+
+def test_check_tells_what_the_bounds_cost_and_what_is_not_bounded(
+    tmp_path: Path, table: SharedTable, server: StandInServer
+) -> None:
+    checked = call("check", "--config", str(write_config(tmp_path, server.url)))
+    assert "between 6 and 48, predicted loss up to 0.2 nats per token" in checked.stdout
+    assert "quality.max_predicted_loss is not set" in checked.stdout
+    assert "quality.cost_model is not set, so the law does not look ahead" in checked.stdout
+    quality = {"max_predicted_loss": 0.1}
+    checked = call("check", "--config", str(write_config(tmp_path, server.url, quality=quality)))
+    assert "between 27 and 48, predicted loss up to 0.1 nats per token" in checked.stdout
+    assert "max_predicted_loss is not set" not in checked.stdout
+
+
+def test_check_names_a_priority_that_the_server_does_not_show(
+    tmp_path: Path, table: SharedTable, recorded: Path
+) -> None:
+    with serving((recorded / "tp2_priority_burst.txt").read_text()) as server:
+        source = {"url": server.url, "priorities": ["7"], "streaming_only": False}
+        checked = call("check", "--config", str(write_config(tmp_path, server.url, source=source)))
+    assert "chooses 7, which the server has not shown yet" in checked.stdout
 
 
 def test_check_refuses_a_bad_configuration(tmp_path: Path) -> None:

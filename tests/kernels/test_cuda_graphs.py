@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from test_device_enforcement import (
+    BUDGET_MIN,
     BUDGETS,
     EXPERTS,
+    FULL,
     LAYERS,
     MODES,
     TOKENS,
@@ -63,6 +66,34 @@ def test_a_replayed_graph_equals_the_twins_at_every_later_budget_and_batch(
     found, expected_counts = ours.measurements()[phase], twin.measurements()[phase]
     for name in ("forwards", "tokens", "activations", "distinct_experts"):
         assert getattr(found, name) == getattr(expected_counts, name)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_replayed_graph_obeys_the_own_budgets_of_each_later_forward(mode: str) -> None:
+    """Seven tokens in a batch captured for eleven; whose request has which budget changes."""
+    slots = _make_slots(num_shared=1)
+    on_gpu = RoutedSlots(slots.weights.to(CUDA), slots.ids.to(CUDA), 1)
+    ours = DeviceEnforcement(_make_tables(mode), CUDA, KERNELS)
+    twin = DeviceEnforcement(_make_tables(mode), torch.device("cpu"), TWINS)
+    graph, kept = _captured(ours, on_gpu, "decode")
+    addresses = ours.addresses()
+    forwards: tuple[dict[int, int], ...] = (
+        *({}, {3: FULL}, {0: FULL, 5: BUDGET_MIN}, {6: BUDGET_MIN}, {}),
+    )
+    for own in forwards:
+        budgets = np.array([own.get(token, 5) for token in range(7)], np.int32) if own else None
+        for enforcement in (ours, twin):
+            enforcement.set_budgets(5, 5)
+            enforcement.begin_forward("decode", 7, budgets)
+        graph.replay()
+        for layer in range(LAYERS):
+            expected = twin.drop(layer, slots)
+            assert torch.equal(kept[layer].ids.cpu(), expected.ids)
+            torch.testing.assert_close(kept[layer].weights.cpu(), expected.weights)
+            for token, budget in own.items():
+                mine = int((kept[layer].ids[token, :TOP_K] >= 0).sum())
+                assert mine == (TOP_K if budget == FULL else 1)
+    assert ours.addresses() == addresses
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -9,6 +9,7 @@ import torch
 from sglang_alloc import device_bounds
 from sglang_alloc.device_bounds import DeviceBounds
 from sglang_alloc.enforcement import EnforcementTables, PhaseRows
+from sglang_alloc.errors import UnsupportedServerError
 
 ROWS = 8
 
@@ -38,6 +39,27 @@ def test_bounds_are_forgotten_with_their_forward(bounds: DeviceBounds) -> None:
     bounds.load(None, in_force=6)
     assert _values(bounds, 2) == ([0] * ROWS, [4] * ROWS)
     assert [part.data_ptr() for part in bounds.of(1)] == before
+
+
+def test_a_smaller_forward_leaves_nothing_of_the_larger_one_before_it(
+    bounds: DeviceBounds,
+) -> None:
+    """Rows behind its tokens may be those of a captured batch, and so must not be bound."""
+    bounds.load(np.array([8, 2, 8, 2, 8, 2], np.int32), in_force=6)
+    bounds.load(np.array([6, 8], np.int32), in_force=6)
+    assert _values(bounds, 2) == ([0, 4, *[0] * 6], [4] * ROWS)
+    bounds.load(np.full(ROWS + 3, 2, np.int32), in_force=6)
+    bounds.load(None, in_force=6)
+    assert _values(bounds, 2) == ([0] * ROWS, [4] * ROWS)
+
+
+def test_no_graph_is_captured_on_tensors_that_the_next_forward_gives_away(
+    bounds: DeviceBounds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_bounds, "is_capturing", lambda device: True)
+    assert bounds.of(ROWS)[0].data_ptr() == bounds.of(1)[0].data_ptr()
+    with pytest.raises(UnsupportedServerError, match=rf"graph of {ROWS + 1} rows .*at most {ROWS}"):
+        bounds.of(ROWS + 1)
 
 
 def test_a_forward_larger_than_any_graph_has_tensors_of_its_own(bounds: DeviceBounds) -> None:

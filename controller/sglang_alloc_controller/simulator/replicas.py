@@ -1,4 +1,4 @@
-"""Simulator: many servers behind one balancer, each with a control loop of its own. Pure.
+"""Simulator: many servers behind one balancer, each with a control loop of its own. Seeded.
 
 A replica that gives up quality gets faster, and a balancer that watches outstanding requests then
 sends it more: loops that do not know of each other could hand the load around for ever. Load and

@@ -1,4 +1,4 @@
-"""Simulator, the command: scores become results.csv and the table of a summary. Pure text."""
+"""Simulator, the command: scores become results.csv and the table of a summary, as text."""
 
 import csv
 import io

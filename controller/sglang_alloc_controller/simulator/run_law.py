@@ -1,4 +1,4 @@
-"""Simulator, fifth step: one law, one scenario, one seed, in simulated time. Pure."""
+"""Simulator, fifth step: one law, one scenario, one seed, in simulated time. Seeded."""
 
 import random
 from collections import deque

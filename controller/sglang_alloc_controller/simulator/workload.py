@@ -1,4 +1,4 @@
-"""Simulator, second step: the requests that arrive, and when. Pure; a seed gives one workload."""
+"""Simulator, second step: the requests that arrive, and when. A seed gives one workload."""
 
 import math
 import random

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+INTERRUPTED = 130
+
 
 def evaluate_served(
     context: typer.Context,
@@ -35,18 +37,25 @@ def evaluate_served(
     """
     # Imported here because help must not wait for numpy.
     from sglang_alloc.cli_set import parse_budget
-    from sglang_alloc.evaluation.harness import HarnessRun, run_harness
-    from sglang_alloc.evaluation.harness_results import read_scores, summary, write_scores
+    from sglang_alloc.evaluation.harness import HarnessRun, Measured, run_harness
+    from sglang_alloc.evaluation.harness_results import Score, read_scores, summary, write_scores
     from sglang_alloc.server_runs.interruption import sigterm_interrupts
     from sglang_alloc.shared_table import SharedTable
 
     with SharedTable.open(table) as opened:
         budgets = [parse_budget(text, opened.shape) for text in budget]
-    runs = []
+    runs: list[tuple[int, Measured, list[Score]]] = []
     for one in dict.fromkeys(budgets):
         folder = output / f"budget-{one}"
-        with sigterm_interrupts():
-            measured = run_harness(HarnessRun(url, table, one, tokenizer, folder, context.args))
+        try:
+            with sigterm_interrupts():
+                measured = run_harness(HarnessRun(url, table, one, tokenizer, folder, context.args))
+        except KeyboardInterrupt:
+            kept = (
+                f"{output / 'scores.csv'} has the budgets before it" if runs else "nothing was kept"
+            )
+            typer.echo(f"Interrupted: budget {one} was released unfinished, {kept}.", err=True)
+            raise typer.Exit(INTERRUPTED) from None
         scores = read_scores(folder)
         typer.echo(summary(one, measured, scores))
         # After each run: an interruption loses only the run under way.

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from completion_server import StandInServer
 from table_factory import publish_and_open
+from typer.testing import CliRunner
 from waiting import wait_until
 
+from sglang_alloc.cli import app
 from sglang_alloc.evaluation import harness
 from sglang_alloc.evaluation.harness import HarnessError, HarnessRun, Measured, run_harness
 from sglang_alloc.evaluation.harness_results import Score, read_scores, summary, write_scores
@@ -225,3 +227,29 @@ def test_scores_are_written_with_what_was_kept(tmp_path: Path) -> None:
     assert summary(6, Measured(5.9871, None), scores) == (
         "budget 6 (prefill 5.99 activations per token): arc acc 0.2500 ± 0.0500"
     )
+
+
+@pytest.mark.parametrize(
+    ("finished", "said"), [(0, "nothing was kept"), (1, "scores.csv has the budgets before it")]
+)
+def test_an_interruption_says_which_scores_were_kept(
+    table: SharedTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: int, said: str
+) -> None:
+    runs: list[HarnessRun] = []
+
+    def run(asked: HarnessRun) -> Measured:
+        runs.append(asked)
+        if len(runs) > finished:
+            raise KeyboardInterrupt
+        asked.output.mkdir(parents=True)
+        (asked.output / "results_1.json").write_text(json.dumps(RESULTS))
+        return Measured(None, None)
+
+    monkeypatch.setattr(harness, "run_harness", run)
+    budgets = ("--budget", "full", "--budget", "6")
+    command = ["evaluate-served", "http://127.0.0.1:9", "--table", str(table.path), *budgets]
+    result = CliRunner().invoke(app, [*command, "--tokenizer", "m", "-o", str(tmp_path / "out")])
+    assert result.exit_code == 130
+    assert f"budget {runs[-1].budget} was released unfinished" in result.stderr
+    assert said in result.stderr
+    assert (tmp_path / "out" / "scores.csv").exists() is (finished > 0)

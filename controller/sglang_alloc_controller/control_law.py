@@ -30,7 +30,8 @@ Regimes, first match first:
 With step times by budget and a server that tells the prompt tokens it computes, the regimes from
 "violation" on are those of law_forward instead: the load decides, and latencies correct it.
 
-Every constant is a setting of the section `law`, with its unit and reason in settings.py.
+A constant is a setting of the section `law`, with its unit and reason in law_settings.py, or stands
+with them at the head of the module that uses it.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Control story, second step: the last minute of readings, and what they say about each SLO."""
+"""Control story, second step: the last minutes of readings, and what they say about each SLO."""
 
 import math
 from bisect import bisect_left, bisect_right

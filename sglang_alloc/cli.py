@@ -21,6 +21,7 @@ from sglang_alloc.cli_solve import solve
 from sglang_alloc.cli_status import status
 from sglang_alloc.cli_version import version
 from sglang_alloc.errors import AllocError
+from sglang_alloc.standard_streams import tolerant_streams
 
 
 class PassesOn(TyperCommand):
@@ -84,12 +85,13 @@ app.command()(version)
 
 def main() -> None:
     """Run the command line; an error that a user can cause is one sentence and exit status 1."""
-    try:
-        app()
-    except AllocError as error:
-        typer.secho("error: ", fg=typer.colors.RED, bold=True, nl=False, err=True)
-        typer.echo(str(error), err=True)
-        sys.exit(1)
+    with tolerant_streams("sglang-alloc"):
+        try:
+            app()
+        except AllocError as error:
+            typer.secho("error: ", fg=typer.colors.RED, bold=True, nl=False, err=True)
+            typer.echo(str(error), err=True)
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from sglang_alloc.errors import AllocError
+from sglang_alloc.standard_streams import tolerant_streams
 
 app = typer.Typer(
     help="Keep SGLang's latency SLOs by moving the activation budget in the shared table.",
@@ -280,7 +281,8 @@ def schema() -> None:
 
 def main() -> None:
     """Run the command line."""
-    app()
+    with tolerant_streams("sglang-alloc-controller"):
+        app()
 
 
 def _refuse(error: AllocError) -> NoReturn:

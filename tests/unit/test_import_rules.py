@@ -17,6 +17,7 @@ _CONTRACTS = (
     "npz_file",
     "predicted_loss",
     "shared_table",
+    "standard_streams",
 )
 _STANDARD_LIBRARY = sys.stdlib_module_names | {"__future__"}
 

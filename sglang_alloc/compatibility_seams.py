@@ -169,7 +169,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         "sglang.srt.model_executor.forward_batch_info.ForwardBatch",
         "class",
-        ("forward_mode", "input_ids", "extend_seq_lens_cpu"),
+        ("forward_mode", "input_ids", "extend_seq_lens_cpu", "spec_info"),
         "tell which tokens of a forward belong to which request",
     ),
     Seam(

@@ -27,6 +27,7 @@ class RequestBudgets:
     def __init__(self, rules: RequestRules, on_ignored: Callable[[], None]) -> None:
         self.rules = rules
         self._on_ignored = on_ignored
+        self._ignores_verifies = False
         self._of: WeakKeyDictionary[Any, OwnBudget] = WeakKeyDictionary()
 
     def admit(self, request: Any) -> None:
@@ -54,16 +55,33 @@ class RequestBudgets:
             setattr(forward_batch, _OF_BATCH, of_requests)
 
     def of_forward(self, forward_batch: Any) -> OwnBudgets | None:
-        """Return what `attach` noted, with the number of tokens of each request."""
+        """Return what `attach` noted, with the number of tokens of each request.
+
+        Where nobody tells whose a verified draft's tokens are, the forward's own budgets are
+        counted as ignored: it is served at the budget in force.
+        """
         of_requests = getattr(forward_batch, _OF_BATCH, None)
         if of_requests is None:
             return None
-        if forward_batch.forward_mode.is_extend() and not _verifies(forward_batch):
+        if forward_batch.forward_mode.is_target_verify():
+            return self._of_verify(forward_batch, of_requests)
+        if forward_batch.forward_mode.is_extend():
             return OwnBudgets(of_requests, forward_batch.extend_seq_lens_cpu)
-        each = len(forward_batch.input_ids) // len(of_requests)
-        return OwnBudgets(of_requests, [each] * len(of_requests))
+        return OwnBudgets(of_requests, [1] * len(of_requests))
 
-
-def _verifies(forward_batch: Any) -> bool:
-    """Return whether drafts are verified: as many tokens for each request, and no lengths."""
-    return bool(forward_batch.forward_mode.is_target_verify())
+    def _of_verify(
+        self, forward_batch: Any, of_requests: list[OwnBudget | None]
+    ) -> OwnBudgets | None:
+        """Divide the tokens by the requests, unless SGLang packs drafts of unequal lengths."""
+        each, rest = divmod(len(forward_batch.input_ids), len(of_requests))
+        layout = getattr(forward_batch.spec_info, "ragged_verify_layout", None)
+        if layout is None and rest == 0:
+            return OwnBudgets(of_requests, [each] * len(of_requests))
+        self._on_ignored()
+        if not self._ignores_verifies:
+            self._ignores_verifies = True
+            logger.warning(
+                "sglang-alloc serves requests with budgets of their own at the budget in force "
+                "where drafts of unequal lengths are verified (SGLANG_RAGGED_VERIFY_MODE)"
+            )
+        return None

@@ -43,9 +43,14 @@ def budgets(ignored: list[int]) -> RequestBudgets:
     return RequestBudgets(RULES, on_ignored=lambda: ignored.append(1))
 
 
-def _batch(mode: str, num_tokens: int, lengths: list[int] | None = None) -> Any:
+def _batch(
+    mode: str, num_tokens: int, lengths: list[int] | None = None, layout: object = None
+) -> Any:
     return SimpleNamespace(
-        forward_mode=_Mode(mode), input_ids=[0] * num_tokens, extend_seq_lens_cpu=lengths
+        forward_mode=_Mode(mode),
+        input_ids=[0] * num_tokens,
+        extend_seq_lens_cpu=lengths,
+        spec_info=SimpleNamespace(ragged_verify_layout=layout),
     )
 
 
@@ -69,6 +74,28 @@ def test_a_decode_step_has_as_many_tokens_for_each(
     requests = [_Request(4), _Request()]
     found = _of_forward(budgets, _batch(mode, 2 * each), requests)
     assert found == OwnBudgets([OwnBudget(4, False), None], [each, each])
+
+
+@pytest.mark.parametrize(("num_tokens", "layout"), [(8, object()), (7, None)])
+def test_drafts_of_unequal_lengths_are_nobodys_own(
+    budgets: RequestBudgets,
+    ignored: list[int],
+    caplog: pytest.LogCaptureFixture,
+    num_tokens: int,
+    layout: object,
+) -> None:
+    """Divided alike, the tokens of one request would get the budget of the other."""
+    requests = [_Request("full"), _Request(4)]
+    batch = _batch("verify", num_tokens, layout=layout)
+    assert _of_forward(budgets, batch, requests) is None
+    assert budgets.of_forward(batch) is None
+    assert len(ignored) == 2
+    assert caplog.text.count("drafts of unequal lengths") == 1
+
+
+def test_rows_behind_a_decode_steps_requests_are_nobodys(budgets: RequestBudgets) -> None:
+    found = _of_forward(budgets, _batch("decode", 4), [_Request(4), _Request()])
+    assert found == OwnBudgets([OwnBudget(4, False), None], [1, 1])
 
 
 def test_urgent_requests_are_protected_unasked_and_whatever_they_ask(
@@ -95,7 +122,7 @@ def test_a_batch_without_wishes_carries_nothing(budgets: RequestBudgets) -> None
     assert _of_forward(budgets, batch, [_Request()]) is None
     budgets.admit(kept)
     budgets.attach(batch, [_Request()])
-    assert vars(batch).keys() == {"forward_mode", "input_ids", "extend_seq_lens_cpu"}
+    assert vars(batch).keys() == vars(_batch("decode", 1)).keys()
 
 
 def test_a_finished_request_is_forgotten(budgets: RequestBudgets) -> None:

@@ -20,7 +20,7 @@ A null in the values removes a key on its way here; the two SLOs must be said, s
 {{- $_ := set $config "table" (include "sglang-alloc.tablePath" .) }}
 {{- $_ := set $config "http" (dict "host" "0.0.0.0" "port" .Values.controller.metricsPort) }}
 {{- if .Values.controller.controlTokenSecret.name }}
-{{- if ($config.control).token_file }}
+{{- if (default dict $config.control).token_file }}
 {{- fail "controller.controlTokenSecret.name and controller.config.control.token_file are both set: keep one" }}
 {{- end }}
 {{- $_ := set $config "control" (dict "token_file" (printf "%s/token" (include "sglang-alloc.controlTokenFolder" .))) }}

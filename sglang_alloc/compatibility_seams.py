@@ -1,6 +1,8 @@
 """Data story, step 0: every place where SGLang is touched, what we rely on there, and why.
 
-Read in SGLang 0.5.16 to 0.5.23. What differs inside that range is named as `old|new`.
+Read in SGLang 0.5.16 to 0.5.23. What differs inside that range is named as `old|new`. What only
+objects have, such as the weights that a quantisation method gives to a layer of experts, cannot be
+looked for in a class: the proof before the server is ready runs into it (`plugin_proof.py`).
 """
 
 from typing import Literal, NamedTuple
@@ -56,7 +58,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         SELECT_EXPERTS,
         "function",
-        ("hidden_states", "router_logits", "topk_config", "*", "layer_id", "num_token_non_padded"),
+        ("hidden_states", "router_logits", "topk_config"),
         "have a layer's tokens routed with the layer's own configuration",
     ),
     Seam(
@@ -136,9 +138,21 @@ SEAMS: tuple[Seam, ...] = (
         "compare the table with the model that is served",
     ),
     Seam(
+        "sglang.srt.configs.model_config.ModelConfig",
+        "class",
+        ("hf_config",),
+        "compare the table with the model that is served",
+    ),
+    Seam(
+        f"{_MOE}.fused_moe_triton.layer.FusedMoE",
+        "class",
+        ("quant_method", "moe_runner_config"),
+        "find the experts of the model and tell which kernel computes them",
+    ),
+    Seam(
         "sglang.srt.model_executor.forward_batch_info.ForwardMode",
         "class",
-        ("is_decode", "is_extend", "is_mixed", "is_target_verify", "is_idle"),
+        ("is_decode", "is_extend", "is_target_verify"),
         "tell prefill from decode",
     ),
     Seam(
@@ -164,6 +178,12 @@ SEAMS: tuple[Seam, ...] = (
         "function",
         # A class method: seen from outside its first parameter is the batch.
         ("batch", "model_runner"),
+        "tell which tokens of a forward belong to which request",
+    ),
+    Seam(
+        "sglang.srt.managers.schedule_batch.ScheduleBatch",
+        "class",
+        ("reqs",),
         "tell which tokens of a forward belong to which request",
     ),
     Seam(
@@ -207,12 +227,6 @@ SEAMS: tuple[Seam, ...] = (
         "function",
         ("self",),
         "tell that graphs of prefill are captured",
-    ),
-    Seam(
-        f"{_MOE}.utils.get_moe_runner_backend",
-        "function",
-        (),
-        "refuse an MoE backend whose kernels do not skip a dropped slot",
     ),
     Seam(
         f"{_MOE}.utils.get_moe_a2a_backend",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sglang_alloc.demo.calibration import ClosedLoop
-from sglang_alloc.demo.trace import Phase
+from sglang_alloc.demo.trace import LoadPhase
 from sglang_alloc.server_runs.errors import ServerRunError
 
 # Two calm stretches around a burst; the last is long enough to see quality come back.
@@ -61,7 +61,7 @@ class CarriedBurst(NamedTuple):
 class LoadPlan(NamedTuple):
     """The load that fits this machine, and the measurements that it was derived from."""
 
-    phases: tuple[Phase, ...]
+    phases: tuple[LoadPhase, ...]
     slo: Slo
     idle: ClosedLoop
     full: ClosedLoop
@@ -113,9 +113,9 @@ def plan_load(
     burst = max(between, overload)
     calm = CALM_UTILISATION_RATIO * capacity
     phases = (
-        Phase("calm", CALM_SECONDS, calm),
-        Phase(BURST, BURST_SECONDS, burst),
-        Phase("calm again", AFTER_SECONDS, calm),
+        LoadPhase("calm", CALM_SECONDS, calm),
+        LoadPhase(BURST, BURST_SECONDS, burst),
+        LoadPhase("calm again", AFTER_SECONDS, calm),
     )
     return LoadPlan(phases, slo, idle, full, one_below, floor)
 

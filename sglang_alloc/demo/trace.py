@@ -11,7 +11,7 @@ from typing import NamedTuple
 from sglang_alloc.server_runs.errors import ServerRunError
 
 
-class Phase(NamedTuple):
+class LoadPhase(NamedTuple):
     """A stretch of the trace with one arrival rate and irregular arrivals."""
 
     name: str
@@ -33,7 +33,7 @@ class TracedRequest(NamedTuple):
 class Trace:
     """Every request in order of its due second, and the phases that they were drawn from."""
 
-    phases: tuple[Phase, ...]
+    phases: tuple[LoadPhase, ...]
     requests: tuple[TracedRequest, ...]
 
     @property
@@ -50,7 +50,7 @@ class Trace:
 
 def make_trace(
     texts: Sequence[str],
-    phases: Sequence[Phase],
+    phases: Sequence[LoadPhase],
     *,
     prompt_bytes: int,
     output_tokens: int,
@@ -82,7 +82,7 @@ def cut_prompt(text: str, prompt_bytes: int, generator: random.Random) -> str:
     return piece.decode("utf-8", errors="ignore")
 
 
-def _arrivals(phases: Sequence[Phase], generator: random.Random) -> Iterator[tuple[str, float]]:
+def _arrivals(phases: Sequence[LoadPhase], generator: random.Random) -> Iterator[tuple[str, float]]:
     """Yield (phase, due second): a Poisson process given its expected count in each phase.
 
     Fixing the count leaves the arrivals as irregular as they are, but no draw makes a burst of

@@ -12,7 +12,7 @@ from torch import Tensor
 from sglang_alloc.reference.exact_tasks import SYNTHETIC_DOMAIN
 
 
-class Phase(NamedTuple):
+class TrainingPhase(NamedTuple):
     """A stretch of steps at one window length."""
 
     window_tokens: int
@@ -24,7 +24,7 @@ class Phase(NamedTuple):
 class Recipe:
     """Everything that decides the trained weights, besides the corpus and the architecture."""
 
-    phases: tuple[Phase, ...] = (Phase(256, 8, 1_500), Phase(1_024, 4, 300))
+    phases: tuple[TrainingPhase, ...] = (TrainingPhase(256, 8, 1_500), TrainingPhase(1_024, 4, 300))
     seed: int = 20_261_125
     learning_rate: float = 3e-3
     final_learning_rate_ratio: float = 0.05
@@ -52,7 +52,7 @@ class Recipe:
             step -= steps
         return tokens
 
-    def phase_at(self, step: int) -> Phase:
+    def phase_at(self, step: int) -> TrainingPhase:
         for phase in self.phases:
             if step < phase.steps:
                 return phase

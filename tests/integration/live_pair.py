@@ -26,7 +26,7 @@ from waiting import PATIENCE_SECONDS, wait_until
 
 from sglang_alloc.budget_tables import load_budget_tables
 from sglang_alloc.demo.load import RequestRecord, offer_load
-from sglang_alloc.demo.trace import Phase, make_trace
+from sglang_alloc.demo.trace import LoadPhase, make_trace
 from sglang_alloc.server_runs.owned_process import OwnedProcess, owned_process
 from sglang_alloc.server_runs.reference_files import MODEL, REFERENCE
 from sglang_alloc.server_runs.server_process import (
@@ -42,7 +42,7 @@ from sglang_alloc_controller.sglang_loads import LOADS_PATH
 # 1 ms per token and 2 ms to the first one: broken by every request on every machine.
 IMPOSSIBLE_ITL_SECONDS, IMPOSSIBLE_TTFT_SECONDS = 0.001, 0.002
 STALE_AFTER_SECONDS = 3.0
-LOAD = Phase("load", seconds=70.0, requests_per_second=2.0)
+LOAD = LoadPhase("load", seconds=70.0, requests_per_second=2.0)
 
 
 @dataclass

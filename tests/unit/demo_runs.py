@@ -7,10 +7,14 @@ from sglang_alloc.demo.load import RequestRecord
 from sglang_alloc.demo.load_plan import LoadPlan, Slo
 from sglang_alloc.demo.observation import BudgetInForce, GaugeSample, RunRecord
 from sglang_alloc.demo.report import DemoResult
-from sglang_alloc.demo.trace import Phase, Trace
+from sglang_alloc.demo.trace import LoadPhase, Trace
 
 SLO = Slo(ttft_seconds=1.0, itl_seconds=0.1)
-PHASES = (Phase("calm", 10.0, 0.2), Phase("burst", 10.0, 0.4), Phase("calm again", 10.0, 0.2))
+PHASES = (
+    LoadPhase("calm", 10.0, 0.2),
+    LoadPhase("burst", 10.0, 0.4),
+    LoadPhase("calm again", 10.0, 0.2),
+)
 FULL = 40
 
 

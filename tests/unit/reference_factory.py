@@ -10,11 +10,11 @@ from rich.console import Console
 from sglang_alloc.reference.architecture import ReferenceConfig
 from sglang_alloc.reference.documents import Document
 from sglang_alloc.reference.model import ReferenceModel, initialise
-from sglang_alloc.reference.recipe import Phase, Recipe
+from sglang_alloc.reference.recipe import Recipe, TrainingPhase
 from sglang_alloc.reference.token_streams import TokenStreams
 from sglang_alloc.reference.training_run import TrainingRun
 
-TINY_RECIPE = Recipe(phases=(Phase(16, 2, 6), Phase(32, 2, 4)), warmup_steps=2)
+TINY_RECIPE = Recipe(phases=(TrainingPhase(16, 2, 6), TrainingPhase(32, 2, 4)), warmup_steps=2)
 
 
 def make_config(family: str = "qwen3_moe") -> ReferenceConfig:

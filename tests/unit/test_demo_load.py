@@ -15,7 +15,7 @@ from sglang_alloc.demo.load import (
     send_request,
     streaming_client,
 )
-from sglang_alloc.demo.trace import Phase, Trace, TracedRequest
+from sglang_alloc.demo.trace import LoadPhase, Trace, TracedRequest
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def _make_trace(*prompts: str, due_second: float = 0.0, output_tokens: int = 4) 
         TracedRequest(number, "calm", due_second, prompt, output_tokens)
         for number, prompt in enumerate(prompts)
     ]
-    return Trace((Phase("calm", 1.0, 1.0),), tuple(requests))
+    return Trace((LoadPhase("calm", 1.0, 1.0),), tuple(requests))
 
 
 def _offer(url: str, trace: Trace, timeout_seconds: float = 120.0) -> list[RequestRecord]:

@@ -12,7 +12,7 @@ from table_factory import publish_and_open
 
 from sglang_alloc.demo.heldout_loss import cut_windows
 from sglang_alloc.demo.observation import observe_run, sum_loads
-from sglang_alloc.demo.trace import Phase, Trace, TracedRequest
+from sglang_alloc.demo.trace import LoadPhase, Trace, TracedRequest
 from sglang_alloc.server_runs.budget_override import BudgetOverride
 from sglang_alloc.server_runs.errors import ServerRunError
 from sglang_alloc.server_runs.machine import cpu_model, machine_facts, software_versions
@@ -62,7 +62,7 @@ def test_a_run_records_requests_and_the_acknowledged_budgets(tmp_path: Path) -> 
     request = TracedRequest(0, "calm", 0.0, "normal words", 4)
     ticks: list[tuple[int, int]] = []
     with streaming_server() as url:
-        trace = Trace((Phase("calm", 0.1, 1.0),), (request,))
+        trace = Trace((LoadPhase("calm", 0.1, 1.0),), (request,))
         run = observe_run(url, trace, table, lambda _, sent, done: ticks.append((sent, done)))
     table.close()
     assert [record.error for record in run.requests] == [None]

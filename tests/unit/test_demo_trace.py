@@ -2,11 +2,15 @@
 
 import pytest
 
-from sglang_alloc.demo.trace import Phase, Trace, make_trace
+from sglang_alloc.demo.trace import LoadPhase, Trace, make_trace
 from sglang_alloc.server_runs.errors import ServerRunError
 
 TEXTS = ["abcdefghij" * 60, "KLMNOPQRST" * 60]
-PHASES = (Phase("calm", 10.0, 2.0), Phase("burst", 5.0, 20.0), Phase("calm again", 10.0, 2.0))
+PHASES = (
+    LoadPhase("calm", 10.0, 2.0),
+    LoadPhase("burst", 5.0, 20.0),
+    LoadPhase("calm again", 10.0, 2.0),
+)
 
 
 def _make_trace(seed: int = 3, texts: list[str] = TEXTS) -> Trace:

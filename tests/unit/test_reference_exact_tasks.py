@@ -12,7 +12,7 @@ from sglang_alloc.reference.exact_tasks import (
     heldout_problems,
     task_documents,
 )
-from sglang_alloc.reference.recipe import Phase, Recipe, reference_recipe, training_windows
+from sglang_alloc.reference.recipe import Recipe, TrainingPhase, reference_recipe, training_windows
 
 ANSWERS = {
     "copy": lambda words: words[1],
@@ -48,7 +48,7 @@ def test_documents_depend_on_the_seed_alone() -> None:
 def test_the_made_up_domain_gets_its_share_and_the_others_are_equal() -> None:
     streams = {name: np.full(100, index, dtype=np.int16) for index, name in enumerate("ab")}
     streams[SYNTHETIC_DOMAIN] = np.full(100, 2, dtype=np.int16)
-    recipe = Recipe(phases=(Phase(8, 20, 100),), synthetic_share=0.3)
+    recipe = Recipe(phases=(TrainingPhase(8, 20, 100),), synthetic_share=0.3)
     drawn = np.concatenate([training_windows(streams, recipe, s)[:, 0] for s in range(100)])
     shares = np.bincount(drawn, minlength=3) / len(drawn)
     assert np.allclose(shares, [0.35, 0.35, 0.3], atol=0.03)

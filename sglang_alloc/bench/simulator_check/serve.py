@@ -40,7 +40,7 @@ from sglang_alloc.demo.load_plan import (
 )
 from sglang_alloc.demo.observation import RunRecord
 from sglang_alloc.demo.stages import Session, run_trace
-from sglang_alloc.demo.trace import Phase, Trace, make_trace
+from sglang_alloc.demo.trace import LoadPhase, Trace, make_trace
 from sglang_alloc.server_runs.budget_override import BudgetOverride, flush_cache
 from sglang_alloc.server_runs.progress import Stage, StageProgress
 from sglang_alloc.server_runs.server_process import Server, free_port, serve
@@ -93,7 +93,7 @@ def measure(options: Options, facts: dict[str, object], progress: StageProgress)
         with progress.stage(CAPACITY):
             capacity = _capacity(session, options)
         phases = [
-            Phase(name, seconds, share * capacity.requests_per_second)
+            LoadPhase(name, seconds, share * capacity.requests_per_second)
             for name, seconds, share in PHASES
         ]
         trace = make_trace(session.texts, phases, **options.shape._asdict(), seed=options.seed)

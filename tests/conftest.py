@@ -6,8 +6,11 @@ Property tests state facts, not speed: a busy machine must not fail them.
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
+from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -36,3 +39,12 @@ def _import_interpreted_triton() -> None:
 
     if asked is None:
         del os.environ[_INTERPRETED]
+
+
+@pytest.fixture(scope="module")
+def engine_topk() -> Any:
+    """SGLang's real routing, which a CPU runs; its import warns of what a CPU lacks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from sglang.srt.layers.moe import topk
+    return topk

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 import structlog
+from stand_in_server import StandInServer, serving
+from virtual_loop import publish_table
+
+from sglang_alloc.shared_table import SharedTable
 
 RECORDED = Path(__file__).parent / "recorded"
 
@@ -21,3 +25,17 @@ def _quiet_logs() -> Iterator[None]:
 def recorded() -> Path:
     """The folder of metrics recorded from a real SGLang server; its README says how."""
     return RECORDED
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> SharedTable:
+    """A table at full budget that a controller can be given."""
+    publish_table(tmp_path / "t.tbl")
+    return SharedTable.open(tmp_path / "t.tbl")
+
+
+@pytest.fixture
+def server(recorded: Path) -> Iterator[StandInServer]:
+    """A stand-in for a calm server."""
+    with serving((recorded / "first.txt").read_text()) as server:
+        yield server

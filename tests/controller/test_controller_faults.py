@@ -7,10 +7,8 @@ import random
 import resource
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from controller_process import ControllerProcess, running, write_config
 from envoy_proxy import proxying
 from loads_answers import answer, rank
@@ -22,18 +20,6 @@ from sglang_alloc.shared_table import Fallback, Selection, SharedTable
 FULL = (48, 48)
 FLOOR = 24
 QUALITY = {"prefill_floor_budget": FLOOR, "decode_floor_budget": FLOOR}
-
-
-@pytest.fixture
-def table(tmp_path: Path) -> SharedTable:
-    publish_table(tmp_path / "t.tbl")
-    return SharedTable.open(tmp_path / "t.tbl")
-
-
-@pytest.fixture
-def server(recorded: Path) -> Iterator[StandInServer]:
-    with serving((recorded / "first.txt").read_text()) as server:
-        yield server
 
 
 def _lower(controller: ControllerProcess, server: StandInServer, table: SharedTable) -> None:

@@ -9,7 +9,6 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,18 +19,6 @@ from virtual_loop import publish_table
 from sglang_alloc.shared_table import SharedTable
 
 FULL = (48, 48)
-
-
-@pytest.fixture
-def table(tmp_path: Path) -> SharedTable:
-    publish_table(tmp_path / "t.tbl")
-    return SharedTable.open(tmp_path / "t.tbl")
-
-
-@pytest.fixture
-def server(recorded: Path) -> Iterator[StandInServer]:
-    with serving((recorded / "first.txt").read_text()) as server:
-        yield server
 
 
 def _is_beating(table: SharedTable) -> bool:

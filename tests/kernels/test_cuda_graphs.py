@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_device_enforcement import (
+from enforcement_cases import (
     BUDGET_MIN,
     BUDGETS,
     EXPERTS,
@@ -14,8 +14,8 @@ from test_device_enforcement import (
     MODES,
     TOKENS,
     TOP_K,
-    _make_slots,
-    _make_tables,
+    make_slots,
+    make_tables,
 )
 
 from sglang_alloc.allocation_mode import Phase
@@ -45,10 +45,10 @@ def _captured(
 def test_a_replayed_graph_equals_the_twins_at_every_later_budget_and_batch(
     mode: str, phase: Phase
 ) -> None:
-    slots = _make_slots(num_shared=1)
+    slots = make_slots(num_shared=1)
     on_gpu = RoutedSlots(slots.weights.to(CUDA), slots.ids.to(CUDA), 1)
-    ours = DeviceEnforcement(_make_tables(mode), CUDA, KERNELS)
-    twin = DeviceEnforcement(_make_tables(mode), torch.device("cpu"), TWINS)
+    ours = DeviceEnforcement(make_tables(mode), CUDA, KERNELS)
+    twin = DeviceEnforcement(make_tables(mode), torch.device("cpu"), TWINS)
     graph, kept = _captured(ours, on_gpu, phase)
     for budget in BUDGETS:
         for tokens in (TOKENS, 7, 1):
@@ -71,10 +71,10 @@ def test_a_replayed_graph_equals_the_twins_at_every_later_budget_and_batch(
 @pytest.mark.parametrize("mode", MODES)
 def test_a_replayed_graph_obeys_the_own_budgets_of_each_later_forward(mode: str) -> None:
     """Seven tokens in a batch captured for eleven; whose request has which budget changes."""
-    slots = _make_slots(num_shared=1)
+    slots = make_slots(num_shared=1)
     on_gpu = RoutedSlots(slots.weights.to(CUDA), slots.ids.to(CUDA), 1)
-    ours = DeviceEnforcement(_make_tables(mode), CUDA, KERNELS)
-    twin = DeviceEnforcement(_make_tables(mode), torch.device("cpu"), TWINS)
+    ours = DeviceEnforcement(make_tables(mode), CUDA, KERNELS)
+    twin = DeviceEnforcement(make_tables(mode), torch.device("cpu"), TWINS)
     graph, kept = _captured(ours, on_gpu, "decode")
     addresses = ours.addresses()
     forwards: tuple[dict[int, int], ...] = (
@@ -100,8 +100,8 @@ def test_a_replayed_graph_obeys_the_own_budgets_of_each_later_forward(mode: str)
 def test_a_replayed_graph_of_our_routing_equals_the_twins(mode: str) -> None:
     logits = torch.randn(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(2))
     router, on_gpu = Router(TOP_K, "softmax", False), logits.to(CUDA)
-    ours = DeviceEnforcement(_make_tables(mode), CUDA, KERNELS)
-    twin = DeviceEnforcement(_make_tables(mode), torch.device("cpu"), TWINS)
+    ours = DeviceEnforcement(make_tables(mode), CUDA, KERNELS)
+    twin = DeviceEnforcement(make_tables(mode), torch.device("cpu"), TWINS)
     ours.route(LAYERS - 1, on_gpu, router)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -121,9 +121,9 @@ def test_a_replayed_graph_of_our_routing_equals_the_twins(mode: str) -> None:
 
 def test_a_replay_is_asked_for_its_counts_without_waiting() -> None:
     """The copy is queued behind the replay: what is read at once is empty or whole, never torn."""
-    slots = _make_slots()
+    slots = make_slots()
     on_gpu = RoutedSlots(slots.weights.to(CUDA), slots.ids.to(CUDA), 0)
-    ours = DeviceEnforcement(_make_tables("layer"), CUDA, KERNELS)
+    ours = DeviceEnforcement(make_tables("layer"), CUDA, KERNELS)
     graph, _ = _captured(ours, on_gpu, "decode")
     ours.set_budgets(4, 4)
     ours.begin_forward("decode", TOKENS)

@@ -5,62 +5,23 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from enforcement_cases import (
+    BUDGET_MIN,
+    BUDGETS,
+    FULL,
+    LAYERS,
+    MODES,
+    TOKENS,
+    TOP_K,
+    make_slots,
+    make_tables,
+)
 
 from sglang_alloc.allocation_mode import Phase
-from sglang_alloc.enforcement import EnforcementTables, PhaseRows, RoutedSlots
+from sglang_alloc.enforcement import RoutedSlots
 from sglang_alloc.enforcement_device import DeviceEnforcement
 from sglang_alloc.enforcement_host import HostEnforcement
 from sglang_alloc_kernels.slot_rules import KERNELS
-
-LAYERS, TOP_K, EXPERTS, TOKENS = 2, 6, 60, 11
-BUDGET_MIN, FULL = LAYERS, LAYERS * TOP_K
-BUDGETS = (BUDGET_MIN, 5, 8, FULL)
-# In mode `union` thresholds open the set, or the best slots of each token.
-MODES = ("layer", "threshold", "token", "union", "union by quotas")
-
-
-def _make_tables(mode: str) -> EnforcementTables:
-    """Rows that differ between layers and phases, with saliency and every correction."""
-    budgets = np.arange(BUDGET_MIN, FULL + 1)
-    quotas = ((budgets[:, None] + np.arange(LAYERS)) // LAYERS).astype(np.int16)
-    thresholds = np.linspace(0.3, 0.0, len(budgets), dtype=np.float32)[:, None]
-    thresholds = thresholds * np.array([[1.0, 0.5]], np.float32)
-    references = np.minimum(quotas + 2, TOP_K)
-    decode = PhaseRows(
-        quotas,
-        None if mode == "union by quotas" else thresholds,
-        np.full_like(thresholds, 1.25),
-        references,
-    )
-    mode = mode.partition(" ")[0]
-    prefill = decode._replace(quotas=quotas[:, ::-1].copy(), thresholds=thresholds[:, ::-1].copy())
-    saliency = np.random.default_rng(5).uniform(0.5, 1.5, (LAYERS, EXPERTS)).astype(np.float32)
-    return EnforcementTables(
-        mode=mode,  # type: ignore[arg-type]
-        top_k=TOP_K,
-        budget_min=BUDGET_MIN,
-        budget_max=FULL,
-        prefill=prefill,
-        decode=decode,
-        saliency=saliency,
-        num_experts=EXPERTS,
-        prefill_mode="layer" if mode == "union" else None,
-    )
-
-
-def _make_slots(
-    tokens: int = TOKENS, num_shared: int = 0, *, renormalize: bool = True
-) -> RoutedSlots:
-    logits = torch.randn(tokens, EXPERTS, generator=torch.Generator().manual_seed(tokens))
-    weights, ids = logits.softmax(dim=1).topk(TOP_K, dim=1)
-    if renormalize:
-        weights = weights / weights.sum(1, keepdim=True)
-    shared = torch.full((tokens, num_shared), EXPERTS)
-    return RoutedSlots(
-        torch.cat([weights, torch.ones(tokens, num_shared)], 1),
-        torch.cat([ids, shared], 1).int(),
-        num_shared,
-    )
 
 
 def _on(device: str, slots: RoutedSlots) -> RoutedSlots:
@@ -68,7 +29,7 @@ def _on(device: str, slots: RoutedSlots) -> RoutedSlots:
 
 
 def _make_device(mode: str, device: str) -> DeviceEnforcement:
-    return DeviceEnforcement(_make_tables(mode), torch.device(device), KERNELS)
+    return DeviceEnforcement(make_tables(mode), torch.device(device), KERNELS)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -76,8 +37,8 @@ def _make_device(mode: str, device: str) -> DeviceEnforcement:
 def test_device_agrees_with_host_at_every_budget_and_phase(
     mode: str, num_shared: int, renormalize: bool, device: str
 ) -> None:
-    host, ours = HostEnforcement(_make_tables(mode)), _make_device(mode, device)
-    slots = _make_slots(num_shared=num_shared, renormalize=renormalize)
+    host, ours = HostEnforcement(make_tables(mode)), _make_device(mode, device)
+    slots = make_slots(num_shared=num_shared, renormalize=renormalize)
     for budget in BUDGETS:
         phases: tuple[Phase, Phase] = ("decode", "prefill")
         for phase in phases:
@@ -93,7 +54,7 @@ def test_device_agrees_with_host_at_every_budget_and_phase(
 @pytest.mark.parametrize("mode", MODES)
 def test_slots_in_any_layout_are_dropped_alike(mode: str, device: str) -> None:
     """A router may return columns of a wider tensor, or a transposed one."""
-    ours, slots = _make_device(mode, device), _on(device, _make_slots())
+    ours, slots = _make_device(mode, device), _on(device, make_slots())
     ours.set_budgets(5, 5)
     ours.begin_forward("decode", TOKENS)
     expected = ours.drop(1, slots)
@@ -109,13 +70,13 @@ def test_slots_in_any_layout_are_dropped_alike(mode: str, device: str) -> None:
 @pytest.mark.parametrize("corrected", [True, False])
 def test_a_nan_slot_falls_alike_on_host_and_device(mode: str, corrected: bool, device: str) -> None:
     """Rows of NaN in part: among the best, among the worst, all but one; and one of NaN alone."""
-    tables = _make_tables(mode)
+    tables = make_tables(mode)
     if not corrected:
         rows = [
             one._replace(gains=None, references=None) for one in (tables.prefill, tables.decode)
         ]
         tables = tables._replace(prefill=rows[0], decode=rows[1])
-    slots = _make_slots()
+    slots = make_slots()
     for row, columns in ((1, [0]), (3, [5]), (4, [0, 1, 2, 4, 5]), (6, list(range(TOP_K)))):
         slots.weights[row, columns] = float("nan")
     ours = DeviceEnforcement(tables, torch.device(device), KERNELS)
@@ -136,7 +97,7 @@ def test_a_nan_slot_falls_alike_on_host_and_device(mode: str, corrected: bool, d
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_full_budget_changes_no_bit(mode: str, device: str) -> None:
-    ours, slots = _make_device(mode, device), _on(device, _make_slots())
+    ours, slots = _make_device(mode, device), _on(device, make_slots())
     ours.begin_forward("decode", TOKENS)
     kept = ours.drop(0, slots)
     assert torch.equal(kept.ids, slots.ids)
@@ -146,7 +107,7 @@ def test_a_full_budget_changes_no_bit(mode: str, device: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_padding_rows_light_no_expert_and_leave_the_others_alone(mode: str, device: str) -> None:
     """A captured batch of eleven rows replayed for seven tokens."""
-    ours, slots = _make_device(mode, device), _on(device, _make_slots(num_shared=1))
+    ours, slots = _make_device(mode, device), _on(device, make_slots(num_shared=1))
     ours.set_budgets(5, 5)
     ours.begin_forward("decode", 7)
     padded = ours.drop(0, slots)
@@ -158,7 +119,7 @@ def test_padding_rows_light_no_expert_and_leave_the_others_alone(mode: str, devi
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_change_of_budget_phase_or_batch_moves_no_tensor(mode: str, device: str) -> None:
-    ours, slots = _make_device(mode, device), _on(device, _make_slots())
+    ours, slots = _make_device(mode, device), _on(device, make_slots())
     before = ours.addresses()
     counts = []
     for budget, phase, tokens in ((FULL, "decode", 11), (5, "prefill", 11), (5, "decode", 4)):
@@ -170,7 +131,7 @@ def test_a_change_of_budget_phase_or_batch_moves_no_tensor(mode: str, device: st
 
 
 def test_what_was_kept_is_measured_by_phase_and_read_without_waiting(device: str) -> None:
-    ours, slots = _make_device("layer", device), _on(device, _make_slots())
+    ours, slots = _make_device("layer", device), _on(device, make_slots())
     ours.prepare(slots, 4)  # leaves traces, as capture does
     assert ours.measurements() == {}
     ours.set_budgets(4, 8)
@@ -196,7 +157,7 @@ def test_what_was_kept_is_measured_by_phase_and_read_without_waiting(device: str
 def test_a_protected_request_keeps_every_bit_and_the_others_their_budget(
     mode: str, device: str
 ) -> None:
-    ours, slots = _make_device(mode, device), _on(device, _make_slots(num_shared=1))
+    ours, slots = _make_device(mode, device), _on(device, make_slots(num_shared=1))
     ours.set_budgets(5, 5)
     budgets = np.full(TOKENS, 5, np.int32)
     budgets[3:5] = FULL
@@ -204,7 +165,7 @@ def test_a_protected_request_keeps_every_bit_and_the_others_their_budget(
     kept = ours.drop(1, slots)
     assert torch.equal(kept.ids[3:5], slots.ids[3:5])
     assert torch.equal(kept.weights[3:5], slots.weights[3:5])
-    host = HostEnforcement(_make_tables(mode))
+    host = HostEnforcement(make_tables(mode))
     host.set_budgets(5, 5)
     host.begin_forward("decode", TOKENS, budgets)
     expected = host.drop(1, RoutedSlots(slots.weights.cpu(), slots.ids.cpu(), 1))
@@ -217,7 +178,7 @@ def test_a_protected_request_keeps_every_bit_and_the_others_their_budget(
 @pytest.mark.parametrize("mode", ["layer", "threshold", "token"])
 def test_a_ceiling_leaves_the_others_what_the_host_gives_them(mode: str, device: str) -> None:
     """Its request scores highest, so it would win slots of which its ceiling then takes most."""
-    tables, slots = _make_tables(mode), _make_slots()
+    tables, slots = make_tables(mode), make_slots()
     slots.weights[2] += 1.0
     budgets = np.full(TOKENS, 5, np.int32)
     budgets[2] = BUDGET_MIN
@@ -234,7 +195,7 @@ def test_a_ceiling_leaves_the_others_what_the_host_gives_them(mode: str, device:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_ceiling_holds_in_every_layer_and_for_its_request_alone(mode: str, device: str) -> None:
-    ours, slots = _make_device(mode, device), _on(device, _make_slots())
+    ours, slots = _make_device(mode, device), _on(device, make_slots())
     budgets = np.full(TOKENS, FULL, np.int32)
     budgets[2] = 2 * LAYERS
     before = ours.addresses()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from test_device_enforcement import BUDGETS, EXPERTS, FULL, LAYERS, TOP_K, _make_tables
+from enforcement_cases import BUDGETS, EXPERTS, FULL, LAYERS, TOP_K, make_tables
 
 from sglang_alloc import plugin, plugin_routing
 from sglang_alloc.enforcement import EnforcementTables, RoutedSlots
@@ -35,14 +34,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "no groups": {"renormalize": True},
 }
-
-
-@pytest.fixture(scope="module")
-def engine_topk() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from sglang.srt.layers.moe import topk
-    return topk
 
 
 class _Worker:
@@ -76,7 +67,7 @@ class _Server:
     def __init__(
         self, topk: Any, name: str, mode: str, device: str, patch: pytest.MonkeyPatch
     ) -> None:
-        tables = _make_tables(mode)
+        tables = make_tables(mode)
         plain = [
             rows._replace(gains=None, references=None) for rows in (tables.prefill, tables.decode)
         ]

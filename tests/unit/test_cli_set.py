@@ -4,11 +4,9 @@ import getpass
 import os
 import pwd
 import time
-from pathlib import Path
 
 import pytest
 from click.testing import Result
-from table_factory import publish_and_open
 from typer.testing import CliRunner
 
 from sglang_alloc.cli import app
@@ -17,11 +15,6 @@ from sglang_alloc.errors import AllocError, ConfigurationError, SharedTableError
 from sglang_alloc.shared_table import Override, SelectorWriter, SharedTable, TableShape
 
 SHAPE = TableShape(3, 4, 8, 3, 12)
-
-
-@pytest.fixture
-def table(tmp_path: Path) -> SharedTable:
-    return publish_and_open(tmp_path / "tiny.tbl")
 
 
 def _set(table: SharedTable, *arguments: str) -> Result:

@@ -21,11 +21,6 @@ NOW_NS = 1_000 * 10**9
 NO_PROCESS = 2**22 + 1
 
 
-@pytest.fixture
-def table(tmp_path: Path) -> SharedTable:
-    return publish_and_open(tmp_path / "tiny.tbl")
-
-
 def _counters(rank: int = 0, tokens: int = 100, pid: int | None = None) -> WorkerCounters:
     return WorkerCounters(
         pid=pid or os.getpid(),

@@ -9,25 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import server_facts
 
 from sglang_alloc.errors import UnsupportedServerError
 from sglang_alloc.moe_backends import DISPATCHERS, GRAPHS, RUNNERS, Verdict
-from sglang_alloc.server_check import REFUSED_OPTIONS, ExpertKernel, ServerFacts, check_server
+from sglang_alloc.server_check import ExpertKernel, ServerFacts, check_server
 
 PAGE = Path(__file__).parents[2] / "docs" / "backends.md"
 TABLES = {"runner": RUNNERS, "dispatcher": DISPATCHERS, "captured as": GRAPHS}
-GOOD = ServerFacts(
-    model_path="org/model",
-    engine_version="0.5.23",
-    device_type="cuda",
-    is_rocm=False,
-    a2a_backend="none",
-    options={name: fine for name, (fine, _) in REFUSED_OPTIONS.items()},
-    router_widths={8},
-    module_types={"TopK", "FusedMoE"},
-    expert_kernels={ExpertKernel("UnquantizedFusedMoEMethod", "triton", amx=False)},
-    graph_backends={"prefill": "breakable", "decode": "full"},
-)
+GOOD = replace(server_facts.GOOD, graph_backends={"prefill": "breakable", "decode": "full"})
 
 
 def _documented(head: str) -> dict[str, tuple[str, str]]:

@@ -46,15 +46,6 @@ def forward_mode() -> Any:
     return ForwardMode
 
 
-@pytest.fixture(scope="module")
-def engine_topk() -> Any:
-    """SGLang's real routing, which a CPU runs."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from sglang.srt.layers.moe import topk
-    return topk
-
-
 @pytest.fixture
 def settings(tmp_path: Path) -> WorkerSettings:
     publish_shared_table(tmp_path / "tiny.tbl", make_tables(LAYERS, TOP_K, EXPERTS))

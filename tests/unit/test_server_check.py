@@ -5,28 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from server_facts import GOOD, TRITON
 
 from sglang_alloc.errors import NotMoEError, UnsupportedServerError
 from sglang_alloc.server_check import (
-    REFUSED_OPTIONS,
     ExpertKernel,
-    ServerFacts,
     check_server,
 )
 
-TRITON = ExpertKernel("UnquantizedFusedMoEMethod", "triton", amx=False)
 NATIVE = ExpertKernel("UnquantizedFusedMoEMethod", "auto", amx=False)
-GOOD = ServerFacts(
-    model_path="org/model",
-    engine_version="0.5.23",
-    device_type="cuda",
-    is_rocm=False,
-    a2a_backend="none",
-    options={name: fine for name, (fine, _) in REFUSED_OPTIONS.items()},
-    router_widths={8},
-    module_types={"TopK", "FusedMoE"},
-    expert_kernels={TRITON},
-)
 
 
 def test_the_triton_experts_are_served_on_a_gpu() -> None:

@@ -33,11 +33,6 @@ SECOND_NS = 10**9
 FULL = Fallback("full")
 
 
-@pytest.fixture
-def table(tmp_path: Path) -> SharedTable:
-    return publish_and_open(tmp_path / "tiny.tbl")
-
-
 def test_a_published_table_holds_the_budget_tables_unchanged(tmp_path: Path) -> None:
     tables = make_full_tables()
     publish_shared_table(tmp_path / "full.tbl", tables, mode_note="threshold")

@@ -23,11 +23,6 @@ time.sleep(600)
 """
 
 
-@pytest.fixture
-def table(tmp_path: Path) -> SharedTable:
-    return publish_and_open(tmp_path / "tiny.tbl")
-
-
 def _start_holder(path: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", HOLD_THE_RIGHT, str(path)]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

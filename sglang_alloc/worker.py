@@ -80,6 +80,8 @@ class Worker:
         full = self.table.shape.budget_max
         self.in_force = Selection("fallback", 0, full, full)
         self.steps = 0
+        self._phase: Phase = "decode"  # of the forward or capture under way, or else the last
+        self._is_watching = False  # whether that is a forward, whose layers must have routed
         self.fallbacks = 0
         # Tokens that were served above and below the budget in force, because their request has
         # one of its own; and requests whose wish could not be granted.
@@ -98,7 +100,7 @@ class Worker:
         self._on_device = enforcement if isinstance(enforcement, DeviceEnforcement) else None
         self.statistics = WorkerStatistics(model.num_experts, len(model.layer_ids))
         self._drift = self._make_drift() if self.settings.correct_drift else None
-        self._unseen_layers = set(range(len(model.layer_ids)))
+        self.watch_layers()
         self._slot = self.table.worker_slot(model.rank)
         self._record = (
             StepRecord(self.settings.step_record, model.rank) if self.settings.step_record else None
@@ -173,8 +175,9 @@ class Worker:
         is_due = now_ns - self._reported_ns > REPORT_EVERY_NS
         if is_due:
             self.report(now_ns)  # before this forward is sampled: its layers are still to come
-        if self._unseen_layers and self.steps:
+        if self._is_watching and self._unseen_layers[self._phase]:
             self._refuse_unseen_layers()
+        self._phase, self._is_watching = phase, True
         token_budgets = None if own is None else self._token_budgets(phase, num_tokens, own)
         if self._drift is not None and token_budgets is not None:
             self._drift.discard(phase)
@@ -210,6 +213,7 @@ class Worker:
 
     def begin_capture(self, phase: Phase) -> None:
         """Every rank: CUDA graphs that are captured from now on belong to this phase."""
+        self._phase, self._is_watching = phase, False
         if self._on_device is not None:
             self._on_device.begin_capture(phase)
 
@@ -220,7 +224,7 @@ class Worker:
 
     def route(self, layer_index: int, slots: RoutedSlots) -> RoutedSlots:
         """Apply the budget to one layer's routing."""
-        self._unseen_layers.discard(layer_index)
+        self._unseen_layers[self._phase].discard(layer_index)
         kept = self.enforcement.drop(layer_index, slots)
         if self.statistics.samples_this_forward():
             self.statistics.observe(layer_index, slots, kept)
@@ -234,7 +238,7 @@ class Worker:
         router_logits: (T, E) float, on an accelerator.
         """
         assert self._on_device is not None, "plugin_routing.start refuses other devices"
-        self._unseen_layers.discard(layer_index)
+        self._unseen_layers[self._phase].discard(layer_index)
         return self._on_device.route(layer_index, router_logits, router)
 
     def quotas(self, phase: Phase, budget: int) -> list[float]:
@@ -244,19 +248,25 @@ class Worker:
         return [float(quota) for quota in row]
 
     def watch_layers(self) -> None:
-        """From now on a forward in which a layer does not route here is noticed."""
-        self._unseen_layers = set(range(len(self.model.layer_ids)))
+        """From now on a forward in which a layer does not route here is noticed.
+
+        Each phase must see a layer once: in a forward, or when its graphs are captured, for a
+        replayed graph calls no layer.
+        """
+        self._unseen_layers = {phase: set(range(len(self.model.layer_ids))) for phase in PHASES}
+        self._is_watching = False
 
     def has_seen(self, layer_index: int) -> bool:
         """Return whether the layer has routed here since the last `watch_layers`."""
-        return layer_index not in self._unseen_layers
+        return any(layer_index not in unseen for unseen in self._unseen_layers.values())
 
     def _refuse_unseen_layers(self) -> None:
-        names = ", ".join(str(self.model.layer_ids[i]) for i in sorted(self._unseen_layers))
+        unseen = sorted(self._unseen_layers[self._phase])
+        names = ", ".join(str(self.model.layer_ids[index]) for index in unseen)
         raise UnsupportedServerError(
-            f"after a whole forward, the MoE layers {names} had not routed through SGLang's "
-            "select_experts: this architecture chooses experts on a way of its own there, so the "
-            "budget would not hold. Serve it without SGLANG_ALLOC_TABLE."
+            f"after a whole forward of {self._phase}, the MoE layers {names} had not routed "
+            "through SGLang's select_experts: this architecture chooses experts on a way of its "
+            "own there, so the budget would not hold. Serve it without SGLANG_ALLOC_TABLE."
         )
 
     def report(self, now_ns: int) -> None:

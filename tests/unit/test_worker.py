@@ -166,13 +166,27 @@ def test_a_layer_that_routes_elsewhere_stops_the_second_forward(worker: Worker) 
         worker.begin_forward("decode", 6)
 
 
-def test_once_every_layer_has_routed_nothing_is_watched(worker: Worker) -> None:
+def test_a_layer_that_routes_elsewhere_in_decode_alone_stops_it_too(worker: Worker) -> None:
+    worker.begin_forward("prefill", 6)
+    for layer_index in range(LAYERS):
+        worker.route(layer_index, _make_slots())
+    worker.begin_forward("decode", 6)
+    worker.route(0, _make_slots())
+    with pytest.raises(UnsupportedServerError, match="forward of decode, the MoE layers 2, 3 had"):
+        worker.begin_forward("prefill", 6)
+
+
+def test_once_every_layer_has_routed_in_a_phase_nothing_is_watched(worker: Worker) -> None:
+    worker.begin_capture("decode")
+    for layer_index in range(LAYERS):
+        worker.route(layer_index, _make_slots())
     worker.begin_forward("prefill", 6)
     for layer_index in range(LAYERS):
         worker.route(layer_index, _make_slots())
     worker.begin_forward("decode", 6)  # as a replayed graph: no layer calls Python
     worker.begin_forward("decode", 6)
-    assert worker.steps == 3
+    worker.begin_forward("prefill", 6)
+    assert worker.steps == 4
 
 
 def test_measured_activations_are_the_kept_slots(worker: Worker) -> None:

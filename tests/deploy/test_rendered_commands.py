@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 import yaml
 from chart_render import VALUE_SETS, Manifest, container, only, render
+from waiting import wait_until
 
 from sglang_alloc.budget_tables import BudgetTables, save_budget_tables
 from sglang_alloc.shared_table import SharedTable
@@ -26,7 +26,6 @@ from sglang_alloc_controller.quality_bounds import budget_ranges
 from sglang_alloc_controller.settings import QualitySettings, Settings, SloSettings
 
 SCRIPTS = Path(sys.executable).parent
-START_SECONDS = 60.0
 
 
 def _command(each: Manifest, root: Path) -> list[str]:
@@ -85,36 +84,37 @@ def _controller(root: Path, port: int, *arguments: str) -> Iterator[subprocess.P
 
 def _logged(root: Path, event: str, process: subprocess.Popen[bytes]) -> dict[str, Any]:
     """Wait for the first such line of the controller's log."""
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        for line in (root / "controller.log").read_text().splitlines():
-            if f'"event": "{event}"' in line and line.endswith("}"):
-                found: dict[str, Any] = json.loads(line)
-                return found
-        time.sleep(0.1)
-    raise AssertionError((root / "controller.log").read_text())
+    log = root / "controller.log"
+
+    def line() -> dict[str, Any] | None:
+        assert process.poll() is None, log.read_text()
+        lines = log.read_text().splitlines()
+        whole = (one for one in lines if f'"event": "{event}"' in one and one.endswith("}"))
+        return next((json.loads(one) for one in whole), None)
+
+    found = wait_until(line, f"the event {event}", explain=log.read_text)
+    assert found is not None
+    return found
 
 
-def _answers(url: str, process: subprocess.Popen[bytes]) -> bool:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
+def _wait_for_answer(url: str, process: subprocess.Popen[bytes]) -> None:
+    def answers() -> bool:
+        assert process.poll() is None, "the controller ended"
         try:
             with urllib.request.urlopen(url, timeout=1):
                 return True
         except OSError:
-            time.sleep(0.1)
-    return False
+            return False
+
+    wait_until(answers, f"an answer of {url}")
 
 
-def _comes(port: int, line: str) -> bool:
-    """Wait until this line is in the controller's metrics."""
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
+def _wait_for_metric(port: int, line: str) -> None:
+    def has_come() -> bool:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-            if line in answer.read().decode().splitlines():
-                return True
-        time.sleep(0.1)
-    return False
+            return line in answer.read().decode().splitlines()
+
+    wait_until(has_come, line)
 
 
 def _free_port() -> int:
@@ -150,7 +150,7 @@ def test_quality_floor_is_that_of_the_mode_which_is_served(
 def test_controller_works_before_sglang_is_there(tmp_path: Path) -> None:
     shared, port = _publish(tmp_path), _free_port()
     with _controller(tmp_path, port) as process, SharedTable.open(shared) as table:
-        assert _answers(f"http://127.0.0.1:{port}/livez", process)
+        _wait_for_answer(f"http://127.0.0.1:{port}/livez", process)
         assert table.heartbeat_ns() > 0
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
@@ -160,12 +160,12 @@ def test_controller_works_before_sglang_is_there(tmp_path: Path) -> None:
 def test_kill_switch_of_the_runbook_is_seen_and_released(tmp_path: Path) -> None:
     shared, port = _publish(tmp_path), _free_port()
     with _controller(tmp_path, port) as process:
-        assert _answers(f"http://127.0.0.1:{port}/livez", process)
+        _wait_for_answer(f"http://127.0.0.1:{port}/livez", process)
         switch = shared.with_name("model.tbl.kill")
         switch.touch()
-        assert _comes(port, "sglang_alloc_controller_kill_switch 1.0")
+        _wait_for_metric(port, "sglang_alloc_controller_kill_switch 1.0")
         switch.unlink()
-        assert _comes(port, "sglang_alloc_controller_kill_switch 0.0")
+        _wait_for_metric(port, "sglang_alloc_controller_kill_switch 0.0")
 
 
 def test_controller_that_refuses_its_settings_stays_and_leaves_the_server_alone(

@@ -19,6 +19,32 @@ def test_every_relative_link_leads_to_a_file(page: Path) -> None:
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
+@pytest.mark.parametrize(
+    ("page", "steps"),
+    [
+        ("life-of-a-budget-change.md", "controller/sglang_alloc_controller/law_*.py"),
+        ("life-of-a-budget-table.md", "sglang_alloc/profile_*.py"),
+        ("life-of-a-budget-table.md", "sglang_alloc/solve*.py"),
+        ("life-of-a-budget-table.md", "sglang_alloc/calibrate_*.py"),
+        ("life-of-a-budget-table.md", "sglang_alloc/*_record.py"),
+    ],
+)
+def test_a_story_names_each_file_that_takes_a_step_of_it(page: str, steps: str) -> None:
+    text = (_REPOSITORY / "docs" / page).read_text()
+    files = {path.name for path in _REPOSITORY.glob(steps)} - {"step_record.py"}
+    assert len(files) >= 3
+    assert {name for name in files if f"`{name}`" not in text} == set()
+
+
+@pytest.mark.parametrize("page", ["life-of-a-budget-change.md", "life-of-a-budget-table.md"])
+def test_a_file_that_a_story_names_exists(page: str) -> None:
+    named = re.findall(r"`([\w/]+\.py)`", (_REPOSITORY / "docs" / page).read_text())
+    sources = ("sglang_alloc", "kernels", "controller")
+    files = [path for source in sources for path in (_REPOSITORY / source).rglob("*.py")]
+    assert named
+    assert [name for name in named if not any(path.match(name) for path in files)] == []
+
+
 def test_every_make_target_that_a_page_names_exists() -> None:
     named = {
         target for page in _PAGES for target in re.findall(r"\bmake ([a-z-]+)`", page.read_text())

@@ -128,10 +128,9 @@ def _table(advice: Sequence[_Advice]) -> list[str]:
 def _sentence(advice: Sequence[_Advice]) -> str:
     best = max(advice, key=_saved_ratio)
     first = "prefill" if best.prefill.seconds_saved > best.decode.seconds_saved else "decode"
-    what = "the cap on distinct experts" if best.mode == "union" and first == "decode" else first
     return (
         f"{best.shape.running_requests} running: mode {best.mode} saves most "
-        f"({_saved_ratio(best):.1%}); {what} buys most of it."
+        f"({_saved_ratio(best):.1%}); {first} buys most of it."
     )
 
 

@@ -23,7 +23,8 @@ class LayerRows(NamedTuple):
         renormalisation, arXiv 2609.04575). The slots kept are always in that mass, so 1
         normalises over what was kept, and K or more changes nothing.
     saliency: (L, E) the score of a slot is its weight times its expert's saliency.
-    caps: (L,) distinct experts up to which `union` fills its set with the heaviest candidates.
+    caps: (L,) distinct experts up to which `union` fills its set with the heaviest candidates. For
+        the bench: no budget table has caps, so no server fills them in.
     """
 
     limits: torch.Tensor

@@ -22,6 +22,8 @@ def union_routing_torch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Route a decode step's tokens over the experts that their best choices opened.
 
+    A variant for the bench: servers in mode `union` call `union_slots` behind their routing.
+
     Unlike `union_slots_torch`, a token is not held to its own K candidates: it takes its best K
     among all experts of the set, so every token has K slots where the set has K experts (OEA,
     arXiv 2511.02237, without its bound on the rank of riders). `rows.limits[layer_index]` says,

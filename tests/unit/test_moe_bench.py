@@ -26,7 +26,16 @@ from moe_bench.dummy_models import (
     threshold_tables,
     write_model,
 )
-from moe_bench.measure import DROPPED, FUSED, Bench, measure_layer, measure_routing
+from moe_bench.measure import (
+    CHOSEN_ANEW,
+    DROPPED,
+    FUSED,
+    Bench,
+    _fused_routing,
+    measure_layer,
+    measure_routing,
+    step_as_served,
+)
 from moe_bench.plan import Unit, gpu_units
 from moe_bench.roofline import Ceilings, Work, bytes_moved, least_seconds, operations
 from moe_bench.shapes import SHAPES, SMALL, make_experts, make_inputs
@@ -36,7 +45,7 @@ from sglang_alloc.server_runs.server_process import CPU_ARGUMENTS, Server
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
 from sglang_alloc.triton_experts import skip_dropped
 from sglang_alloc_controller.bench_csv import read_step_times
-from sglang_alloc_kernels.layer_rows import StepTensors
+from sglang_alloc_kernels.layer_rows import LayerRows, StepTensors
 from sglang_alloc_kernels.score_threshold import score_threshold_torch
 from sglang_alloc_kernels.slot_rules import TWINS
 
@@ -77,9 +86,7 @@ def test_a_layer_s_rows_hold_every_mode_at_every_budget_and_what_was_counted(ben
         (mode, budget) for mode in MODES for budget in budgets_of(mode)
     ]
     fused = [row for row in rows if row.variant == FUSED]
-    assert Counter(row.mode for row in fused) == dict.fromkeys(
-        ("layer", "threshold"), len(FRACTIONS)
-    )
+    assert [(row.mode, row.budget) for row in fused] == [(row.mode, row.budget) for row in dropped]
     assert len(rows) == len(dropped) + len(fused)
     assert stock.variant == "stock"
     assert stock.activations_per_token == SMALL.top_k
@@ -108,10 +115,45 @@ def test_routing_is_timed_stock_dropped_counted_and_fused(bench: Bench) -> None:
         "stock": 1,
         "stock, drop": 4,
         "stock, drop, sums": 4,
-        "fused": 3,
-        "fused, sums": 2,
+        "fused": 4,
+        "fused, sums": 4,
+        CHOSEN_ANEW: 1,
         statistics: 1,
     }
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fused_routing_is_timed_on_the_calls_that_a_server_makes(mode: str, bench: Bench) -> None:
+    inputs = make_inputs(SMALL, 8, CPU, torch.float32)
+    slots = inputs.router_logits.softmax(dim=1).topk(SMALL.top_k)
+    step = step_as_served(SMALL, 8, CPU, counted=False)
+    rule = make_rule(SMALL, mode, Budget(0.5), slots, TWINS)
+    _, ids = _fused_routing(bench, SMALL, inputs, mode, rule, step)()
+    every = LayerRows(torch.full((1,), float(SMALL.top_k)))
+    routed = TWINS.routing(inputs.router_logits, SMALL.router, every, 0, "all")
+    assert torch.equal(ids, rule.drop(*routed, step)[1])
+    assert int((ids < 0).sum()) > 0
+
+
+@pytest.mark.parametrize(("tokens", "reachable"), [(4, True), (64, False)])
+def test_union_opens_by_the_threshold_with_which_half_of_all_slots_stay(
+    tokens: int, reachable: bool
+) -> None:
+    """Riders included; in a large batch even each token's best slot alone keeps more."""
+    slots = _slots(tokens)
+    half, best = (
+        make_rule(SMALL, "union", budgets_of("union")[name], slots, TWINS)
+        for name in ("1/2 kept", "top-1")
+    )
+    kept, least = (int((rule.drop(*slots, StepTensors())[1] >= 0).sum()) for rule in (half, best))
+    assert (kept <= 2 * tokens) == reachable
+    if not reachable:
+        assert kept == least
+        return
+    below = slots[0][slots[0] < half.rows.limits].max()
+    lower = LayerRows(below[None])
+    more = TWINS.union(*slots, lower, 0, SMALL.num_experts, "threshold")[1] >= 0
+    assert int(more.sum()) > 2 * tokens >= kept > least
 
 
 @pytest.mark.parametrize("mode", ["layer", "threshold", "token"])

@@ -29,21 +29,30 @@ class Rule(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """The share of slots that a rule keeps, and in `union` its cap as a share of the experts."""
+    """The share of slots that a rule keeps; of `union`, the share that opens its set.
+
+    cap_share: in `union`, its cap as a share of the experts. counts_riders: in `union`, the share
+    is of what it keeps in all, so that modes are compared at equal measured activations.
+    """
 
     fraction: float
     cap_share: float | None = None
+    counts_riders: bool = False
 
 
 def budgets_of(mode: str) -> dict[str, Budget]:
     """Return by name the budgets at which a mode's layers are measured.
 
-    `union` also where each token's best slot alone opens the set, without and with a cap up to
-    which the heaviest candidates fill it.
+    `union` also where half of all slots stay, and where each token's best slot alone opens the
+    set, without and with a cap up to which the heaviest candidates fill it.
     """
     budgets = {name: Budget(fraction) for name, fraction in FRACTIONS.items()}
     if mode == "union":
-        budgets |= {"top-1": Budget(0.0), "top-1, cap 3/4": Budget(0.0, 0.75)}
+        budgets |= {
+            "1/2 kept": Budget(0.5, counts_riders=True),
+            "top-1": Budget(0.0),
+            "top-1, cap 3/4": Budget(0.0, 0.75),
+        }
     return budgets
 
 
@@ -52,10 +61,14 @@ def make_rule(shape: MoEShape, mode: str, budget: Budget, slots: Slots, rules: S
 
     `layer` keeps a whole number per token; `token` that share exactly; `threshold` takes the
     threshold that keeps that share of these very slots. `union` opens its set with a whole number
-    of each token's best slots, so what it keeps is more: its riders are measured like the rest.
+    of each token's best slots, so what it keeps is more; where its riders count, it opens by the
+    lowest threshold that keeps no more than the share, or as little as it can.
     """
     quota = max(1.0, budget.fraction * shape.top_k)
-    if mode in {"layer", "union"}:
+    kind = "threshold" if mode == "threshold" or budget.counts_riders else "quota"
+    if budget.counts_riders:
+        limit = _opening_threshold(shape, slots, quota, rules)
+    elif mode in {"layer", "union"}:
         limit = float(max(1, round(quota)))
     elif mode == "threshold":
         limit = _threshold(slots[0], quota)
@@ -65,11 +78,9 @@ def make_rule(shape: MoEShape, mode: str, budget: Budget, slots: Slots, rules: S
     if budget.cap_share is not None:
         rows = rows._replace(caps=_one(round(budget.cap_share * shape.num_experts), slots))
 
-    kind = "threshold" if mode == "threshold" else "quota"
-
     def drop(weights: torch.Tensor, ids: torch.Tensor, step: StepTensors) -> Slots:
         if mode == "union":
-            return rules.union(weights, ids, rows, 0, shape.num_experts, step=step)
+            return rules.union(weights, ids, rows, 0, shape.num_experts, kind, step=step)
         if mode == "token":
             return rules.token(weights, ids, rows, 0, step=step)
         return rules.budgeted(weights, ids, rows, 0, kind, step=step)
@@ -80,6 +91,26 @@ def make_rule(shape: MoEShape, mode: str, budget: Budget, slots: Slots, rules: S
 def _one(value: float, slots: Slots) -> torch.Tensor:
     """Return a row for one layer, on the device of the slots."""
     return torch.tensor([value], dtype=torch.float32, device=slots[0].device)
+
+
+def _opening_threshold(shape: MoEShape, slots: Slots, quota: float, rules: SlotRules) -> float:
+    """Return the lowest weight from which slots may open the set and `quota` per token be kept.
+
+    The higher the threshold, the smaller the set. Infinity, with which each token's best slot alone
+    opens it, where even the best but those keep more.
+    """
+    weights = slots[0].float().flatten().sort().values
+    levels: list[float] = [*weights.tolist(), float("inf")]
+    first, last = 0, len(levels) - 1
+    while first < last:
+        middle = (first + last) // 2
+        rows = LayerRows(_one(levels[middle], slots))
+        kept = rules.union(*slots, rows, 0, shape.num_experts, "threshold")[1] >= 0
+        if int(kept.sum()) <= quota * len(kept):
+            last = middle
+        else:
+            first = middle + 1
+    return levels[first]
 
 
 def _threshold(weights: torch.Tensor, quota: float) -> float:

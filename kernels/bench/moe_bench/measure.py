@@ -13,7 +13,7 @@ from moe_bench.engine import Experts, gated_experts, stock_routing, triton_exper
 from moe_bench.roofline import Ceilings, Work, bytes_moved, least_seconds, operations
 from moe_bench.shapes import LayerInputs, MoEShape, make_experts, make_inputs
 from moe_bench.timing import Timer, Timing
-from sglang_alloc_kernels.layer_rows import StepTensors
+from sglang_alloc_kernels.layer_rows import LayerRows, StepTensors
 from sglang_alloc_kernels.slot_rules import KERNELS, TWINS, SlotRules
 from sglang_alloc_kernels.step_statistics import make_step_sums, make_totals
 from sglang_alloc_kernels.union_routing import union_routing, union_routing_torch
@@ -21,6 +21,8 @@ from sglang_alloc_kernels.union_routing import union_routing, union_routing_torc
 HALF = Budget(0.5)
 # What a layer's row is of, behind stock.
 DROPPED, FUSED = "stock routing, drop, experts", "fused routing, experts"
+# `union_routing`, which no server calls.
+CHOSEN_ANEW = "fused, chosen anew in the set, not served"
 
 
 class Row(NamedTuple):
@@ -98,17 +100,17 @@ def measure_routing(bench: Bench, shape: MoEShape, num_tokens: int) -> Iterator[
 def _fused_calls(
     bench: Bench, shape: MoEShape, inputs: LayerInputs, slots: Slots
 ) -> Iterator[tuple[str, str, Callable[[], Slots]]]:
-    """Yield mode, variant and routing from logits on: one launch, and two for `union`."""
+    """Yield mode, variant and routing from logits on: as served, and a variant of `union`."""
     for counted, variant in ((False, "fused"), (True, "fused, sums")):
         step = step_as_served(shape, len(inputs.router_logits), bench.device, counted=counted)
-        for mode in ("layer", "threshold"):
+        for mode in MODES:
             rule = make_rule(shape, mode, HALF, slots, bench.rules)
-            yield mode, variant, _fused_routing(bench, shape, inputs, rule, step)
-    rows = make_rule(shape, "union", HALF, slots, bench.rules).rows
+            yield mode, variant, _fused_routing(bench, shape, inputs, mode, rule, step)
+    rows = make_rule(shape, "union", HALF, slots, bench.rules).rows  # a variant beside
     over_set = union_routing if bench.device.type == "cuda" else union_routing_torch
     step = step_as_served(shape, len(inputs.router_logits), bench.device, counted=False)
     yield (
-        *("union", "fused"),
+        *("union", CHOSEN_ANEW),
         lambda: over_set(
             *(inputs.router_logits, shape.router, rows, 0),
             correction_bias=inputs.correction_bias,
@@ -118,15 +120,21 @@ def _fused_calls(
 
 
 def _fused_routing(
-    bench: Bench, shape: MoEShape, inputs: LayerInputs, rule: Rule, step: StepTensors
+    bench: Bench, shape: MoEShape, inputs: LayerInputs, mode: str, rule: Rule, step: StepTensors
 ) -> Callable[[], Slots]:
-    """Return routing and drop in one launch, as a call without arguments."""
-    return lambda: bench.rules.routing(
-        *(inputs.router_logits, shape.router, rule.rows, 0),
-        rule.kind,
+    """Return routing and drop as `DeviceEnforcement.route` does them, as a call without arguments.
+
+    One launch, or where all tokens' slots are needed first, the drop's own behind it.
+    """
+    route = partial(
+        bench.rules.routing,
+        *(inputs.router_logits, shape.router),
         correction_bias=inputs.correction_bias,
-        step=step,
     )
+    if mode in {"token", "union"}:
+        plain, alone = LayerRows(rule.rows.limits), StepTensors(step.num_valid_tokens)
+        return lambda: rule.drop(*route(plain, 0, "all", step=alone), step)
+    return lambda: route(rule.rows, 0, rule.kind, step=step)
 
 
 def measure_layer(
@@ -139,8 +147,8 @@ def measure_layer(
 ) -> Iterator[Row]:
     """Time a layer, routing and experts, in every mode at every budget, beside stock SGLang.
 
-    `layer` and `threshold` also routed by one kernel. Stock is timed first and last, and its better
-    time counts. Counts are those of one call.
+    Each also routed by our kernel. Stock is timed first and last, and its better time counts.
+    Counts are those of one call.
     """
     inputs = make_inputs(shape, num_tokens, bench.device, bench.dtype)
     if experts is None:
@@ -162,10 +170,9 @@ def measure_layer(
             work = _work(rule.drop(*slots, step)[1])
 
             routings: dict[str, Callable[[], Slots]] = {
-                DROPPED: partial(dropped, rule, route, step)
+                DROPPED: partial(dropped, rule, route, step),
+                FUSED: _fused_routing(bench, shape, inputs, mode, rule, step),
             }
-            if mode in {"layer", "threshold"}:
-                routings[FUSED] = _fused_routing(bench, shape, inputs, rule, step)
             for variant, routing in routings.items():
                 timing = bench.timer.seconds(partial(_layer, experts, hidden_states, routing))
                 timed.append(((mode, budget, variant), timing, work))

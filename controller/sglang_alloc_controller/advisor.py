@@ -1,7 +1,7 @@
 """Control story, before the first step: which knob buys the most latency per loss, and where. Pure.
 
 The knobs are the prefill budget and the decode budget of each mode that was measured (in `union`
-the latter opens a step's set of experts). All are counted in the engine's time that a request takes,
+the latter opens a step's set of experts). All are counted in the engine's time of a request,
 
     seconds = P * T_prefill(C, prefill budget) / C + O * T_decode(B, decode budget) / B
 

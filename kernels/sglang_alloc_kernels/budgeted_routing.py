@@ -56,9 +56,10 @@ def budgeted_routing_torch(
 
     router_logits: (T, E) float; correction_bias: (E,) float, added to the scores for the choice
     alone (for the bench: servers leave such layers to SGLang's routing); allowed: (E,) integers or
-    bool, experts that may be chosen (all where None). Weights are (T, K) float32, ids (T, K) int32, best choice first, ties to the smaller id; a NaN is the last
-    choice. Where fewer than K experts are allowed, the other slots are -1. The budget is applied as
-    in `budgeted_slots_torch`. Shared experts are not appended.
+    bool, experts that may be chosen (all where None). Weights are (T, K) float32, ids (T, K) int32,
+    best choice first, ties to the smaller id; a NaN is the last choice. Where fewer than K experts
+    are allowed, the other slots are -1. The budget is applied as in `budgeted_slots_torch`. Shared
+    experts are not appended.
     """
     scores = _scores(router_logits, router)
     choice = scores if correction_bias is None else scores + correction_bias.float()

@@ -6,11 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_alloc_kernels.budgeted_slots import Rule, budget_tile
+from sglang_alloc_kernels.budgeted_slots import Rule
 from sglang_alloc_kernels.kept_slots import ScoredSlots, apply_rule_torch
 from sglang_alloc_kernels.kept_slots_tile import (
     finish_slots_tile,
-    load_bound_tile,
     load_slots_tile,
     score_slots_tile,
     store_slots_tile,
@@ -24,14 +23,15 @@ from sglang_alloc_kernels.kernel_launch import (
 from sglang_alloc_kernels.largest_keys_tile import largest_keys_tile
 from sglang_alloc_kernels.layer_rows import NO_STEP_TENSORS, LayerRows, StepTensors
 from sglang_alloc_kernels.score_threshold import score_threshold_torch
-from sglang_alloc_kernels.slot_rank import slot_rank_tile
 from sglang_alloc_kernels.union_selection import (
     SCORE_MAX,
     SCORE_STEPS,
     opened_selection_torch,
 )
+from sglang_alloc_kernels.union_tiles import opening_slots_tile, union_over_tiles
 
-# Its one program works through the tokens in this many pairs of slots: 128 tokens of top-8 at once.
+# One program holds this many pairs of slots at once, 128 tokens of top-8. More tokens have several
+# programs, but with a cap: then the one works through them.
 PAIRS_AT_ONCE = 8192
 
 
@@ -94,26 +94,35 @@ def union_slots(
     num_shared: int = 0,
     step: StepTensors = NO_STEP_TENSORS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `union_slots_torch`, in one launch of one program, which suits a decode step."""
+    """As `union_slots_torch`: one launch for decode batches, two and a clearing for more tokens."""
     num_tokens, width = topk_ids.shape
     weights, ids = empty_rows(topk_weights), empty_rows(topk_ids)
     if num_tokens == 0:
         return weights, ids
     block_k = triton.next_power_of_2(width)
     block_tokens = tokens_per_program(num_tokens, block_k, PAIRS_AT_ONCE)
+    arguments = (
+        *(topk_weights.contiguous(), topk_ids.contiguous(), weights, ids),
+        *kernel_pointers(rows, step),
+    )
+    constants = {
+        "NUM_EXPERTS": num_experts,
+        "RULE": rule,
+        "TOP_K": width - num_shared,
+        "WIDTH": width,
+        "BLOCK_K": block_k,
+    }
+    if rows.caps is None and num_tokens > block_tokens:
+        union_over_tiles((*arguments, layer_index, num_tokens), constants, num_tokens)
+        return weights, ids
     mass = rows.caps
     if rows.caps is not None:
         mass = torch.empty(num_experts, dtype=torch.int64, device=topk_ids.device)
     _union_slots_kernel[(1,)](
-        *(topk_weights.contiguous(), topk_ids.contiguous(), weights, ids),
-        *kernel_pointers(rows, step),
+        *arguments,
         *(rows.caps, mass, layer_index, num_tokens),
-        NUM_EXPERTS=num_experts,
-        RULE=rule,
-        TOP_K=width - num_shared,
-        WIDTH=width,
+        **constants,
         BLOCK_T=block_tokens,
-        BLOCK_K=block_k,
         BLOCK_EXPERTS=triton.next_power_of_2(num_experts),
         num_warps=warps_of(block_tokens * block_k**2),
     )
@@ -159,21 +168,17 @@ def _union_slots_kernel(
             weights_ptr, ids_ptr, tokens, num_tokens, num_valid_ptr, WIDTH, BLOCK_K
         )
         scores = score_slots_tile(weights, ids, saliency_ptr, layer_index, NUM_EXPERTS, TOP_K)
-        present = (tl.arange(0, BLOCK_K) < TOP_K)[None, :] & (ids >= 0)
-        opening = present & budget_tile(scores, tl.load(limits_ptr + layer_index), RULE)
-        if (floors_ptr is not None) or (ceilings_ptr is not None):
-            ranks = slot_rank_tile(scores)
-            if floors_ptr is not None:
-                floors = load_bound_tile(floors_ptr, tokens, num_tokens)
-                opening = opening | (present & (ranks < floors))
-            if ceilings_ptr is not None:
-                opening = opening & (ranks < load_bound_tile(ceilings_ptr, tokens, num_tokens))
+        opening = opening_slots_tile(
+            *(scores, ids, tokens, num_tokens, limits_ptr, layer_index),
+            *(floors_ptr, ceilings_ptr, RULE, TOP_K),
+        )
         # One tensor is reshaped, not ids and mask: before a histogram Triton (3.6, 3.9) takes the
         # order of elements to be free, and two of different layouts lose what belongs together.
         opened = tl.reshape(tl.where(opening, ids, -1), [BLOCK_T * BLOCK_K])
         needed += tl.histogram(opened, BLOCK_EXPERTS, mask=opened >= 0)
         if caps_ptr is not None:
             # Ordered, unlike the step's sums: this very launch reads them.
+            present = (tl.arange(0, BLOCK_K) < TOP_K)[None, :] & (ids >= 0)
             tl.atomic_add(mass_ptr + ids, score_steps_tile(scores), mask=present)
     in_set = needed > 0
     if caps_ptr is not None:

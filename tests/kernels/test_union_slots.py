@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from slot_cases import CASES, LAYER, SlotCase, assert_same, make_rows, make_slots, on
 
-from sglang_alloc_kernels import union_slots
+from sglang_alloc_kernels import union_slots, union_tiles
 from sglang_alloc_kernels.budgeted_slots import budgeted_slots
 from sglang_alloc_kernels.layer_rows import LayerRows, StepTensors
 from sglang_alloc_kernels.slot_rank import slot_rank_torch
@@ -17,6 +17,15 @@ from sglang_alloc_kernels.union_slots import union_slots_torch
 
 PLAIN = SlotCase("plain", "riders and outsiders are both common", 13, 6, 24)
 shapes = st.tuples(st.integers(1, 24), st.integers(1, 8), st.integers(0, 2**31 - 1))
+
+
+@pytest.fixture(params=["one program", "several programs"])
+def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Let small batches take both ways, the one of large batches by 4 tokens a program."""
+    if request.param == "several programs":
+        monkeypatch.setattr(union_slots, "PAIRS_AT_ONCE", 0)
+        monkeypatch.setattr(union_tiles, "tokens_per_program", lambda *_: 4)
+    return str(request.param)
 
 
 def _same(
@@ -29,6 +38,7 @@ def _same(
     )[1]
 
 
+@pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_kernel_equals_its_twin(case: SlotCase, device: str) -> None:
     _same(case, device, make_rows(case, 2.0))
@@ -43,6 +53,16 @@ def test_kernel_equals_its_twin_with_a_cap_and_every_correction_and_bound(
     _same(case, device, rows, bounds=True)
 
 
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_kernel_equals_its_twin_with_every_correction_and_bound(
+    case: SlotCase, device: str
+) -> None:
+    rows = make_rows(case, 2.0, gain=1.25, reference=1.0, saliency=True)
+    _same(case, device, rows, bounds=True)
+
+
+@pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_kernel_equals_its_twin_where_a_threshold_opens_the_set(
     case: SlotCase, device: str
@@ -51,8 +71,10 @@ def test_kernel_equals_its_twin_where_a_threshold_opens_the_set(
     _same(case, device, rows, "threshold")
 
 
-def test_thresholds_obey_floors_ceilings_and_caps(device: str) -> None:
-    rows = make_rows(PLAIN, 0.12, cap=20.0, gain=1.25, reference=1.0, saliency=True)
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize("cap", [None, 20.0])
+def test_thresholds_obey_floors_ceilings_and_caps(cap: float | None, device: str) -> None:
+    rows = make_rows(PLAIN, 0.12, cap=cap, gain=1.25, reference=1.0, saliency=True)
     _same(PLAIN, device, rows, "threshold", bounds=True)
 
 
@@ -82,6 +104,25 @@ def test_tokens_beyond_one_chunk_share_the_set_of_all(
     _same(PLAIN, device, make_rows(PLAIN, 1.0, cap=20.0))
 
 
+def test_more_tokens_than_one_program_holds_take_the_way_of_several(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """129 tokens of top-8, nearly all of which tell on the set that the first one sees."""
+    ways: list[int] = []
+    over_tiles = union_tiles.union_over_tiles
+
+    def noted(arguments: tuple[object, ...], constants: dict[str, object], tokens: int) -> None:
+        ways.append(tokens)
+        over_tiles(arguments, constants, tokens)
+
+    monkeypatch.setattr(union_slots, "union_over_tiles", noted)
+    for tokens in (128, 129):
+        case = SlotCase("large", "more than one program's", tokens, 8, 256, padding=3)
+        _same(case, device, make_rows(case, 1.0))
+    assert ways == [129]
+
+
+@pytest.mark.usefixtures("programs")
 def test_a_slot_rides_when_another_token_opened_its_expert(device: str) -> None:
     weights = torch.tensor([[0.6, 0.4], [0.9, 0.1]], device=device)
     ids = torch.tensor([[3, 5], [1, 3]], dtype=torch.int32, device=device)

@@ -23,15 +23,15 @@ from moe_bench.facts import machine_columns, require_gpu
 from moe_bench.measure import HALF, dropped, step_as_served
 from moe_bench.shapes import SHAPES, MoEShape, make_inputs
 from moe_bench.timing import Timer
-from sglang_alloc_kernels import budgeted_slots, token_slots, union_slots
+from sglang_alloc_kernels import budgeted_slots, token_slots, union_slots, union_tiles
 from sglang_alloc_kernels.slot_rules import KERNELS
 
-# Where each mode asks how many warps a program gets.
-ASKED: dict[str, tuple[ModuleType, str]] = {
-    "layer": (budgeted_slots, "warps_of"),
-    "threshold": (budgeted_slots, "warps_of"),
-    "union": (union_slots, "warps_of"),
-    "token": (token_slots, "token_warps"),
+# Where each mode asks how many warps a program gets; `union` by the number of tokens.
+ASKED: dict[str, tuple[tuple[ModuleType, ...], str]] = {
+    "layer": ((budgeted_slots,), "warps_of"),
+    "threshold": ((budgeted_slots,), "warps_of"),
+    "union": ((union_slots, union_tiles), "warps_of"),
+    "token": ((token_slots,), "token_warps"),
 }
 TOKENS, WARPS = (8, 64, 512), (1, 2, 4, 8, 16)
 
@@ -45,18 +45,20 @@ def rows(shape: MoEShape, num_tokens: int, timer: Timer) -> Iterator[dict[str, o
     yield names | {"mode": "-", "median_us": 1e6 * timer.seconds(route).median}
     plain = step_as_served(shape, num_tokens, device, counted=False)
     counted = step_as_served(shape, num_tokens, device, counted=True)
-    for mode, (module, name) in ASKED.items():
+    for mode, (modules, name) in ASKED.items():
         rule = make_rule(shape, mode, HALF, (slots[0], slots[1]), KERNELS)
-        chosen = getattr(module, name)
+        chosen = getattr(modules[0], name)
         try:
             for warps in WARPS:
-                setattr(module, name, lambda _size, warps=warps: warps)
+                for module in modules:
+                    setattr(module, name, lambda _size, warps=warps: warps)
                 for sums, step in (("no", plain), ("yes", counted)):
                     timing = timer.seconds(partial(dropped, rule, route, step))
                     launch = {"mode": mode, "warps": warps, "sums": sums}
                     yield names | launch | {"median_us": 1e6 * timing.median}
         finally:
-            setattr(module, name, chosen)
+            for module in modules:
+                setattr(module, name, chosen)
 
 
 def main() -> None:

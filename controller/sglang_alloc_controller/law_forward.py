@@ -58,8 +58,8 @@ Moved = tuple[LawState, dict[Phase, Reason]]
 _LEARN_DELAY_SECONDS = 15.0
 # Peaks are remembered for so long; one is answered after so long.
 _PEAK_MEMORY_SECONDS, _REACTION_SECONDS, _PEAK_RATIO = 1800.0, 8.0, 1.2
-# Variance of the work that arrives over that of the requests: their sizes differ too.
-_COMPOUND = 1.3
+# What counts of the variance of a rate: all of it would have the first cut under a load too deep.
+_COMPOUND = 0.8
 # Once the load is older than this, a rate that is higher than it was thought to be is answered
 # before many are late, and its doubt counts the less the older the load.
 _DOUBT_SECONDS = 12.0

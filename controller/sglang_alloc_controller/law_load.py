@@ -17,7 +17,10 @@ the change: from then on only what came after it counts. The rate is the mean si
 most the last 300 s), drawn to the rate before as if one more second had been seen at it: what shows
 a change exaggerates it. Beside it stands the rate of the last 100 s, which late answers are charged
 to: under a load that rises slowly the longer mean is too small, and would have the server blamed
-for what the load did.
+for what the load did. Whether the rate rises or falls steadily is told by a straight line through
+the counts n_i of the pieces between windows, of T_i seconds, t_i seconds from the middle of all:
+
+    trend  (sum t_i (n_i - r T_i))^2 / (2 r sum T_i t_i^2)    half a nat in the mean if it does not
 """
 
 import math
@@ -44,6 +47,8 @@ _RESTLESS_SECONDS = 30.0
 _YOUNGEST_SECONDS = 600.0
 # What is longer ago than this does not count even if nothing is seen to have changed.
 _SPAN_SECONDS_MAX = 300.0
+# Over less than this no trend is told from clumps.
+_TREND_SECONDS_MIN = 100.0
 # Late answers are charged to the rate of so long: half of it made the law too sure of the server.
 _RECENT_SECONDS = 100.0
 # Windows and ages are sums of the same times; a boundary missed by rounding alone counts as met.
@@ -69,6 +74,8 @@ class Load(NamedTuple):
     """Time over which the rate was counted."""
     recent_per_second: float
     """Requests per second of the last minute or two, of this load only."""
+    trend_nats: float
+    """Evidence that the rate has risen or fallen steadily ever since the load is what it is."""
 
 
 def within_age(windows: Sequence[LoadWindow], age_seconds: float) -> Sequence[LoadWindow]:
@@ -124,7 +131,24 @@ def load_of(
         return None
     rate = arrivals / seconds
     variance = max(arrivals, 1.0) / seconds**2
-    return Load(rate, variance, *sizes, whole.seconds, recent.arrivals / recent.seconds)
+    recent_per_second = recent.arrivals / recent.seconds
+    return Load(rate, variance, *sizes, whole.seconds, recent_per_second, trend_nats(windows))
+
+
+def trend_nats(windows: Sequence[LoadWindow]) -> float:
+    """Return the evidence that the rate rises or falls steadily over the windows, in nats."""
+    whole = windows[-1]
+    if whole.arrivals <= 0 or whole.seconds < _TREND_SECONDS_MIN:
+        return 0.0
+    mean, middle = whole.arrivals / whole.seconds, whole.seconds / 2
+    moment, spread, newer = 0.0, 0.0, LoadWindow(0.0, 0.0, 0.0, 0.0, 0.0)
+    for older in windows:
+        seconds = older.seconds - newer.seconds
+        from_middle = middle - (older.seconds + newer.seconds) / 2
+        moment += from_middle * (older.arrivals - newer.arrivals - mean * seconds)
+        spread += seconds * from_middle**2
+        newer = older
+    return moment**2 / spread / (2.0 * mean) if spread > 0 else 0.0
 
 
 def _rate_evidence(window: LoadWindow, whole: LoadWindow) -> float:

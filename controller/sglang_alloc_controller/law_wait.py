@@ -20,6 +20,7 @@ Regimes of the wait:
                doubt
     drift      the rate has moved surely away from that of the last change, too slowly for a jump:
                after two minutes
+    trend      the rate rises or falls steadily: after one minute
     start      without any change seen yet, nothing is given up in the first 15 seconds, and in the
                first half minute only for a violation: a rate from a handful of requests is none
 """
@@ -50,6 +51,9 @@ _PATIENCE_SECONDS = 600.0
 _EASY_LOSS, _EASY_SHARE, _EASY_WAIT_SECONDS = 0.02, 0.75, 120.0
 # A slow load counts as another one from so many standard deviations on; it is followed so often.
 _DRIFT_SIGMAS, _DRIFT_WAIT_SECONDS = 4.0, 120.0
+# A load with so much evidence of a trend is followed so often: a constant one looks so about once
+# in two thousand times.
+_TREND_NATS, _TREND_WAIT_SECONDS = 6.0, 60.0
 # A load settles for so long after a change; budgets that lose so much come back then each time it
 # is known for so many times as long as at the last change. Less is not worth more changes.
 _SETTLING_SECONDS, _SETTLING_FACTOR, _SETTLING_LOSS = 300.0, 2.0, 0.01
@@ -128,6 +132,8 @@ def _wait_seconds(
         wait_seconds = 0.0
     if _moved_sigmas(belief) > _DRIFT_SIGMAS:
         wait_seconds = min(wait_seconds, _DRIFT_WAIT_SECONDS)
+    if belief.load is not None and belief.load.trend_nats > _TREND_NATS:
+        wait_seconds = min(wait_seconds, _TREND_WAIT_SECONDS)
     if look.down:
         if is_restless(belief, look.age_seconds):
             wait_seconds = 0.0

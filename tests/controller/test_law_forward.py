@@ -23,8 +23,8 @@ RANGES: dict[Phase, BudgetRange] = {
     ),
 }
 CONSTANTS = make_constants(RANGES)
-# Utilisation at full, over the slack of 0.9: 0.28 and 0.97; with both at their floors 0.49.
-CALM, RUSH = 2.0, 7.0
+# Utilisation at full, over the slack of 0.9: 0.28 and 1.04; with both at their floors 0.52.
+CALM, RUSH = 2.0, 7.5
 
 
 def _windows(*pieces: tuple[float, float]) -> tuple[LoadWindow, ...]:
@@ -66,7 +66,7 @@ def test_a_rush_is_answered_before_anything_is_late() -> None:
         _seen(100.0, _steady(CALM, 100.0)),
         _seen(106.0, _windows((6.0, RUSH), (94.0, CALM))),
     )
-    # 45 % would be late at full, 18 % with decode at its floor, and next to none with prefill's.
+    # Most would be late at full, a third with decode at its floor, and next to none with prefill's.
     assert positions_of(state) == (0.0, 1.0)
     assert decision.reasons["prefill"] is Reason.PREDICTED_OVERLOAD
     assert state.forward is not None
@@ -244,6 +244,24 @@ def test_a_rate_that_drifted_away_without_a_jump_is_followed_after_two_minutes()
     assert positions_of(followed) > low
     # The same rate again is no reason to move, and one that chance explains has to wait.
     near, _ = _decided(state, _seen(221.0, _steady(RUSH - 0.3, 221.0)))
+    assert positions_of(near) == low
+
+
+def test_a_rate_that_falls_steadily_is_followed_after_a_minute() -> None:
+    state, _ = _decided(make_state(), _seen(600.0, _steady(6.1, 600.0)))
+    low = positions_of(state)
+    assert low == (1.0, 0.0)
+
+    def fallen(newest_seconds: float) -> Seen:
+        pieces = ((newest_seconds, 4.9), (100.0, 5.5), (135.0, 5.7), (365.0, 6.1))
+        return _seen(600.0 + newest_seconds, _windows(*pieces))
+
+    held, _ = _decided(state, fallen(55.0))
+    assert positions_of(held) == low
+    followed, _ = _decided(state, fallen(65.0))
+    assert positions_of(followed) == (1.0, 1.0)
+    # As slow a load that does not move has to be known for longer.
+    near, _ = _decided(state, _seen(665.0, _steady(5.46, 665.0)))
     assert positions_of(near) == low
 
 

@@ -28,7 +28,7 @@ RANGES: dict[Phase, BudgetRange] = {
     ),
 }
 CONSTANTS = make_constants(RANGES)
-LOAD = Load(5.0, 0.1, 100.0, 10.0, 100.0, 5.0)
+LOAD = Load(5.0, 0.1, 100.0, 10.0, 100.0, 5.0, 0.0)
 
 
 def _learned(points: list[tuple[float, float]]) -> Gain:

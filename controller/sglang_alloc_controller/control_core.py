@@ -144,6 +144,7 @@ class ControlCore:
             reading_at_seconds=newest.taken_at_seconds if newest else -math.inf,
             running_requests=newest.running_requests if newest else 0.0,
             load_windows=self._load_history.windows(),
+            dispersion=self._load_history.dispersion(),
             newest=self.history.between_last_two(self._settings.slo),
         )
 

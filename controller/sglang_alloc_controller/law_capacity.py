@@ -16,10 +16,14 @@ to 50 % late answers, these follow it with a root mean square error of 14 %: the
 of e for each 1/`load_slope`, and one number is left to be learned, the critical utilisation c at
 which exactly the allowed share is late:
 
-    odds of a late answer = allowed * exp(load_slope * (utilisation - c) + doubt)
-    doubt = (load_slope * work)^2 * variance of the rate / 2, at most 1.5
+    odds of a late answer = allowed * exp(load_slope * (felt - c) + doubt)
+    felt  = 1 - (1 - utilisation) / dispersion
+    doubt = (load_slope * work)^2 * variance of the rate / 2 / dispersion, at most 1.5
 
-the doubt because misses are convex in the rate. Far beyond the SLO, where everything is late, the
+the doubt because misses are convex in the rate. The dispersion of the arrivals is 1 if they are
+Poisson, as in those pairs. Requests that come more evenly wait less: in heavy traffic the tail of
+the waiting time falls as exp(-2 (1 - utilisation) / variability * time), so that the room up to 1
+counts for more. How much of the variability is of the sizes is not known: 0.3 at the least. Far beyond the SLO, where everything is late, the
 share goes on growing a little with the logarithm of the odds, so that more speed is still better.
 
     cost = loss + load_miss_price * (late - load_free_ratio * allowed)+
@@ -31,7 +35,7 @@ late answer beyond a few has the same price, wherever the load is.
 c follows the counted misses k of each reading as the mean of a Poisson count with a normal prior
 does:
 
-    odds      = allowed / objective * exp(load_slope * (utilisation - c))
+    odds      = allowed / objective * exp(load_slope * (felt - c))
     by load   = odds / (1 + odds) * requests,   growth = load_slope * by load / (1 + odds)
     expected  = by load + allowed * load_stray_ratio * requests
     precision += growth^2 / expected / dispersion
@@ -61,6 +65,8 @@ _PROMPTS_PER_STEP = 2.0
 _DOUBT_MAX = 1.5
 # From odds of e on, the share grows by this for each further factor of e.
 _BEYOND = 0.05
+# The sizes of requests differ too, however evenly they come.
+_DISPERSION_MIN = 0.3
 # Share of the largest batch under which few requests run.
 _FEW_SHARE = 0.2
 
@@ -203,6 +209,13 @@ class Demand(NamedTuple):
     peak_per_second: float = 0.0
     peak_weight: float = 0.0
     """Share of the time in which a peak is there and not seen yet."""
+    dispersion: float = 1.0
+    """Of the arrivals."""
+
+
+def felt(utilisation: float, dispersion: float) -> float:
+    """Return the utilisation at which Poisson arrivals would be late as often as these."""
+    return 1.0 - (1.0 - utilisation) / max(_DISPERSION_MIN, dispersion)
 
 
 def cost(
@@ -211,14 +224,16 @@ def cost(
     """Return loss and price of late answers together, nats per token."""
     allowed = 1.0 - objective_ratio
     slope, price, at_critical = law.load_slope, law.load_miss_price_nats, math.log(allowed)
-    doubt = min(_DOUBT_MAX, (slope * one.work_seconds) ** 2 * demand.variance / 2)
-    beyond = slope * (demand.rate_per_second * one.work_seconds - critical)
+    dispersion = max(_DISPERSION_MIN, demand.dispersion)
+    doubt = (slope * one.work_seconds) ** 2 * demand.variance / 2 / dispersion
+    doubt = min(_DOUBT_MAX, doubt)
+    beyond = slope * (felt(demand.rate_per_second * one.work_seconds, dispersion) - critical)
     share = late_share(at_critical + beyond + doubt)
     total = one.loss + price * max(0.0, share - law.load_free_ratio * allowed)
     likely = late_share(at_critical + beyond)
     total += law.load_violation_price_nats * max(0.0, likely - allowed)
     if demand.peak_weight > 0:
-        beyond = slope * (demand.peak_per_second * one.work_seconds - critical)
+        beyond = slope * (felt(demand.peak_per_second * one.work_seconds, dispersion) - critical)
         total += price * demand.peak_weight * late_share(at_critical + beyond)
     return total
 

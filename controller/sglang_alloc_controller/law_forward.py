@@ -24,6 +24,7 @@ from sglang_alloc_controller.law_capacity import (
     Levels,
     choices,
     cost,
+    felt,
     learned_from,
     prior,
     work_of,
@@ -93,11 +94,11 @@ def forward(
     belief = with_step_times(belief, load, state, seen, constants)
     engine = _engine(belief, load, constants)
     now = work_of(levels, load, constants.ranges, engine, constants.law)
-    utilisation = load.recent_per_second * now.work_seconds
+    utilisation = felt(load.recent_per_second * now.work_seconds, seen.dispersion)
     belief = _with_evidence(belief, utilisation, state, seen, constants)
     violating = any(one.excess > 0 for one in asked.values())
     age_seconds = seen.reading_at_seconds - belief.load_since_seconds
-    demand = _demand(belief, load, state, age_seconds, constants)
+    demand = _demand(belief, load, state, seen, constants)
     found = choices(load, constants.ranges, engine, constants.law)
     wanted, gain = _cheapest(now, found, demand, belief.critical, constants)
     look = Look(now, wanted, gain, age_seconds, violating)
@@ -213,9 +214,10 @@ def _demand(
     belief: ForwardState,
     load: Load,
     state: LawState,
-    age_seconds: float,
+    seen: Seen,
     constants: LawConstants,
 ) -> Demand:
+    age_seconds = seen.reading_at_seconds - belief.load_since_seconds
     rate = load.rate_per_second
     if is_restless(belief, age_seconds):
         rate += _backlog_per_second(state, constants)
@@ -225,7 +227,7 @@ def _demand(
     if belief.before_per_second is not None:
         doubt = _COMPOUND * load.variance * min(1.0, _DOUBT_SECONDS / max(1.0, age_seconds))
     weight = len(peaks) * _REACTION_SECONDS / _PEAK_MEMORY_SECONDS
-    return Demand(rate, doubt, max(peaks, default=0.0), weight)
+    return Demand(rate, doubt, max(peaks, default=0.0), weight, seen.dispersion)
 
 
 def _at(

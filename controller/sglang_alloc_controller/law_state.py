@@ -73,6 +73,8 @@ class Seen(NamedTuple):
     running_requests: float = 0.0
     load_windows: tuple[LoadWindow, ...] = ()
     """What arrived, over longer and longer windows; empty: the server does not tell."""
+    dispersion: float = 1.0
+    """Variance of the arrivals over their mean; 1: Poisson, or not known to be less."""
     newest: Newest | None = None
     """What happened since the reading before the newest one."""
 

@@ -4,7 +4,9 @@ Kept longer than the readings themselves, because a load that does not change is
 the longer it is counted; a few numbers of each reading are enough for that.
 """
 
+import math
 from bisect import bisect_left
+from itertools import pairwise
 from typing import NamedTuple
 
 from sglang_alloc_controller.samples import Reading
@@ -14,6 +16,9 @@ WINDOWS_SECONDS = (
     3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 13.0, 17.0, 22.0, 28.0, 36.0, 46.0, 60.0, 80.0, 100.0, 130.0,
     170.0, 220.0, 290.0, 400.0, 600.0, 900.0,
 )  # fmt: skip
+# Arrivals are counted by pieces of so long, to see how evenly they come, over so many at most.
+_PIECE_SECONDS, _PIECES_MAX, _PIECES_MIN = 10.0, 90, 18
+_ARRIVALS_MIN = 50.0
 # A window that is not much longer than the one before it says nothing new.
 _LONGER_RATIO = 1.15
 
@@ -52,6 +57,7 @@ class LoadHistory:
         self._totals: list[_Totals] = []
         self._times: list[float] = []
         self._windows: tuple[LoadWindow, ...] | None = None
+        self._engines = 1
 
     def clear(self) -> None:
         """Forget everything: the engine began anew."""
@@ -71,6 +77,7 @@ class LoadHistory:
             )
         )
         self._times.append(reading.taken_at_seconds)
+        self._engines = reading.engines
         old = bisect_left(self._times, reading.taken_at_seconds - 1.1 * WINDOWS_SECONDS[-1])
         del self._totals[:old], self._times[:old]
         self._windows = None
@@ -80,6 +87,34 @@ class LoadHistory:
         if self._windows is None:
             self._windows = self._found() if len(self._totals) > 1 else ()
         return self._windows
+
+    def dispersion(self) -> float:
+        """Return the variance of the arrivals over their mean, as far as it is surely below 1.
+
+        1 is Poisson, what is more even is less: behind a round-robin balancer about one over the
+        number of servers. By the squared differences d of the counts n in m successive pieces of
+        the last quarter of an hour, which a load that moves hardly changes,
+
+            dispersion = mean(d^2) / 2 / mean(n),   with two standard errors of sqrt(3 / m) added
+
+        Of several engines that are read as one it is the dispersion of their sum.
+        """
+        if len(self._totals) < 2:
+            return 1.0
+        newest, counts = self._totals[-1], list[float]()
+        later = newest
+        while len(counts) < _PIECES_MAX:
+            wanted = newest.at_seconds - (len(counts) + 1) * _PIECE_SECONDS
+            earlier = self._totals[bisect_left(self._times, wanted - 0.5)]
+            if not 0.5 < (later.at_seconds - earlier.at_seconds) / _PIECE_SECONDS < 1.5:
+                break
+            counts.append(_between(earlier, later).arrivals)
+            later = earlier
+        if len(counts) < _PIECES_MIN or sum(counts) < _ARRIVALS_MIN:
+            return 1.0
+        squares = sum((one - other) ** 2 for one, other in pairwise(counts)) / (len(counts) - 1)
+        dispersion = squares / 2.0 / (sum(counts) / len(counts)) * self._engines
+        return min(1.0, dispersion * (1.0 + 2.0 * math.sqrt(3.0 / len(counts))))
 
     def _found(self) -> tuple[LoadWindow, ...]:
         newest, found = self._totals[-1], list[LoadWindow]()

@@ -1,6 +1,7 @@
 """What arrives and what a server carries, computed by hand."""
 
 import math
+from collections.abc import Iterable
 
 import pytest
 from law_views import make_constants
@@ -12,6 +13,7 @@ from sglang_alloc_controller.law_capacity import (
     Levels,
     choices,
     cost,
+    felt,
     late_share,
     learned_from,
     prior,
@@ -187,6 +189,52 @@ def test_an_absurd_queue_is_not_believed_until_the_next_reading_says_it_again() 
     assert taken(4, 500.0, 510.0, 520.0) == [25.0, 510.0, 520.0]
 
 
+def _counted(second: float, counts: Histogram, engines: int = 1) -> Reading:
+    both = {"engine": counts}
+    return Reading(second, both, both, 0.0, 4.0, prefill_tokens=1.0, engines=engines)
+
+
+def _history(arrivals: Iterable[float], engines: int = 1) -> LoadHistory:
+    """A reading every second; so many requests have come in each of the seconds before."""
+    history, total = LoadHistory(), 0.0
+    for second, came in enumerate([0.0, *arrivals]):
+        total += came
+        counts = Histogram((1.0, math.inf), (total, total), total)
+        history.add(_counted(float(second), counts, engines), 0.0)
+    return history
+
+
+def test_how_evenly_requests_come_is_told_from_pieces_of_ten_seconds() -> None:
+    even = _history([5.0] * 300)
+    assert even.dispersion() == 0.0
+    # 50 and 54 in turn: half of the squared differences over the mean, and two errors.
+    turns = ([5.0] * 10 + [5.4] * 10) * 15
+    of_turns = 8 / 52 * (1 + 2 * math.sqrt(3 / 30))
+    assert _history(turns).dispersion() == pytest.approx(of_turns)
+    assert _history(turns, engines=4).dispersion() == pytest.approx(of_turns)
+    clumps = _history(([20.0] * 10 + [0.0] * 10) * 15)
+    assert clumps.dispersion() == 1.0
+
+
+@pytest.mark.parametrize(
+    "arrivals", [[5.0] * 170, [0.1] * 300, [0.0] * 300], ids=["too short", "too few", "none"]
+)
+def test_from_little_no_evenness_is_concluded(arrivals: list[float]) -> None:
+    assert _history(arrivals).dispersion() == 1.0
+
+
+def test_a_load_that_rises_steadily_is_not_taken_for_clumps() -> None:
+    assert _history([4.0 + second / 150 for second in range(300)]).dispersion() < 0.05
+
+
+def test_after_a_gap_in_the_readings_only_what_came_since_tells() -> None:
+    history = LoadHistory()
+    for second in [*range(200), *range(260, 400)]:
+        counts = Histogram((1.0, math.inf), (5.0 * second, 5.0 * second), 5.0 * second)
+        history.add(_counted(float(second), counts), 0.0)
+    assert history.dispersion() == 1.0  # 14 pieces
+
+
 def test_a_queue_may_have_grown_long_while_nobody_looked() -> None:
     gauge = PlausibleQueue()
     assert [gauge.take(3.0, 0.0), gauge.take(300.0, 60.0), gauge.take(1e6, 61.0)] == [3, 300, 300]
@@ -234,6 +282,19 @@ def test_a_rate_in_doubt_and_a_peak_to_come_ask_for_more_speed() -> None:
     assert _best(6.3, variance=2.0) == Levels(0, 1)
     assert _best(4.0, peak_per_second=7.0, peak_weight=0.01) == Levels(1, 1)
     assert _best(4.0, peak_per_second=9.0, peak_weight=0.9) == Levels(0, 1)
+
+
+def test_requests_that_come_evenly_need_less_speed() -> None:
+    assert felt(0.9, 1.0) == pytest.approx(0.9)
+    assert felt(0.9, 0.5) == pytest.approx(0.8)
+    assert felt(1.0, 0.5) == 1.0
+    assert felt(0.9, 0.0) == felt(0.9, 0.3) == pytest.approx(1 - 0.1 / 0.3)
+    assert _best(6.3) == Levels(1, 0)
+    # Utilisation 0.7875 is felt as 0.29 then.
+    assert _best(6.3, dispersion=0.3) == Levels(1, 1)
+    assert _best(7.0) == Levels(0, 1)
+    assert _best(7.0, dispersion=0.3) == Levels(1, 1)
+    assert _best(100.0, dispersion=0.3) == Levels(0, 0)
 
 
 def test_the_share_of_late_answers_grows_for_ever_and_without_a_jump() -> None:

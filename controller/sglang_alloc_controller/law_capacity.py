@@ -23,8 +23,9 @@ which exactly the allowed share is late:
 the doubt because misses are convex in the rate. The dispersion of the arrivals is 1 if they are
 Poisson, as in those pairs. Requests that come more evenly wait less: in heavy traffic the tail of
 the waiting time falls as exp(-2 (1 - utilisation) / variability * time), so that the room up to 1
-counts for more. How much of the variability is of the sizes is not known: 0.3 at the least. Far beyond the SLO, where everything is late, the
-share goes on growing a little with the logarithm of the odds, so that more speed is still better.
+counts for more. How much of the variability is of the sizes is not known: 0.3 at the least. Far
+beyond the SLO, where everything is late, the share goes on growing a little with the logarithm of
+the odds, so that more speed is still better.
 
     cost = loss + load_miss_price * (late - load_free_ratio * allowed)+
                 + load_violation_price * (likely - allowed)+ + the miss price of the insured peak

@@ -1,4 +1,4 @@
-"""Demo and benches: let SIGTERM unwind like Ctrl-C, so that every started process is stopped."""
+"""Let SIGTERM unwind like Ctrl-C, so that every started process is stopped."""
 
 from __future__ import annotations
 

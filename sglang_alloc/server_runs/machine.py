@@ -1,4 +1,4 @@
-"""Demo and benches: what a figure was measured on: machine, versions, commit."""
+"""What a figure was measured on: machine, versions, commit."""
 
 from __future__ import annotations
 

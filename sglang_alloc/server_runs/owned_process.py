@@ -1,4 +1,4 @@
-"""Demo, step 1: own a process group for as long as a block runs and leave nothing of it behind."""
+"""Own a process group for as long as a block runs and leave nothing of it behind."""
 
 from __future__ import annotations
 

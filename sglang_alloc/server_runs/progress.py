@@ -1,4 +1,4 @@
-"""Demo: what is going on and how long it will still take, on a terminal or as plain lines."""
+"""What is going on and how long it will still take, on a terminal or as plain lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Demo and benches: the model, its tables and its held-out text, as the command line names them."""
+"""The model, its tables and its held-out text, as the command line names them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Demo, step 1: a real SGLang server, ready to answer, stopped when the block ends."""
+"""A real SGLang server, ready to answer, stopped when the block ends."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def run_story(folder: Path, prometheus_binary: str) -> Evidence:
     """Run it all once; the tests look at the evidence."""
     evidence, controller_port = Evidence(), free_port()
     with ExitStack() as stack:
-        server = stack.enter_context(_server(folder))
+        server = stack.enter_context(live_server(folder))
         table = stack.enter_context(SharedTable.open(folder / "live.tbl"))
         config = _write_config(folder, server.url, controller_port)
         prometheus = stack.enter_context(
@@ -76,9 +76,9 @@ def run_story(folder: Path, prometheus_binary: str) -> Evidence:
                 RULE_FILES,
             )
         )
-        load = stack.enter_context(_load(server.url))
+        load = stack.enter_context(live_load(server.url, LOAD))
         _control_kill_resume(folder, config, controller_port, table, evidence)
-        with _controller(folder, config, controller_port) as process:
+        with live_controller(folder, config, controller_port) as process:
             _look(evidence, server.url, prometheus)
             pair = Pair(
                 server.url, server.process.pid, f"http://127.0.0.1:{controller_port}", config, table
@@ -103,7 +103,7 @@ def _control_kill_resume(
 ) -> None:
     evidence.before = table.selector()
     full = table.shape.budget_max
-    with _controller(folder, config, port) as process:
+    with live_controller(folder, config, port) as process:
         wait_until(lambda: table.selector().decode_budget < full, "the decode budget was lowered")
         # Else the full budgets from before would pass for those of the fallback.
         wait_until(lambda: _acknowledged(table)[1] < full, "the worker took the lower budget over")
@@ -112,7 +112,7 @@ def _control_kill_resume(
     evidence.lowered = table.selector()
     wait_until(lambda: _acknowledged(table) == (full, full), "the worker fell back to full quality")
     evidence.fallback_sources = {c.acknowledged_source for c in table.worker_counters()}
-    with _controller(folder, config, port):
+    with live_controller(folder, config, port):
         wait_until(lambda: _acknowledged(table) != (full, full), "the restarted controller resumed")
         evidence.resumed = Selector(0, *_acknowledged(table))
 
@@ -125,7 +125,8 @@ def _look(evidence: Evidence, server: str, prometheus: Prometheus) -> None:
 
 
 @contextmanager
-def _server(folder: Path) -> Iterator[Server]:
+def live_server(folder: Path) -> Iterator[Server]:
+    """Run SGLang with the reference model and the shared table `folder`/live.tbl."""
     edges = ("0.001", "0.01", "0.05", "0.1", "1", "10")
     arguments = (
         *("--dtype", "float32", "--skip-server-warmup", "--decode-log-interval", "5"),
@@ -159,7 +160,8 @@ def _write_config(folder: Path, server: str, port: int) -> Path:
 
 
 @contextmanager
-def _controller(folder: Path, config: Path, port: int) -> Iterator[OwnedProcess]:
+def live_controller(folder: Path, config: Path, port: int) -> Iterator[OwnedProcess]:
+    """Run the controller with this configuration until the block ends."""
     command = [console_script("sglang-alloc-controller"), "run", "--config", str(config)]
     log = folder / f"controller-{time.monotonic_ns()}.log"
     with owned_process("the controller", command, log_path=log) as process:
@@ -168,9 +170,10 @@ def _controller(folder: Path, config: Path, port: int) -> Iterator[OwnedProcess]
 
 
 @contextmanager
-def _load(server: str) -> Iterator[Future[list[RequestRecord]]]:
+def live_load(server: str, load: LoadPhase) -> Iterator[Future[list[RequestRecord]]]:
+    """Offer this load while the block runs, of short prompts and answers of 24 tokens."""
     texts = [path.read_text() for path in sorted((REFERENCE / "samples").glob("heldout_*.txt"))]
-    trace = make_trace(texts, [LOAD], prompt_bytes=200, output_tokens=24, seed=3)
+    trace = make_trace(texts, [load], prompt_bytes=200, output_tokens=24, seed=3)
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(
             lambda: asyncio.run(offer_load(server, trace, timeout_seconds=LOST_SECONDS))

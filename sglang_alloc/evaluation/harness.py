@@ -69,7 +69,7 @@ def run_harness(asked: HarnessRun) -> Measured:
             hold.renew()
             before = table.worker_counters()[0]
             _run_at_budget(harness_command(program, asked), hold)
-            return _measured(before, table.worker_counters()[0])
+            return _measured(before, hold.counters())
         finally:
             hold.release()
 
@@ -122,6 +122,17 @@ class _Hold:
             raise HarnessError(f"The budget cannot be held: {error}") from error
         self._renewed = time.monotonic()
         self._held = self._table.worker_counters()[0]
+
+    def counters(self) -> WorkerCounters:
+        """Return the server's counters of all that it has computed.
+
+        It writes them twice a second while it computes, and when it takes a change of the budgets
+        over: so the override is set once more, without a change of the budgets.
+        """
+        self._renewed = -math.inf
+        self.renew()
+        assert self._held is not None
+        return self._held
 
     def release(self) -> None:
         """End the override, unless somebody else has set one meanwhile."""

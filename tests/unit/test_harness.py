@@ -48,14 +48,20 @@ class Engine(threading.Thread):
         super().__init__(daemon=True)
         self._path, self._stop_asked = path, threading.Event()
         self.tokens = 0
+        self.tells_changes_only = False
+        """As a real server, which writes its counters twice a second while it computes."""
 
     def run(self) -> None:
         with SharedTable.open(self._path) as table:
+            told = 0
             while not self._stop_asked.wait(0.002):
                 override = table.override(time.monotonic_ns())
                 if override is None:
                     continue
                 self.tokens += 10
+                if self.tells_changes_only and override.generation == told:
+                    continue
+                told = override.generation
                 table.worker_slot(0).store(
                     WorkerCounters(
                         pid=1,
@@ -118,6 +124,18 @@ def test_the_budget_holds_while_the_harness_runs_and_ends_with_it(
     assert f"--output_path {tmp_path}/out" in asked
     generation = table.worker_counters()[0].acknowledged_generation
     assert generation > 2  # renewed, so that it would soon have ended by itself
+
+
+def test_what_a_quick_run_has_kept_is_told_although_the_server_is_idle_again(
+    engine: Engine,
+    server: StandInServer,
+    table: SharedTable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine.tells_changes_only = True
+    _program(tmp_path, "sleep 0.05", monkeypatch)
+    assert _run(server, table, tmp_path) == Measured(prefill=6.0, decode=None)
 
 
 @pytest.mark.usefixtures("engine")

@@ -7,8 +7,6 @@ import typer
 
 from sglang_alloc.errors import ConfigurationError
 
-INTERRUPTED = 130
-
 
 def bench(
     context: typer.Context,
@@ -121,7 +119,7 @@ def bench(
 
     from sglang_alloc.bench.options import Asked, make_options
     from sglang_alloc.bench.run import run_bench
-    from sglang_alloc.server_runs.interruption import sigterm_interrupts
+    from sglang_alloc.cli_interruption import interruptible
 
     asked = Asked(
         model_path=model_path,
@@ -141,12 +139,8 @@ def bench(
         arguments=tuple(context.args),
     )
     options = make_options(asked)
-    try:
-        with sigterm_interrupts():
-            typer.echo(run_bench(options, Console(stderr=True)))
-    except KeyboardInterrupt:
-        typer.echo("Interrupted: every server is stopped, nothing was written.", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+    with interruptible("Interrupted: every server is stopped, nothing was written."):
+        typer.echo(run_bench(options, Console(stderr=True)))
     typer.echo(f"Wrote {options.out / 'latency.csv'}.", err=True)
 
 

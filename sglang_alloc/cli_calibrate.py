@@ -52,11 +52,11 @@ def calibrate(
 
     from sglang_alloc.budget_tables import save_budget_tables
     from sglang_alloc.calibrate_run import run_calibration
+    from sglang_alloc.cli_interruption import interruptible
     from sglang_alloc.cli_profile_run import make_job
     from sglang_alloc.profile_progress import TokenProgress
     from sglang_alloc.profile_settings import ProfileSettings
     from sglang_alloc.sensitivity_file import load_sensitivities
-    from sglang_alloc.server_runs.interruption import sigterm_interrupts
     from sglang_alloc.solve_bounds import parse_bounds
 
     loaded = load_sensitivities(sensitivity)
@@ -73,12 +73,11 @@ def calibrate(
     job = make_job(
         model_path, text or [], settings, model_id=name, output=output, arguments=context.args
     )
-    try:
-        with sigterm_interrupts(), TokenProgress(Console(stderr=True)) as progress:
-            found = run_calibration(job, loaded, bounds, progress, corrections=corrections)
-    except KeyboardInterrupt:
-        typer.echo("Interrupted: the server is stopped, nothing was written.", err=True)
-        raise typer.Exit(130) from None
+    with (
+        interruptible("Interrupted: the server is stopped, nothing was written."),
+        TokenProgress(Console(stderr=True)) as progress,
+    ):
+        found = run_calibration(job, loaded, bounds, progress, corrections=corrections)
     save_budget_tables(output, found.tables)
     typer.echo(f"Wrote {output}.")
     if found.heldout_error is not None:

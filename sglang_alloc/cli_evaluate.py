@@ -5,8 +5,6 @@ from typing import Annotated
 
 import typer
 
-INTERRUPTED = 130
-
 
 def evaluate(
     model: Annotated[
@@ -52,11 +50,11 @@ def evaluate(
     # Imported here because help must not wait for torch.
     from rich.console import Console
 
+    from sglang_alloc.cli_interruption import interruptible
     from sglang_alloc.errors import ConfigurationError
     from sglang_alloc.evaluation.material import Sizes
     from sglang_alloc.evaluation.run import FRACTIONS, JOURNAL_NAME, Evaluation
     from sglang_alloc.evaluation.run import evaluate as run
-    from sglang_alloc.server_runs.interruption import sigterm_interrupts
 
     if windows % 32:
         raise ConfigurationError(
@@ -71,14 +69,9 @@ def evaluate(
         rivals=rival or (),
         workers=workers,
     )
-    try:
-        with sigterm_interrupts():
-            report = run(asked, Console(stderr=True))
-    except KeyboardInterrupt:
-        typer.echo(
-            f"Interrupted. What was measured is in {asked.output / JOURNAL_NAME}; the same command "
-            "goes on from there.",
-            err=True,
-        )
-        raise typer.Exit(INTERRUPTED) from None
+    kept = asked.output / JOURNAL_NAME
+    with interruptible(
+        f"Interrupted. What was measured is in {kept}; the same command goes on from there."
+    ):
+        report = run(asked, Console(stderr=True))
     typer.echo(f"wrote {report}")

@@ -5,8 +5,6 @@ from typing import Annotated
 
 import typer
 
-INTERRUPTED = 130
-
 
 def evaluate_served(
     context: typer.Context,
@@ -36,10 +34,10 @@ def evaluate_served(
     --budget 0.5x --budget full --tokenizer MODEL [bold]--[/] --tasks gsm8k --limit 200
     """
     # Imported here because help must not wait for numpy.
+    from sglang_alloc.cli_interruption import interruptible
     from sglang_alloc.cli_set import parse_budget
     from sglang_alloc.evaluation.harness import HarnessRun, Measured, run_harness
     from sglang_alloc.evaluation.harness_results import Score, read_scores, summary, write_scores
-    from sglang_alloc.server_runs.interruption import sigterm_interrupts
     from sglang_alloc.shared_table import SharedTable
 
     with SharedTable.open(table) as opened:
@@ -47,15 +45,9 @@ def evaluate_served(
     runs: list[tuple[int, Measured, list[Score]]] = []
     for one in dict.fromkeys(budgets):
         folder = output / f"budget-{one}"
-        try:
-            with sigterm_interrupts():
-                measured = run_harness(HarnessRun(url, table, one, tokenizer, folder, context.args))
-        except KeyboardInterrupt:
-            kept = (
-                f"{output / 'scores.csv'} has the budgets before it" if runs else "nothing was kept"
-            )
-            typer.echo(f"Interrupted: budget {one} was released unfinished, {kept}.", err=True)
-            raise typer.Exit(INTERRUPTED) from None
+        kept = f"{output / 'scores.csv'} has the budgets before it" if runs else "nothing was kept"
+        with interruptible(f"Interrupted: budget {one} was released unfinished, {kept}."):
+            measured = run_harness(HarnessRun(url, table, one, tokenizer, folder, context.args))
         scores = read_scores(folder)
         typer.echo(summary(one, measured, scores))
         # After each run: an interruption loses only the run under way.

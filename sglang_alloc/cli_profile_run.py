@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
+from sglang_alloc.cli_interruption import interruptible
 from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.launch_checks import require_plugin_allowed, require_sglang
 from sglang_alloc.moe_layers import read_model_folder
@@ -15,10 +16,7 @@ from sglang_alloc.profile_run import Profile, run_profile, work_folder
 from sglang_alloc.profile_settings import ProfileJob, ProfileSettings
 from sglang_alloc.profile_windows import read_text
 from sglang_alloc.sensitivity_file import save_sensitivities
-from sglang_alloc.server_runs.interruption import sigterm_interrupts
 from sglang_alloc.server_runs.reference_files import REFERENCE
-
-INTERRUPTED = 130
 
 
 def make_job(
@@ -53,16 +51,14 @@ def make_job(
 
 def profile_to_file(job: ProfileJob, output: Path) -> None:
     """Profile and write `output`; an interruption keeps what was measured and exits with 130."""
-    try:
-        with sigterm_interrupts(), TokenProgress(Console(stderr=True)) as progress:
-            found = run_profile(job, progress)
-    except KeyboardInterrupt:
-        typer.echo(
-            f"Interrupted. What was measured is in {job.folder}; the same command goes on from "
-            "there.",
-            err=True,
-        )
-        raise typer.Exit(INTERRUPTED) from None
+    kept = job.folder
+    with (
+        interruptible(
+            f"Interrupted. What was measured is in {kept}; the same command goes on from there."
+        ),
+        TokenProgress(Console(stderr=True)) as progress,
+    ):
+        found = run_profile(job, progress)
     save_sensitivities(output, found.sensitivities)
     typer.echo(_summary(found, output))
 

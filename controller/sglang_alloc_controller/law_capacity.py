@@ -216,7 +216,11 @@ class Demand(NamedTuple):
 
 def felt(utilisation: float, dispersion: float) -> float:
     """Return the utilisation at which Poisson arrivals would be late as often as these."""
-    return 1.0 - (1.0 - utilisation) / max(_DISPERSION_MIN, dispersion)
+    return 1.0 - (1.0 - utilisation) / _variability(dispersion)
+
+
+def _variability(dispersion: float) -> float:
+    return max(_DISPERSION_MIN, dispersion)
 
 
 def cost(
@@ -225,8 +229,8 @@ def cost(
     """Return loss and price of late answers together, nats per token."""
     allowed = 1.0 - objective_ratio
     slope, price, at_critical = law.load_slope, law.load_miss_price_nats, math.log(allowed)
-    dispersion = max(_DISPERSION_MIN, demand.dispersion)
-    doubt = (slope * one.work_seconds) ** 2 * demand.variance / 2 / dispersion
+    dispersion = demand.dispersion
+    doubt = (slope * one.work_seconds) ** 2 * demand.variance / 2 / _variability(dispersion)
     doubt = min(_DOUBT_MAX, doubt)
     beyond = slope * (felt(demand.rate_per_second * one.work_seconds, dispersion) - critical)
     share = late_share(at_critical + beyond + doubt)

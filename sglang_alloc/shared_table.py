@@ -9,6 +9,8 @@ from sglang_alloc.shared_table_publish import publish_shared_table
 from sglang_alloc.shared_table_reader import SharedTable
 from sglang_alloc.shared_table_words import (
     SOURCES,
+    CalmBudgets,
+    CalmTokens,
     Fallback,
     Override,
     Selection,
@@ -25,6 +27,8 @@ from sglang_alloc.shared_table_writer import SelectorWriter, lock_path
 __all__ = [
     "OVERRIDE_MAX_NS",
     "SOURCES",
+    "CalmBudgets",
+    "CalmTokens",
     "Fallback",
     "Override",
     "Selection",

@@ -19,9 +19,10 @@ Everything is little-endian. Pages are 4096 bytes, cache lines 64.
               name 24, dtype 8, rows u64, columns u64 (0: one dimension), offset u64, size u64
     page 1    control words
       4096    line of the selector's one writer: selector, heartbeat (monotonic ns), writer epoch,
-              writer pid                    4 x u64
+              writer pid, calm word         5 x u64
       4160    line of the override: word, deadline (monotonic ns, 0: none), check   3 x u64
       4224    line of the override's actor  64 bytes of UTF-8, zero-padded
+      6144    64 x 4 u64 (`CalmTokens`), those of rank r written by it alone, with its slot
     pages 2-3 64 worker slots of 16 u64 words (`WorkerCounters`), slot r written by rank r alone
     16384     payload: the sections, each at a multiple of 64, never changed after publication
 
@@ -31,6 +32,12 @@ The selector is one word, so a change of budget is one aligned 8-byte store:
 
 A budget counts routed-expert activations per token over all MoE layers. Its row in the payload is
 `budget - smallest budget`.
+
+The calm word is packed alike and holds the budgets of steps that leave no request waiting; the
+selector's are then those of steps behind which requests wait. It counts only while its generation
+is the selector's, its budgets have rows and neither is below the selector's. Otherwise, as with a
+writer that knows no calm word, the selector's budgets hold always; a worker that knows none reads
+the selector alone. So both may be older than the other.
 
 Ordering rules, which hold on x86-64 and on AArch64 because none of them needs a fence:
 
@@ -47,7 +54,11 @@ Ordering rules, which hold on x86-64 and on AArch64 because none of them needs a
    neither; a setter killed half-way leaves none in force. Setters exclude each other by an flock
    on the file itself.
 6. The words of a worker slot are each whole but are not taken at one instant; `pid` comes last.
-7. Nobody may shorten or rewrite the file in place, as `cp` over it does: publish instead. Touching
+7. The writer stores the calm word before the selector of the same generation. A reader may see
+   either first: between the two stores the generations differ, and it uses the selector's budgets
+   alone. So what it remembers of the two goes by both words: the selector is not stored again when
+   the calm word comes into sight after it.
+8. Nobody may shorten or rewrite the file in place, as `cp` over it does: publish instead. Touching
    a mapped page beyond the end kills a process, so whoever must not die asks for the file's size
    and for the publication id in its mapping before it touches anything else.
 """
@@ -72,11 +83,14 @@ SELECTOR_WORD = 4096 // WORD_BYTES
 HEARTBEAT_WORD = SELECTOR_WORD + 1
 WRITER_EPOCH_WORD = SELECTOR_WORD + 2
 WRITER_PID_WORD = SELECTOR_WORD + 3
+CALM_WORD = SELECTOR_WORD + 4
 OVERRIDE_WORD = 4160 // WORD_BYTES
 OVERRIDE_DEADLINE_WORD = OVERRIDE_WORD + 1
 OVERRIDE_CHECK_WORD = OVERRIDE_WORD + 2
 OVERRIDE_ACTOR_OFFSET = 4224
 OVERRIDE_ACTOR_BYTES = 64
+CALM_TOKENS_WORD = 6144 // WORD_BYTES
+CALM_TOKENS_WORDS = 4  # of each rank
 WORKER_SLOTS_WORD = 2 * PAGE_BYTES // WORD_BYTES
 WORKER_SLOT_WORDS = 16
 MAX_WORKERS = 64
@@ -89,6 +103,7 @@ _DIRECTORY_OFFSET = 512
 SECTION_NAME_BYTES = 24
 MODE_NOTE_BYTES = 112
 
+assert (CALM_TOKENS_WORD + MAX_WORKERS * CALM_TOKENS_WORDS) * WORD_BYTES <= 2 * PAGE_BYTES
 assert _HEADER.size == _DIRECTORY_OFFSET
 assert _DIRECTORY_OFFSET + MAX_SECTIONS * _ENTRY.size <= PAGE_BYTES
 

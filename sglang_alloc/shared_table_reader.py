@@ -13,6 +13,7 @@ import numpy.typing as npt
 from sglang_alloc import shared_table_layout as layout
 from sglang_alloc.errors import SharedTableError
 from sglang_alloc.shared_table_layout import (
+    CALM_WORD,
     HEARTBEAT_WORD,
     MAPPED_BYTES,
     OVERRIDE_DEADLINE_WORD,
@@ -22,6 +23,8 @@ from sglang_alloc.shared_table_layout import (
 from sglang_alloc.shared_table_open import map_words, open_checked, section_array
 from sglang_alloc.shared_table_override import read_override, store_override
 from sglang_alloc.shared_table_words import (
+    CalmBudgets,
+    CalmTokens,
     Fallback,
     Override,
     Selection,
@@ -37,7 +40,7 @@ _FUTURE_TOLERANCE_NS = 1_000_000_000
 # Decoding a word costs ten times what reading it does, so the last one of each kind is kept.
 # No word is -1, so these match none.
 _NO_SELECTOR = (-1, Selector(0, 0, 0))
-_NO_CONTROLLER = (-1, Selection("controller", 0, 0, 0))
+_NO_CONTROLLER = (-1, -1, Selection("controller", 0, 0, 0))
 _NO_FALLBACK = (-1, Fallback("full"), Selection("fallback", 0, 0, 0))
 
 
@@ -125,6 +128,13 @@ class SharedTable:
             self._last_selector = (word, selector)
         return selector
 
+    def calm_budgets(self) -> CalmBudgets | None:
+        """Return what the controller asked for last for steps that leave no request waiting.
+
+        None where it asked for the same budgets in every step.
+        """
+        return self._calm_budgets(self.selector(), self._words[CALM_WORD])
+
     def heartbeat_ns(self) -> int:
         """Return the monotonic time of the controller's last beat, 0 when there was none."""
         return self._words[HEARTBEAT_WORD]
@@ -152,16 +162,17 @@ class SharedTable:
             override = self._override(now_ns)
             if override is not None:
                 return Selection("override", override.generation, *override[:2])
-        word = words[SELECTOR_WORD]
+        word, calm_word = words[SELECTOR_WORD], words[CALM_WORD]
         heartbeat_ns = words[HEARTBEAT_WORD]
         if heartbeat_ns and -_FUTURE_TOLERANCE_NS <= now_ns - heartbeat_ns <= stale_after_ns:
-            last_word, selection = self._last_controller
-            if word == last_word:
+            last_word, last_calm_word, selection = self._last_controller
+            if word == last_word and calm_word == last_calm_word:
                 return selection
             selector = unpack_word(word)
             if self._has_rows(*selector[1:]):
-                selection = Selection("controller", *selector)
-                self._last_controller = (word, selection)
+                calm = self._calm_budgets(selector, calm_word)
+                selection = Selection("controller", *selector, calm)
+                self._last_controller = (word, calm_word, selection)
                 return selection
         return self._fallen_back(word, fallback)
 
@@ -211,7 +222,7 @@ class SharedTable:
                 f"Rank {rank} asked for a worker slot of {self.path}, which has slots for ranks 0 "
                 f"to {layout.MAX_WORKERS - 1}. Give each node a table of its own."
             )
-        return WorkerSlot(self._slot_words(rank), self.is_intact)
+        return WorkerSlot(self._slot_words(rank), self._calm_words(rank), self.is_intact)
 
     def worker_counters(self) -> list[WorkerCounters]:
         """Return the counters of every rank that has claimed its slot, by rank.
@@ -222,6 +233,15 @@ class SharedTable:
         self.require_intact()
         loaded = (WorkerCounters(*self._slot_words(rank)) for rank in range(layout.MAX_WORKERS))
         return [counters for counters in loaded if counters.pid]
+
+    def calm_tokens(self) -> list[CalmTokens]:
+        """Return how many tokens each of the 64 ranks served, zeros where it has not counted.
+
+        Raises:
+            SharedTableError: the file is lost.
+        """
+        self.require_intact()
+        return [CalmTokens(*self._calm_words(rank)) for rank in range(layout.MAX_WORKERS)]
 
     def check_budget(self, phase: str, budget: int) -> None:
         """Raise `SharedTableError` unless the table has a row for `budget`."""
@@ -271,6 +291,17 @@ class SharedTable:
         """Return the u64 words of pages 0 to 3, for the selector's one writer; release it."""
         return self._words[:]
 
+    def _calm_budgets(self, selector: Selector, calm_word: int) -> CalmBudgets | None:
+        """Return what a calm word says beside this selector, None where it says nothing."""
+        generation, prefill_budget, decode_budget = unpack_word(calm_word)
+        counts = (
+            generation == selector.generation
+            and self._has_rows(prefill_budget, decode_budget)
+            and prefill_budget >= selector.prefill_budget
+            and decode_budget >= selector.decode_budget
+        )
+        return CalmBudgets(prefill_budget, decode_budget) if counts else None
+
     def _override(self, now_ns: int) -> Override | None:
         override = read_override(self._words, self._bytes, now_ns)
         if override is None or not self._has_rows(override.prefill_budget, override.decode_budget):
@@ -297,6 +328,10 @@ class SharedTable:
     def _slot_words(self, rank: int) -> memoryview:
         start = layout.WORKER_SLOTS_WORD + rank * layout.WORKER_SLOT_WORDS
         return self._words[start : start + layout.WORKER_SLOT_WORDS]
+
+    def _calm_words(self, rank: int) -> memoryview:
+        start = layout.CALM_TOKENS_WORD + rank * layout.CALM_TOKENS_WORDS
+        return self._words[start : start + layout.CALM_TOKENS_WORDS]
 
     def _require_writable(self) -> None:
         if not self.writable:

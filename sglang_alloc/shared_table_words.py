@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-from sglang_alloc.shared_table_layout import WORKER_SLOT_WORDS
+from sglang_alloc.shared_table_layout import CALM_TOKENS_WORDS, WORKER_SLOT_WORDS
 
 GENERATION_MASK = 0xFFFF_FFFF
 BUDGET_LIMIT = 0xFFFF
@@ -26,13 +26,21 @@ class Selector(NamedTuple):
     decode_budget: int
 
 
+class CalmBudgets(NamedTuple):
+    """The budgets of steps that leave no request waiting: at least the selector's."""
+
+    prefill_budget: int
+    decode_budget: int
+
+
 class Selection(NamedTuple):
-    """The budgets to use now, and who decided them."""
+    """The budgets to use now, and who decided them; without `calm`, the same in every step."""
 
     source: Literal["controller", "override", "fallback"]
     generation: int
     prefill_budget: int
     decode_budget: int
+    calm: CalmBudgets | None = None
 
 
 class Override(NamedTuple):
@@ -80,24 +88,43 @@ class WorkerCounters(NamedTuple):
     kept_mass_millionths: int = 0
 
 
+class CalmTokens(NamedTuple):
+    """How many tokens one rank served, by phase, since its start.
+
+    Those that are calm were in steps that left no request waiting, whatever budget these had.
+    """
+
+    calm_prefill: int = 0
+    prefill: int = 0
+    calm_decode: int = 0
+    decode: int = 0
+
+
 assert len(WorkerCounters._fields) == WORKER_SLOT_WORDS
+assert len(CalmTokens._fields) == CALM_TOKENS_WORDS
+_NO_TOKENS = CalmTokens()
 
 
 class WorkerSlot:
-    """The 16 words that one rank, and no other process, writes."""
+    """The 16 words, and 4 of calm tokens, that one rank, and no other process, writes."""
 
-    def __init__(self, words: memoryview, is_intact: Callable[[], bool]) -> None:
-        """Take the slot's words, a writable view of format "Q", and a test of the file."""
+    def __init__(
+        self, words: memoryview, calm_words: memoryview, is_intact: Callable[[], bool]
+    ) -> None:
+        """Take the slot's words, writable views of format "Q", and a test of the file."""
         self._words = words
+        self._calm_words = calm_words
         self._is_intact = is_intact
 
-    def store(self, counters: WorkerCounters) -> None:
+    def store(self, counters: WorkerCounters, tokens: CalmTokens = _NO_TOKENS) -> None:
         """Write every word, `pid` last, so that a slot with a pid has been filled once.
 
         Into a file that was shortened or overwritten in place nothing is written: counters are
         not worth a server.
         """
         if self._is_intact():
+            for index, count in enumerate(tokens):
+                self._calm_words[index] = count
             for index in range(WORKER_SLOT_WORDS - 1, -1, -1):
                 self._words[index] = counters[index]
 

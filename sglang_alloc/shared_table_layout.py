@@ -33,11 +33,15 @@ The selector is one word, so a change of budget is one aligned 8-byte store:
 A budget counts routed-expert activations per token over all MoE layers. Its row in the payload is
 `budget - smallest budget`.
 
-The calm word is packed alike and holds the budgets of steps that leave no request waiting; the
-selector's are then those of steps behind which requests wait. It counts only while its generation
-is the selector's, its budgets have rows and neither is below the selector's. Otherwise, as with a
-writer that knows no calm word, the selector's budgets hold always; a worker that knows none reads
-the selector alone. So both may be older than the other.
+The calm word holds the budgets of calm steps, which leave no request waiting and before which
+fewer than R requests run; the selector's are then those of all other steps:
+
+    bits 63..48 the selector's generation mod 2**16   bits 47..32 R, 65535: any number
+    bits 31..16 calm prefill budget                   bits 15..0  calm decode budget
+
+It counts only while its generation is the selector's, its budgets have rows and neither is below
+the selector's. Otherwise, as with a writer that knows no calm word, the selector's budgets hold
+always; a worker that knows none reads the selector alone. So both may be older than the other.
 
 Ordering rules, which hold on x86-64 and on AArch64 because none of them needs a fence:
 

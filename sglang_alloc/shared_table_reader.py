@@ -31,6 +31,7 @@ from sglang_alloc.shared_table_words import (
     Selector,
     WorkerCounters,
     WorkerSlot,
+    calm_of_word,
     unpack_word,
 )
 
@@ -129,7 +130,7 @@ class SharedTable:
         return selector
 
     def calm_budgets(self) -> CalmBudgets | None:
-        """Return what the controller asked for last for steps that leave no request waiting.
+        """Return what the controller asked for last for calm steps.
 
         None where it asked for the same budgets in every step.
         """
@@ -293,14 +294,15 @@ class SharedTable:
 
     def _calm_budgets(self, selector: Selector, calm_word: int) -> CalmBudgets | None:
         """Return what a calm word says beside this selector, None where it says nothing."""
-        generation, prefill_budget, decode_budget = unpack_word(calm_word)
+        calm = calm_of_word(calm_word, selector.generation)
+        if calm is None:
+            return None
         counts = (
-            generation == selector.generation
-            and self._has_rows(prefill_budget, decode_budget)
-            and prefill_budget >= selector.prefill_budget
-            and decode_budget >= selector.decode_budget
+            self._has_rows(calm.prefill_budget, calm.decode_budget)
+            and calm.prefill_budget >= selector.prefill_budget
+            and calm.decode_budget >= selector.decode_budget
         )
-        return CalmBudgets(prefill_budget, decode_budget) if counts else None
+        return calm if counts else None
 
     def _override(self, now_ns: int) -> Override | None:
         override = read_override(self._words, self._bytes, now_ns)

@@ -7,6 +7,8 @@ from sglang_alloc.shared_table_layout import CALM_TOKENS_WORDS, WORKER_SLOT_WORD
 
 GENERATION_MASK = 0xFFFF_FFFF
 BUDGET_LIMIT = 0xFFFF
+# `CalmBudgets.running_requests` where their number does not matter.
+RUNNING_ANY = 0xFFFF
 _GENERATION_HALF = 1 << 31
 
 # The code of a source in `WorkerCounters.acknowledged_source` is its index here.
@@ -27,10 +29,15 @@ class Selector(NamedTuple):
 
 
 class CalmBudgets(NamedTuple):
-    """The budgets of steps that leave no request waiting: at least the selector's."""
+    """The budgets of calm steps, at least the selector's.
+
+    A step is calm if it leaves no request waiting and fewer than `running_requests` were running
+    before it.
+    """
 
     prefill_budget: int
     decode_budget: int
+    running_requests: int = RUNNING_ANY
 
 
 class Selection(NamedTuple):
@@ -91,7 +98,7 @@ class WorkerCounters(NamedTuple):
 class CalmTokens(NamedTuple):
     """How many tokens one rank served, by phase, since its start.
 
-    Those that are calm were in steps that left no request waiting, whatever budget these had.
+    Those that are calm were in steps that had the calm budgets, or would have had them.
     """
 
     calm_prefill: int = 0
@@ -132,6 +139,20 @@ class WorkerSlot:
 def pack_word(generation: int, prefill_budget: int, decode_budget: int) -> int:
     """Return the u64 of a selector or an override; the budgets must fit 16 bits."""
     return generation << 32 | prefill_budget << 16 | decode_budget
+
+
+def pack_calm_word(generation: int, calm: CalmBudgets) -> int:
+    """Return the u64 of calm budgets, whose numbers must fit 16 bits."""
+    upper = (generation & BUDGET_LIMIT) << 16 | calm.running_requests
+    return pack_word(upper, calm.prefill_budget, calm.decode_budget)
+
+
+def calm_of_word(word: int, generation: int) -> CalmBudgets | None:
+    """Split a calm word; None where it belongs to another generation of the selector."""
+    upper, prefill_budget, decode_budget = unpack_word(word)
+    if word == 0 or upper >> 16 != generation & BUDGET_LIMIT:
+        return None
+    return CalmBudgets(prefill_budget, decode_budget, upper & RUNNING_ANY)
 
 
 def unpack_word(word: int) -> Selector:

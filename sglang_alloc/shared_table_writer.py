@@ -8,7 +8,14 @@ from pathlib import Path
 from sglang_alloc import shared_table_layout as layout
 from sglang_alloc.errors import SharedTableError, TableInUseError
 from sglang_alloc.shared_table_reader import SharedTable
-from sglang_alloc.shared_table_words import CalmBudgets, next_generation, pack_word, unpack_word
+from sglang_alloc.shared_table_words import (
+    RUNNING_ANY,
+    CalmBudgets,
+    next_generation,
+    pack_calm_word,
+    pack_word,
+    unpack_word,
+)
 
 _LOCK_FILE_MODE = 0o660
 
@@ -63,11 +70,11 @@ class SelectorWriter:
     ) -> int:
         """Ask for these budgets (activations per token) and return the new generation.
 
-        `calm` are the budgets of steps that leave no request waiting, None for the same ones.
+        `calm` are the budgets of calm steps, None for the same ones.
 
         Raises:
-            SharedTableError: a budget has no row, a calm one is below the other of its phase, or
-                the file is lost.
+            SharedTableError: a budget has no row, a calm one is below the other of its phase, its
+                number of running requests is none, or the file is lost.
             TableInUseError: another writer took over, because the lock file was removed.
         """
         self._table.check_budget("prefill", prefill_budget)
@@ -75,11 +82,12 @@ class SelectorWriter:
         if calm is not None:
             self._check_calm("prefill", calm.prefill_budget, prefill_budget)
             self._check_calm("decode", calm.decode_budget, decode_budget)
+            self._check_running(calm.running_requests)
         self._require_own_table()
         selector = unpack_word(self._words[layout.SELECTOR_WORD])
         generation = next_generation(selector.generation)
         # Before the selector: a reader that sees the new budgets is to find the calm ones there.
-        self._words[layout.CALM_WORD] = 0 if calm is None else pack_word(generation, *calm)
+        self._words[layout.CALM_WORD] = 0 if calm is None else pack_calm_word(generation, calm)
         self._words[layout.SELECTOR_WORD] = pack_word(generation, prefill_budget, decode_budget)
         return generation
 
@@ -105,8 +113,15 @@ class SelectorWriter:
         if calm_budget < budget:
             raise SharedTableError(
                 f"A calm {phase} budget of {calm_budget} activations per token was asked of "
-                f"{self._table.path} beside a {phase} budget of {budget}. Steps that leave no "
-                "request waiting may not have the smaller budget: choose at least the other one."
+                f"{self._table.path} beside a {phase} budget of {budget}. Calm steps may not have "
+                "the smaller budget: choose at least the other one."
+            )
+
+    def _check_running(self, running_requests: int) -> None:
+        if not 1 <= running_requests <= RUNNING_ANY:
+            raise SharedTableError(
+                f"Calm budgets for fewer than {running_requests} running requests were asked of "
+                f"{self._table.path}. Choose 1 to {RUNNING_ANY}, which stands for any number."
             )
 
     def _require_own_table(self) -> None:

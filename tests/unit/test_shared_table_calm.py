@@ -14,6 +14,8 @@ from sglang_alloc.shared_table import (
     SelectorWriter,
     SharedTable,
     WorkerCounters,
+    calm_of_word,
+    pack_calm_word,
     pack_word,
 )
 
@@ -34,7 +36,11 @@ def _store_word(path: Path, word_index: int, word: int) -> None:
 
 
 def _store_calm(table: SharedTable, generation: int, prefill: int, decode: int) -> None:
-    _store_word(table.path, layout.CALM_WORD, pack_word(generation, prefill, decode))
+    _store_word(
+        table.path,
+        layout.CALM_WORD,
+        pack_calm_word(generation, CalmBudgets(prefill, decode)),
+    )
 
 
 @pytest.fixture
@@ -49,7 +55,7 @@ def test_calm_budgets_are_read_as_they_were_written(
     table: SharedTable, writer: SelectorWriter
 ) -> None:
     other = SharedTable.open(table.path, writable=False)
-    for calm in (CalmBudgets(12, 9), CalmBudgets(5, 7), CalmBudgets(6, 12)):
+    for calm in (CalmBudgets(12, 9), CalmBudgets(5, 7, 1), CalmBudgets(6, 12, 14)):
         generation = writer.write(5, 7, calm)
         for _ in range(2):
             assert _selected(other) == Selection("controller", generation, 5, 7, calm)
@@ -61,7 +67,7 @@ def test_a_new_table_and_a_writer_that_names_none_have_no_calm_budgets(
 ) -> None:
     assert table.calm_budgets() is None
     writer.write(5, 7, CalmBudgets(12, 12))
-    assert _selected(table).calm == (12, 12)
+    assert _selected(table).calm == CalmBudgets(12, 12)
     generation = writer.write(5, 7)
     assert _selected(table) == Selection("controller", generation, 5, 7, None)
     assert table.calm_budgets() is None
@@ -71,20 +77,20 @@ def test_calm_budgets_come_into_force_when_their_word_is_seen_after_the_selector
     table: SharedTable, writer: SelectorWriter
 ) -> None:
     writer.write(5, 7, CalmBudgets(12, 12))
-    assert _selected(table).calm == (12, 12)
+    assert _selected(table).calm == CalmBudgets(12, 12)
     _store_word(table.path, layout.SELECTOR_WORD, pack_word(3, 4, 6))
     assert _selected(table) == Selection("controller", 3, 4, 6, None)
     assert table.calm_budgets() is None
     _store_calm(table, 3, 8, 9)
     assert _selected(table) == Selection("controller", 3, 4, 6, CalmBudgets(8, 9))
-    assert table.calm_budgets() == (8, 9)
+    assert table.calm_budgets() == CalmBudgets(8, 9)
 
 
 def test_a_calm_word_ahead_of_its_selector_does_not_count(
     table: SharedTable, writer: SelectorWriter
 ) -> None:
     generation = writer.write(5, 7, CalmBudgets(12, 12))
-    assert _selected(table).calm == (12, 12)
+    assert _selected(table).calm == CalmBudgets(12, 12)
     _store_calm(table, generation + 1, 10, 10)
     assert _selected(table) == Selection("controller", generation, 5, 7, None)
 
@@ -116,7 +122,7 @@ def test_a_person_and_a_fallback_have_no_calm_budgets(
     table.set_override(3, 4, NOW_NS + SECOND_NS, "ana")
     assert _selected(table) == Selection("override", 1, 3, 4, None)
     table.clear_override()
-    assert _selected(table).calm == (12, 12)
+    assert _selected(table).calm == CalmBudgets(12, 12)
     stale = table.selection(NOW_NS + 2 * SECOND_NS, SECOND_NS, Fallback("hold"))
     assert stale == Selection("fallback", generation, 5, 7, None)
 
@@ -128,6 +134,8 @@ def test_a_person_and_a_fallback_have_no_calm_budgets(
         (CalmBudgets(12, 2), "A calm decode budget of 2 .* has rows for 3 to 12"),
         (CalmBudgets(4, 12), "A calm prefill budget of 4 .* beside a prefill budget of 5"),
         (CalmBudgets(12, 6), "A calm decode budget of 6 .* beside a decode budget of 7"),
+        (CalmBudgets(12, 12, 0), "fewer than 0 running requests .* Choose 1 to 65535"),
+        (CalmBudgets(12, 12, 2**16), "fewer than 65536 running requests"),
     ],
 )
 def test_calm_budgets_that_no_worker_would_obey_are_not_written(
@@ -137,6 +145,14 @@ def test_calm_budgets_that_no_worker_would_obey_are_not_written(
     with pytest.raises(SharedTableError, match=message):
         writer.write(5, 7, calm)
     assert _selected(table) == Selection("controller", 2, 5, 7, CalmBudgets(8, 8))
+
+
+def test_calm_budgets_belong_to_their_generation_beyond_sixteen_bits(table: SharedTable) -> None:
+    calm = CalmBudgets(12, 9, 14)
+    word = pack_calm_word(0x1_0002, calm)
+    assert calm_of_word(word, 0x1_0002) == calm
+    assert calm_of_word(word, 0x1_0003) is None
+    assert calm_of_word(0, 0x1_0000) is None
 
 
 def test_each_rank_counts_its_tokens_beside_its_slot(table: SharedTable) -> None:

@@ -29,6 +29,7 @@ _MOE = "sglang.srt.layers.moe"
 _TOPK = f"{_MOE}.topk"
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
 _RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _GRAPHS = "sglang.srt.model_executor.runner"
 _HOOKS = "sglang.srt.plugins.hook_registry"
 
@@ -40,6 +41,7 @@ ROUTED_SLOTS = f"{_TOPK}._post_process_topk_ids"
 LOAD_MODEL = f"{_RUNNER}.load_model"
 INITIALIZE = f"{_RUNNER}.initialize"
 FORWARD = f"{_RUNNER}.forward"
+RUN_BATCH = f"{_SCHEDULER}.run_batch"
 PULL_REQUESTS = f"{_RECEIVER}._pull_raw_reqs"
 RECEIVE_REQUESTS = f"{_RECEIVER}.recv_requests"
 CPU_EXPERTS = f"{_MOE}.fused_moe_native.moe_forward_native"
@@ -130,6 +132,30 @@ SEAMS: tuple[Seam, ...] = (
         "function",
         ("self", "forward_batch"),
         "put the budget of the batch's phase in force before its first layer",
+    ),
+    Seam(
+        RUN_BATCH,
+        "function",
+        ("self", "batch"),
+        "see how many requests a batch leaves waiting",
+    ),
+    Seam(
+        _SCHEDULER,
+        "class",
+        ("waiting_queue", "disagg_decode_prealloc_queue"),
+        "see how many requests a batch leaves waiting",
+    ),
+    Seam(
+        "sglang.srt.disaggregation.decode.DecodePreallocQueue",
+        "class",
+        ("queue", "retracted_queue"),
+        "see how many requests a batch leaves waiting, on a server that decodes for others",
+    ),
+    Seam(
+        "sglang.srt.disaggregation.decode.DecodeRequest",
+        "class",
+        ("waiting_for_input",),
+        "see how many requests a batch leaves waiting, on a server that decodes for others",
     ),
     Seam(
         _RUNNER,

@@ -50,6 +50,34 @@ def gated_experts(layer: Any, moe_runner_config: Any) -> GatedExperts | None:
     return GatedExperts(layer.w13_weight, layer.w2_weight, act)
 
 
+def forward_experts(
+    original: Callable[..., torch.Tensor],
+    layer: Any,
+    x: torch.Tensor,
+    topk_output: Any,
+    moe_runner_config: Any,
+    *,
+    is_gated: bool,
+) -> torch.Tensor:
+    """Return what the engine's function `original` would, of the slots that were not dropped.
+
+    is_gated: the layer was seen to compute as `forward_gated_experts` does.
+    """
+    weights, ids = topk_output.topk_weights, topk_output.topk_ids
+    if is_gated:
+        experts = gated_experts(layer, moe_runner_config)
+        assert experts is not None  # as when it was seen
+        return forward_gated_experts(experts, x, weights, ids)
+
+    def expert_forward(
+        rows: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+    ) -> torch.Tensor:
+        one_slot = topk_output._replace(topk_weights=weights, topk_ids=ids)
+        return original(layer, rows, one_slot, moe_runner_config)
+
+    return forward_kept_slots(expert_forward, x, weights, ids)
+
+
 def forward_gated_experts(
     experts: GatedExperts,
     hidden_states: torch.Tensor,

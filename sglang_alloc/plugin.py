@@ -34,10 +34,11 @@ from sglang_alloc.compatibility_seams import (
     PULL_REQUESTS,
     RECEIVE_REQUESTS,
     ROUTED_SLOTS,
+    RUN_BATCH,
     TRITON_EXPERTS,
     VERIFY_PARAMETERS,
 )
-from sglang_alloc.cpu_moe import forward_gated_experts, forward_kept_slots, gated_experts
+from sglang_alloc.cpu_moe import forward_experts
 from sglang_alloc.enforcement import RoutedSlots
 from sglang_alloc.errors import AllocError, UnsupportedServerError
 from sglang_alloc.model_identity import identity_from_config
@@ -56,6 +57,7 @@ from sglang_alloc.plugin_proof import (
     prove_routing,
     unrecorded,
 )
+from sglang_alloc.plugin_queue import requests_waiting
 from sglang_alloc.plugin_records import probe_recorders, record_lexi
 from sglang_alloc.plugin_requests import RequestBudgets
 from sglang_alloc.request_budget import RequestRules, asked_budget
@@ -140,6 +142,7 @@ def _hooks() -> list[tuple[str, Callable[..., Any], Any]]:
         (VERIFY_PARAMETERS, _after_verify_parameters, HookType.AFTER),
         (NEW_REQUEST, _after_new_request, HookType.AFTER),
         (NEW_BATCH, _after_new_batch, HookType.AFTER),
+        (RUN_BATCH, _before_run_batch, HookType.BEFORE),
         (FORWARD, _before_forward, HookType.BEFORE),
         (ROUTED_SLOTS, _before_routed_slots, HookType.BEFORE),
         (DECODE_GRAPHS, _before_decode_graphs, HookType.BEFORE),
@@ -306,6 +309,16 @@ def _after_new_batch(
         _process.request_budgets.attach(forward_batch, batch.reqs)
 
 
+def _before_run_batch(scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """On every rank, tell the worker how many requests the batch that follows leaves waiting.
+
+    Each rank decides by itself whether the step is calm: tensor-parallel ranks form the same
+    batches from the same queue, and ranks of other kinds are refused (`server_check.py`).
+    """
+    if _process.worker is not None:
+        _process.worker.requests_waiting = requests_waiting(scheduler)
+
+
 def _before_forward(model_runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
     """On every rank, tell the worker which phase begins; a draft model's forwards are its own."""
     if model_runner.is_draft_worker:
@@ -369,20 +382,8 @@ def _around_cpu_experts(
     """Run the kept slots only; a full budget goes straight through to the engine's function."""
     if _process.worker is None or not _process.worker.enforcement.drops_slots():
         return original(layer, x, topk_output, moe_runner_config)
-
-    weights, ids = topk_output.topk_weights, topk_output.topk_ids
-    if id(layer) in _process.gated_layers:
-        experts = gated_experts(layer, moe_runner_config)
-        assert experts is not None  # as when it was proved
-        return forward_gated_experts(experts, x, weights, ids)
-
-    def expert_forward(
-        rows: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
-    ) -> torch.Tensor:
-        one_slot = topk_output._replace(topk_weights=weights, topk_ids=ids)
-        return original(layer, rows, one_slot, moe_runner_config)
-
-    return forward_kept_slots(expert_forward, x, weights, ids)
+    is_gated = id(layer) in _process.gated_layers
+    return forward_experts(original, layer, x, topk_output, moe_runner_config, is_gated=is_gated)
 
 
 def _before_triton_experts(*args: Any, **kwargs: Any) -> tuple[Any, Any]:

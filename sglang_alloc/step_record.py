@@ -1,4 +1,4 @@
-"""A log of each forward of a rank: which budget it had, how many tokens, and when it began.
+"""A log of each forward of a rank: which budgets it obeyed, how many tokens, and when it began.
 
 Tests prove by it that all ranks switch together, the simulator's check what a step took in service.
 """

@@ -15,6 +15,7 @@ import torch
 
 from sglang_alloc.allocation_mode import PHASES, probe_of_note
 from sglang_alloc.budget_follower import BudgetChange, BudgetFollower
+from sglang_alloc.calm_steps import ServedTokens, calm_selection
 from sglang_alloc.enforcement_device import DeviceEnforcement
 from sglang_alloc.enforcement_host import HostEnforcement
 from sglang_alloc.enforcement_probe import NO_RECORDERS, ProbeEnforcement, ProbeRecorders
@@ -79,6 +80,11 @@ class Worker:
         )
         full = self.table.shape.budget_max
         self.in_force = Selection("fallback", 0, full, full)
+        self.calm = self.in_force  # what steps obey that leave no request waiting
+        self._obeyed = self.in_force  # by the forward under way, or else by the last
+        # How many requests the next batch leaves waiting. Until somebody tells, no step is calm.
+        self.requests_waiting: int | None = None
+        self.tokens = ServedTokens()
         self.steps = 0
         self._phase: Phase = "decode"  # of the forward or capture under way, or else the last
         self._is_watching = False  # whether that is a forward, whose layers must have routed
@@ -161,10 +167,18 @@ class Worker:
         if selection.source != "override":
             self._controlled = selection.source == "controller"
         self.in_force = selection
-        self.enforcement.set_budgets(selection.prefill_budget, selection.decode_budget)
+        # What a layer keeps is counted over all forwards of a phase. Counts of two budgets would
+        # tell nothing about the thresholds of either, so with these corrected there is but one.
+        self.calm = selection if self._drift is not None else calm_selection(selection)
+        self._obey(selection)
         if change.factors is not None:
             self.enforcement.set_threshold_factors(*change.factors)
         self.report(time.monotonic_ns())
+
+    def _obey(self, selection: Selection) -> None:
+        """Let the forwards from here on obey these budgets; those under way keep theirs."""
+        self._obeyed = selection
+        self.enforcement.set_budgets(selection.prefill_budget, selection.decode_budget)
 
     def begin_forward(self, phase: Phase, num_tokens: int, own: OwnBudgets | None = None) -> None:
         """Every rank, at the start of each forward of the served model.
@@ -178,6 +192,10 @@ class Worker:
         if self._is_watching and self._unseen_layers[self._phase]:
             self._refuse_unseen_layers()
         self._phase, self._is_watching = phase, True
+        is_calm = self.requests_waiting == 0
+        selection = self.calm if is_calm else self.in_force
+        if selection is not self._obeyed:
+            self._obey(selection)
         token_budgets = None if own is None else self._token_budgets(phase, num_tokens, own)
         if self._drift is not None and token_budgets is not None:
             self._drift.discard(phase)
@@ -186,14 +204,15 @@ class Worker:
             self._on_device.ask_for_measurements()  # for the next report
         if self.model.device_type == "cpu":  # measuring reads tensors: never on an accelerator
             self.statistics.begin_forward(phase, num_tokens)
+        self.tokens.add(phase, num_tokens, is_calm=is_calm)
         self.steps += 1
         if self._record is not None:
-            self._record.add(self.steps, self.in_force, phase, num_tokens, now_ns)
+            self._record.add(self.steps, selection, phase, num_tokens, now_ns)
 
     def _token_budgets(
         self, phase: Phase, num_tokens: int, own: OwnBudgets
     ) -> npt.NDArray[np.int32] | None:
-        selection = self.in_force
+        selection = self._obeyed
         in_force = selection.prefill_budget if phase == "prefill" else selection.decode_budget
         try:
             budgets = budgets_of_tokens(own, in_force, num_tokens)
@@ -274,7 +293,7 @@ class Worker:
         self._reported_ns = now_ns
         if self._on_device is not None:
             self.statistics.by_phase.update(self._on_device.measurements())
-        self._slot.store(self._counters(now_ns))
+        self._slot.store(self._counters(now_ns), self.tokens.words())
         if self.metrics is not None:
             self.metrics.export(self)
 

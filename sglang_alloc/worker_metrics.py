@@ -14,6 +14,7 @@ from sglang_alloc.allocation_mode import PHASES
 
 if TYPE_CHECKING:
     from sglang_alloc.allocation_mode import Phase
+    from sglang_alloc.shared_table import Selection
     from sglang_alloc.worker import Worker
 
 DECIDING_SOURCES = ("controller", "override", "fallback")
@@ -32,6 +33,11 @@ class WorkerMetrics:
         self._rank = str(rank)
         self._budget = _gauge(
             "budget_activations", "Activation budget in force, per token.", "phase"
+        )
+        self._calm_budget = _gauge(
+            "calm_budget_activations",
+            "Activation budget, per token, of steps that leave no request waiting.",
+            "phase",
         )
         self._quota = _gauge(
             "quota_activations",
@@ -63,6 +69,11 @@ class WorkerMetrics:
             ("tp_rank",),
         )
         self._fallbacks.labels(self._rank)
+        self._tokens = Counter(
+            "sglang_alloc_tokens",
+            "Tokens that went through the model, by whether requests waited behind their step.",
+            ("tp_rank", "phase", "requests_waiting"),
+        )
         self._own_tokens = Counter(
             "sglang_alloc_own_budget_tokens",
             "Tokens of requests that were served at full quality, or lower, by their own budget.",
@@ -74,10 +85,12 @@ class WorkerMetrics:
             ("tp_rank",),
         )
         self._own_ignored.labels(self._rank)
+        self._counted_tokens: dict[tuple[Phase, str], int] = {}
         self._counted_own = {"full": 0, "lower": 0}
         self._counted_ignored = 0
         self._counted_fallbacks = 0
         self._budgets_shown: tuple[int, int] | None = None
+        self._calm_shown: Selection | None = None
 
     def export(self, worker: Worker) -> None:
         """Refresh every metric from `worker`."""
@@ -87,11 +100,26 @@ class WorkerMetrics:
             self._source.labels(self._rank, source).set(float(in_use))
         self._fallbacks.labels(self._rank).inc(worker.fallbacks - self._counted_fallbacks)
         self._counted_fallbacks = worker.fallbacks
+        self._export_tokens(worker)
         self._export_own_budgets(worker)
+        if worker.calm is not self._calm_shown:
+            self._export_calm(worker.calm)
         budgets = (worker.in_force.prefill_budget, worker.in_force.decode_budget)
         if budgets != self._budgets_shown:
             self._export_budgets(worker, budgets)
         self._export_measurements(worker)
+
+    def _export_tokens(self, worker: Worker) -> None:
+        for waiting, counts in (("no", worker.tokens.calm), ("yes", worker.tokens.waited)):
+            for phase, tokens in counts.items():
+                added = tokens - self._counted_tokens.get((phase, waiting), 0)
+                self._tokens.labels(self._rank, phase, waiting).inc(added)
+                self._counted_tokens[phase, waiting] = tokens
+
+    def _export_calm(self, calm: Selection) -> None:
+        for phase, budget in zip(PHASES, (calm.prefill_budget, calm.decode_budget), strict=True):
+            self._calm_budget.labels(self._rank, phase).set(budget)
+        self._calm_shown = calm
 
     def _export_own_budgets(self, worker: Worker) -> None:
         for budget, tokens in worker.own_budget_tokens.items():

@@ -34,6 +34,17 @@ def calls(release: ReleaseSource, module: str, function: str) -> list[ast.Call]:
     ]
 
 
+def functions(release: ReleaseSource, module: str, name: str) -> list[ast.FunctionDef]:
+    """Return every function or method of this name in one module, in order."""
+    text = release.module_text(module)
+    assert text is not None, f"there is no module {module}"
+    return [
+        node
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef) and node.name == name
+    ]
+
+
 def enum_values(release: ReleaseSource, module: str, name: str) -> set[str]:
     """Return the string values that the members of a class stand for."""
     text = release.module_text(module)

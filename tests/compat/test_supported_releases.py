@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from sglang_releases import RELEASES, ReleaseSource, offered_releases, open_release
-from source_definitions import annotated_fields, calls, enum_values, find_definition
+from source_definitions import annotated_fields, calls, enum_values, find_definition, functions
 
 from sglang_alloc.compatibility import (
     SUPPORTED_SGLANG,
@@ -26,6 +26,15 @@ from sglang_alloc.compatibility_seams import (
 from sglang_alloc.moe_backends import DISPATCHERS, GRAPHS, RUNNERS
 from sglang_alloc.server_check import REFUSED_OPTIONS
 
+_SCHEDULER = "sglang.srt.managers.scheduler"
+_LOOPS = [
+    (_SCHEDULER, "event_loop_normal"),
+    (_SCHEDULER, "event_loop_overlap"),
+    ("sglang.srt.disaggregation.prefill", "event_loop_normal_disagg_prefill"),
+    ("sglang.srt.disaggregation.prefill", "event_loop_overlap_disagg_prefill"),
+    ("sglang.srt.disaggregation.decode", "event_loop_normal_disagg_decode"),
+    ("sglang.srt.disaggregation.decode", "event_loop_overlap_disagg_decode"),
+]
 _TRITON_RUNNER = "sglang.srt.layers.moe.moe_runner.triton"
 
 
@@ -107,6 +116,34 @@ def test_select_experts_hands_its_slots_on_by_keyword_before_they_are_recorded(
     select_experts = text[text.index("def select_experts(") :]
     recorder = "get_global_expert_distribution_recorder()"
     assert select_experts.index("_post_process_topk_ids(") < select_experts.index(recorder)
+
+
+@pytest.mark.parametrize(("module", "loop"), _LOOPS)
+def test_a_batch_is_formed_before_it_is_run_in_every_loop(
+    release: ReleaseSource, module: str, loop: str
+) -> None:
+    """So that what is left in the queue, when `run_batch` begins, waits behind that batch."""
+    (function,) = functions(release, module, loop)
+    text = ast.unparse(function)
+    forms = text.index("batch_to_run(")
+    assert text.count("= self.run_batch(batch)") == 1
+    assert forms < text.index("= self.run_batch(batch)")
+    assert "waiting_queue" not in text[forms:]
+
+
+def test_a_batch_takes_its_requests_out_of_the_queue(release: ReleaseSource) -> None:
+    text = release.module_text(_SCHEDULER)
+    assert text is not None
+    assert "self.waiting_queue = [x for x in self.waiting_queue if x not in can_run_set]" in text
+
+
+def test_a_forward_is_begun_by_the_thread_that_runs_its_batch(release: ReleaseSource) -> None:
+    """Else the next batch's count of waiting requests might come before its forward."""
+    (run_batch,) = functions(release, _SCHEDULER, "run_batch")
+    assert "self.model_worker.forward_batch_generation(" in ast.unparse(run_batch)
+    worker = "sglang.srt.managers.tp_worker"
+    *_, of_tensor_parallel = functions(release, worker, "forward_batch_generation")
+    assert "self.model_runner.forward(" in ast.unparse(of_tensor_parallel)
 
 
 def test_plugins_are_loaded_in_the_scheduler_and_in_the_main_process(

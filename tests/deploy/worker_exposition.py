@@ -11,7 +11,8 @@ from typing import Any
 
 from prometheus_client import generate_latest
 
-from sglang_alloc.shared_table import Selection
+from sglang_alloc.calm_steps import ServedTokens, calm_selection
+from sglang_alloc.shared_table import CalmBudgets, Selection
 from sglang_alloc.worker_metrics import WorkerMetrics
 from sglang_alloc.worker_statistics import PhaseStatistics, WorkerStatistics
 
@@ -34,10 +35,21 @@ def _measured() -> WorkerStatistics:
     return statistics
 
 
+def _tokens() -> ServedTokens:
+    tokens = ServedTokens()
+    tokens.calm.update(prefill=900, decode=300)
+    tokens.waited.update(prefill=100, decode=100)
+    return tokens
+
+
 def main() -> None:
     """Print one exposition."""
+    calm = CalmBudgets(FULL_BUDGET, FULL_BUDGET)
+    selection = Selection("controller", 7, FULL_BUDGET, DECODE_BUDGET, calm)
     worker: Any = SimpleNamespace(
-        in_force=Selection("controller", 7, FULL_BUDGET, DECODE_BUDGET),
+        in_force=selection,
+        calm=calm_selection(selection),
+        tokens=_tokens(),
         fallbacks=1,
         own_budget_tokens={"full": 30, "lower": 10},
         own_budgets_ignored=1,

@@ -83,7 +83,7 @@ def test_without_a_controller_the_fallback_is_announced_once(table: SharedTable)
     change = follower.poll(SECOND_NS)
     assert change is not None
     assert change.selection[0] == "fallback"
-    assert change.selection[2:] == (FULL, FULL)
+    assert change.selection[2:] == (FULL, FULL, None)
     assert follower.poll(2 * SECOND_NS) is None
 
 
@@ -100,7 +100,7 @@ def test_a_new_selector_is_announced_and_a_stale_heartbeat_falls_back(table: Sha
     writer.close()
     assert stale is not None
     assert stale.selection[0] == "fallback"
-    assert stale.selection[2:] == (5, 5)
+    assert stale.selection[2:] == (5, 5, None)
 
 
 def test_an_applied_change_is_enforced_and_acknowledged(worker: Worker, table: SharedTable) -> None:

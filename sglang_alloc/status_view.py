@@ -117,6 +117,9 @@ def _budgets(looked: TableStatus) -> Table:
     grid.add_row("full quality", str(full), str(full), "")
     shares = _shares(looked.prefill_budget, looked.decode_budget, full)
     grid.add_row("controller wants", *shares, f"generation {looked.generation}")
+    calm_prefill, calm_decode = looked.calm_prefill_budget, looked.calm_decode_budget
+    if calm_prefill is not None and calm_decode is not None:
+        grid.add_row("  while none waits", *_shares(calm_prefill, calm_decode, full), "")
     if looked.override is not None:
         override = looked.override
         note = f"by {escape(override.actor)}, {_duration(override.seconds_left)} left"
@@ -126,6 +129,9 @@ def _budgets(looked: TableStatus) -> Table:
         worker = looked.workers[0]
         measured = (worker.prefill_activations_per_token, worker.decode_activations_per_token)
         grid.add_row("measured", *map(_number, measured), "", style="bold")
+        calm = (worker.calm_prefill_ratio, worker.calm_decode_ratio)
+        if any(ratio is not None for ratio in calm):
+            grid.add_row("tokens while none waited", *map(_percent, calm), "")
     return grid
 
 
@@ -181,6 +187,10 @@ def _shares(prefill_budget: int, decode_budget: int, full: int) -> tuple[str, st
         f"{prefill_budget} ({prefill_budget / full:.0%})",
         f"{decode_budget} ({decode_budget / full:.0%})",
     )
+
+
+def _percent(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.1%}"
 
 
 def _number(value: float | None) -> str:

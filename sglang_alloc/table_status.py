@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_alloc.errors import SharedTableError
-from sglang_alloc.shared_table import SOURCES, SharedTable, WorkerCounters
+from sglang_alloc.shared_table import (
+    SOURCES,
+    CalmTokens,
+    SharedTable,
+    WorkerCounters,
+)
 from sglang_alloc.shared_table_liveness import is_alive, process_lives
 
 
@@ -16,8 +21,9 @@ class WorkerStatus:
 
     The means are over the sampled tokens and steps since the counters it was compared with, None
     where there were none: activations per token over all MoE layers, distinct experts per layer
-    and decode step. A rank counts as alive when its pid is, or when it has stepped within ten
-    seconds: from another container its pid cannot be seen.
+    and decode step. The calm ratios are shares of all tokens since the server started: those whose
+    step left no request waiting. A rank counts as alive when its pid is, or when it has stepped
+    within ten seconds: from another container its pid cannot be seen.
     """
 
     rank: int
@@ -29,6 +35,8 @@ class WorkerStatus:
     decode_budget: int
     prefill_activations_per_token: float | None
     decode_activations_per_token: float | None
+    calm_prefill_ratio: float | None
+    calm_decode_ratio: float | None
     distinct_experts_per_layer: float | None
     kept_mass_ratio: float
     steps: int
@@ -48,7 +56,10 @@ class OverrideStatus:
 
 @dataclass(frozen=True)
 class TableStatus:
-    """One look at a shared table; budgets in activations per token over all MoE layers."""
+    """One look at a shared table; budgets in activations per token over all MoE layers.
+
+    The calm ones are those of steps that leave no request waiting, None where these have no other.
+    """
 
     path: str
     model_id: str
@@ -61,6 +72,8 @@ class TableStatus:
     generation: int
     prefill_budget: int
     decode_budget: int
+    calm_prefill_budget: int | None
+    calm_decode_budget: int | None
     writer_pid: int
     writer_epoch: int
     heartbeat_age_seconds: float | None
@@ -75,6 +88,7 @@ def table_status(
     selector = table.selector()
     heartbeat_ns = table.heartbeat_ns()
     shape = table.shape
+    calm, tokens = table.calm_budgets(), table.calm_tokens()
     return TableStatus(
         path=str(table.path),
         model_id=table.model_id,
@@ -87,12 +101,20 @@ def table_status(
         generation=selector.generation,
         prefill_budget=selector.prefill_budget,
         decode_budget=selector.decode_budget,
+        calm_prefill_budget=None if calm is None else calm.prefill_budget,
+        calm_decode_budget=None if calm is None else calm.decode_budget,
         writer_pid=table.writer_pid(),
         writer_epoch=table.writer_epoch(),
         heartbeat_age_seconds=(now_ns - heartbeat_ns) / 1e9 if heartbeat_ns else None,
         override=_override_status(table, now_ns),
         workers=tuple(
-            _worker_status(counters, (earlier or {}).get(counters.rank), shape.num_layers, now_ns)
+            _worker_status(
+                counters,
+                (earlier or {}).get(counters.rank),
+                tokens[counters.rank],
+                shape.num_layers,
+                now_ns,
+            )
             for counters in table.worker_counters()
         ),
     )
@@ -119,7 +141,11 @@ def _override_status(table: SharedTable, now_ns: int) -> OverrideStatus | None:
 
 
 def _worker_status(
-    counters: WorkerCounters, earlier: WorkerCounters | None, num_layers: int, now_ns: int
+    counters: WorkerCounters,
+    earlier: WorkerCounters | None,
+    tokens: CalmTokens,
+    num_layers: int,
+    now_ns: int,
 ) -> WorkerStatus:
     # Another pid is another run of the server, whose counters began at zero again.
     before = earlier if earlier and earlier.pid == counters.pid else WorkerCounters()
@@ -140,6 +166,8 @@ def _worker_status(
         decode_budget=counters.decode_budget,
         prefill_activations_per_token=mean("sampled_prefill_activations", "sampled_prefill_tokens"),
         decode_activations_per_token=mean("sampled_decode_activations", "sampled_decode_tokens"),
+        calm_prefill_ratio=tokens.calm_prefill / tokens.prefill if tokens.prefill else None,
+        calm_decode_ratio=tokens.calm_decode / tokens.decode if tokens.decode else None,
         distinct_experts_per_layer=None if distinct is None else distinct / num_layers,
         kept_mass_ratio=counters.kept_mass_millionths / 1e6,
         steps=counters.steps,

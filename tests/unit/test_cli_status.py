@@ -13,7 +13,13 @@ from typer.testing import CliRunner
 
 from sglang_alloc.cli import app
 from sglang_alloc.errors import SharedTableError
-from sglang_alloc.shared_table import SelectorWriter, SharedTable, WorkerCounters
+from sglang_alloc.shared_table import (
+    CalmBudgets,
+    CalmTokens,
+    SelectorWriter,
+    SharedTable,
+    WorkerCounters,
+)
 from sglang_alloc.status_view import TableFollower, render, watch
 from sglang_alloc.table_status import table_status
 
@@ -171,3 +177,25 @@ def test_the_heartbeat_s_age_is_of_this_machine_s_monotonic_clock(table: SharedT
     age_seconds = table_status(table, time.monotonic_ns()).heartbeat_age_seconds
     assert age_seconds is not None
     assert 0 <= age_seconds < 60
+
+
+def test_calm_budgets_and_the_share_of_tokens_that_had_them_are_shown(table: SharedTable) -> None:
+    with SelectorWriter.acquire(table) as writer:
+        writer.write(8, 6, CalmBudgets(12, 9))
+    table.worker_slot(0).store(_counters(), CalmTokens(970, 1000, 3, 4))
+    text = _text(render(table_status(table, NOW_NS)))
+    lines = [" ".join(line.strip("│ \n").split()) for line in text.splitlines()]
+    assert "controller wants 8 (67%) 6 (50%) generation 2" in lines
+    assert "while none waits 12 (100%) 9 (75%)" in lines
+    assert "tokens while none waited 97.0% 75.0%" in lines
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_without_calm_budgets_and_counted_tokens_none_are_shown(table: SharedTable) -> None:
+    _steer(table)
+    table.worker_slot(0).store(_counters())
+    looked = table_status(table, NOW_NS)
+    assert (looked.calm_prefill_budget, looked.calm_decode_budget) == (None, None)
+    assert looked.workers[0].calm_prefill_ratio is None
+    assert looked.workers[0].calm_decode_ratio is None
+    assert "none wait" not in _text(render(looked))

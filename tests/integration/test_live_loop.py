@@ -27,6 +27,9 @@ WORKER_METRICS = (
     "sglang_alloc_acknowledged_generation{",
     'sglang_alloc_selection_source{source="controller"',
     "sglang_alloc_fallbacks_total{",
+    'sglang_alloc_calm_budget_activations{phase="decode"',
+    'sglang_alloc_tokens_total{phase="decode",requests_waiting="no"',
+    'sglang_alloc_tokens_total{phase="prefill",requests_waiting="yes"',
 )
 
 # Without is_streaming every request would count for TTFT; without le there is no bucket.

@@ -137,13 +137,13 @@ SEAMS: tuple[Seam, ...] = (
         RUN_BATCH,
         "function",
         ("self", "batch"),
-        "see how many requests a batch leaves waiting",
+        "see how many requests run, and how many a batch leaves waiting",
     ),
     Seam(
         _SCHEDULER,
         "class",
-        ("waiting_queue", "disagg_decode_prealloc_queue"),
-        "see how many requests a batch leaves waiting",
+        ("waiting_queue", "running_batch", "disagg_decode_prealloc_queue"),
+        "see how many requests run, and how many a batch leaves waiting",
     ),
     Seam(
         "sglang.srt.disaggregation.decode.DecodePreallocQueue",
@@ -178,7 +178,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         "sglang.srt.model_executor.forward_batch_info.ForwardMode",
         "class",
-        ("is_decode", "is_extend", "is_target_verify"),
+        ("is_decode", "is_extend", "is_target_verify", "is_mixed"),
         "tell prefill from decode",
     ),
     Seam(
@@ -209,8 +209,8 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         "sglang.srt.managers.schedule_batch.ScheduleBatch",
         "class",
-        ("reqs",),
-        "tell which tokens of a forward belong to which request",
+        ("reqs", "decoding_reqs", "forward_mode"),
+        "tell which tokens of a forward belong to which request, and how many requests run",
     ),
     Seam(
         "sglang.srt.model_executor.forward_batch_info.ForwardBatch",

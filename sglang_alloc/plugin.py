@@ -57,7 +57,7 @@ from sglang_alloc.plugin_proof import (
     prove_routing,
     unrecorded,
 )
-from sglang_alloc.plugin_queue import requests_waiting
+from sglang_alloc.plugin_queue import tell_worker
 from sglang_alloc.plugin_records import probe_recorders, record_lexi
 from sglang_alloc.plugin_requests import RequestBudgets
 from sglang_alloc.request_budget import RequestRules, asked_budget
@@ -309,14 +309,14 @@ def _after_new_batch(
         _process.request_budgets.attach(forward_batch, batch.reqs)
 
 
-def _before_run_batch(scheduler: Any, *args: Any, **kwargs: Any) -> None:
-    """On every rank, tell the worker how many requests the batch that follows leaves waiting.
+def _before_run_batch(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+    """On every rank, tell the worker how many requests wait and run beside the batch to come.
 
     Each rank decides by itself whether the step is calm: tensor-parallel ranks form the same
     batches from the same queue, and ranks of other kinds are refused (`server_check.py`).
     """
     if _process.worker is not None:
-        _process.worker.requests_waiting = requests_waiting(scheduler)
+        tell_worker(_process.worker, scheduler, batch)
 
 
 def _before_forward(model_runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:

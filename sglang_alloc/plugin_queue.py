@@ -1,8 +1,16 @@
-"""Data story, beside step 7: how many requests wait behind the batch that a scheduler runs."""
+"""Data story, beside step 7: how many requests run already, and how many a batch leaves waiting."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from sglang_alloc.worker import Worker
+
+
+def tell_worker(worker: Worker, scheduler: Any, batch: Any) -> None:
+    """Let the forwards of the batch that runs next know whether they belong to a calm step."""
+    worker.requests_waiting = requests_waiting(scheduler)
+    worker.requests_running = requests_running(scheduler, batch)
 
 
 def requests_waiting(scheduler: Any) -> int:
@@ -19,3 +27,14 @@ def requests_waiting(scheduler: Any) -> int:
         waiting += len(without_memory.retracted_queue)
         waiting += sum(one.waiting_for_input for one in without_memory.queue)
     return waiting
+
+
+def requests_running(scheduler: Any, batch: Any) -> int:
+    """Return how many requests are past their prefill, whether they are in this batch or not.
+
+    A mixed batch has taken them out of the scheduler's own.
+    """
+    running = len(scheduler.running_batch.reqs)
+    if batch.forward_mode.is_mixed():
+        running += len(batch.decoding_reqs or ())
+    return running

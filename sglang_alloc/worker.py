@@ -15,7 +15,7 @@ import torch
 
 from sglang_alloc.allocation_mode import PHASES, probe_of_note
 from sglang_alloc.budget_follower import BudgetChange, BudgetFollower
-from sglang_alloc.calm_steps import ServedTokens, calm_selection
+from sglang_alloc.calm_steps import ServedTokens, calm_below, calm_selection
 from sglang_alloc.enforcement_device import DeviceEnforcement
 from sglang_alloc.enforcement_host import HostEnforcement
 from sglang_alloc.enforcement_probe import NO_RECORDERS, ProbeEnforcement, ProbeRecorders
@@ -80,10 +80,13 @@ class Worker:
         )
         full = self.table.shape.budget_max
         self.in_force = Selection("fallback", 0, full, full)
-        self.calm = self.in_force  # what steps obey that leave no request waiting
+        self.calm = self.in_force  # what calm steps obey (`calm_steps.py`)
         self._obeyed = self.in_force  # by the forward under way, or else by the last
-        # How many requests the next batch leaves waiting. Until somebody tells, no step is calm.
+        # How many requests the next batch leaves waiting, and how many of those it does not prefill
+        # run already. Until somebody tells, no step is calm.
         self.requests_waiting: int | None = None
+        self.requests_running = 0
+        self._calm_below = calm_below(self.in_force)
         self.tokens = ServedTokens()
         self.steps = 0
         self._phase: Phase = "decode"  # of the forward or capture under way, or else the last
@@ -170,6 +173,7 @@ class Worker:
         # What a layer keeps is counted over all forwards of a phase. Counts of two budgets would
         # tell nothing about the thresholds of either, so with these corrected there is but one.
         self.calm = selection if self._drift is not None else calm_selection(selection)
+        self._calm_below = calm_below(selection)
         self._obey(selection)
         if change.factors is not None:
             self.enforcement.set_threshold_factors(*change.factors)
@@ -192,7 +196,7 @@ class Worker:
         if self._is_watching and self._unseen_layers[self._phase]:
             self._refuse_unseen_layers()
         self._phase, self._is_watching = phase, True
-        is_calm = self.requests_waiting == 0
+        is_calm = self.requests_waiting == 0 and self.requests_running < self._calm_below
         selection = self.calm if is_calm else self.in_force
         if selection is not self._obeyed:
             self._obey(selection)

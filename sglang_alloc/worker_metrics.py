@@ -36,7 +36,7 @@ class WorkerMetrics:
         )
         self._calm_budget = _gauge(
             "calm_budget_activations",
-            "Activation budget, per token, of steps that leave no request waiting.",
+            "Activation budget, per token, of calm steps: no request waits, and few enough run.",
             "phase",
         )
         self._quota = _gauge(
@@ -71,8 +71,8 @@ class WorkerMetrics:
         self._fallbacks.labels(self._rank)
         self._tokens = Counter(
             "sglang_alloc_tokens",
-            "Tokens that went through the model, by whether requests waited behind their step.",
-            ("tp_rank", "phase", "requests_waiting"),
+            "Tokens that went through the model, by whether their step was calm.",
+            ("tp_rank", "phase", "calm"),
         )
         self._own_tokens = Counter(
             "sglang_alloc_own_budget_tokens",
@@ -110,11 +110,11 @@ class WorkerMetrics:
         self._export_measurements(worker)
 
     def _export_tokens(self, worker: Worker) -> None:
-        for waiting, counts in (("no", worker.tokens.calm), ("yes", worker.tokens.waited)):
+        for calm, counts in (("yes", worker.tokens.calm), ("no", worker.tokens.other)):
             for phase, tokens in counts.items():
-                added = tokens - self._counted_tokens.get((phase, waiting), 0)
-                self._tokens.labels(self._rank, phase, waiting).inc(added)
-                self._counted_tokens[phase, waiting] = tokens
+                added = tokens - self._counted_tokens.get((phase, calm), 0)
+                self._tokens.labels(self._rank, phase, calm).inc(added)
+                self._counted_tokens[phase, calm] = tokens
 
     def _export_calm(self, calm: Selection) -> None:
         for phase, budget in zip(PHASES, (calm.prefill_budget, calm.decode_budget), strict=True):

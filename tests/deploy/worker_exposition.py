@@ -38,7 +38,7 @@ def _measured() -> WorkerStatistics:
 def _tokens() -> ServedTokens:
     tokens = ServedTokens()
     tokens.calm.update(prefill=900, decode=300)
-    tokens.waited.update(prefill=100, decode=100)
+    tokens.other.update(prefill=100, decode=100)
     return tokens
 
 

@@ -203,10 +203,10 @@ def test_the_metrics_tell_the_calm_budgets_and_both_counts(story: Story, phase: 
     )
     budget = [float(v) for k, v in shown.items() if k.startswith("sglang_alloc_calm_budget")]
     assert budget == [story.full[0]]
-    for waiting in ("yes", "no"):
+    for calm in ("yes", "no"):
         (count,) = (
             float(value)
             for name, value in shown.items()
-            if name.startswith("sglang_alloc_tokens_total") and f'waiting="{waiting}"' in name
+            if name.startswith("sglang_alloc_tokens_total") and f'calm="{calm}"' in name
         )
         assert count > 0

@@ -28,8 +28,8 @@ WORKER_METRICS = (
     'sglang_alloc_selection_source{source="controller"',
     "sglang_alloc_fallbacks_total{",
     'sglang_alloc_calm_budget_activations{phase="decode"',
-    'sglang_alloc_tokens_total{phase="decode",requests_waiting="no"',
-    'sglang_alloc_tokens_total{phase="prefill",requests_waiting="yes"',
+    'sglang_alloc_tokens_total{calm="yes",phase="decode"',
+    'sglang_alloc_tokens_total{calm="no",phase="prefill"',
 )
 
 # Without is_streaming every request would count for TTFT; without le there is no bucket.

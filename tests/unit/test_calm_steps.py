@@ -19,7 +19,7 @@ from sglang_alloc.budget_follower import BudgetChange
 from sglang_alloc.device_rows import DeviceRows
 from sglang_alloc.enforcement import RoutedSlots
 from sglang_alloc.enforcement_device import DeviceEnforcement
-from sglang_alloc.plugin_queue import requests_waiting
+from sglang_alloc.plugin_queue import requests_running, requests_waiting
 from sglang_alloc.request_budget import OwnBudget, OwnBudgets
 from sglang_alloc.shared_table import (
     CalmBudgets,
@@ -88,6 +88,18 @@ def test_a_step_that_leaves_nobody_waiting_obeys_the_calm_budgets(worker: Worker
     for waiting, prefill, decode in ((0, FULL, 2 * LAYERS), (1, LOW, LOW), (0, FULL, 2 * LAYERS)):
         assert _kept_per_token(worker, "prefill", waiting) == prefill
         assert _kept_per_token(worker, "decode", waiting) == decode
+
+
+@pytest.mark.parametrize("waiting", [0, 1])
+def test_from_a_number_of_running_requests_on_no_step_is_calm(worker: Worker, waiting: int) -> None:
+    _put_in_force(worker, CONTROLLED._replace(calm=CalmBudgets(FULL, FULL, running_requests=3)))
+    for running in (0, 2, 3, 4, 2):
+        worker.requests_running = running
+        calm = FULL if running < 3 and not waiting else LOW
+        assert _kept_per_token(worker, "prefill", waiting) == calm
+        assert _kept_per_token(worker, "decode", waiting) == calm
+    calm_tokens = 0 if waiting else 18
+    assert worker.tokens.words() == CalmTokens(calm_tokens, 30, calm_tokens, 30)
 
 
 def test_until_somebody_tells_who_waits_no_step_is_calm(worker: Worker) -> None:
@@ -206,9 +218,18 @@ def test_on_a_device_a_step_of_other_budgets_costs_one_copy_and_one_of_the_same_
     assert device.addresses() == addresses
 
 
-def _scheduler(waiting: int, prealloc: object = None) -> Any:
-    queue = [object()] * waiting
-    return SimpleNamespace(waiting_queue=queue, disagg_decode_prealloc_queue=prealloc)
+def _scheduler(waiting: int, prealloc: object = None, running: int = 0) -> Any:
+    return SimpleNamespace(
+        waiting_queue=[object()] * waiting,
+        running_batch=SimpleNamespace(reqs=[object()] * running),
+        disagg_decode_prealloc_queue=prealloc,
+    )
+
+
+def _batch(*, decoding: int | None = None, is_mixed: bool = False) -> Any:
+    reqs = None if decoding is None else [object()] * decoding
+    mode = SimpleNamespace(is_mixed=lambda: is_mixed)
+    return SimpleNamespace(forward_mode=mode, decoding_reqs=reqs)
 
 
 def _without_memory(*are_ready: bool, retracted: int = 0) -> object:
@@ -230,14 +251,28 @@ def test_whoever_waits_for_this_server_is_counted(scheduler: Any, waiting: int) 
     assert requests_waiting(scheduler) == waiting
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "batch", "running"),
+    [
+        (_scheduler(2, running=3), _batch(), 3),
+        (_scheduler(2, running=3), _batch(decoding=2), 3),  # left from when it was mixed
+        (_scheduler(2), _batch(decoding=2, is_mixed=True), 2),
+        (_scheduler(2, running=3), _batch(is_mixed=True), 3),
+    ],
+)
+def test_whoever_is_past_its_prefill_is_running(scheduler: Any, batch: Any, running: int) -> None:
+    assert requests_running(scheduler, batch) == running
+
+
 def test_the_hook_tells_the_worker_before_each_batch(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process = plugin._Process()
     monkeypatch.setattr(plugin, "_process", process)
-    plugin._before_run_batch(_scheduler(3), object())
+    plugin._before_run_batch(_scheduler(3), _batch())
     assert worker.requests_waiting is None
     process.worker = worker
-    for waiting in (3, 0, 1):
-        plugin._before_run_batch(_scheduler(waiting), object(), pp_proxy_tensors=None)
-        assert worker.requests_waiting == waiting
+    for waiting, running in ((3, 2), (0, 0), (1, 5)):
+        scheduler = _scheduler(waiting, running=running)
+        plugin._before_run_batch(scheduler, _batch(), pp_proxy_tensors=None)
+        assert (worker.requests_waiting, worker.requests_running) == (waiting, running)

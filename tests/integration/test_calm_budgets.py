@@ -1,4 +1,4 @@
-"""Two tensor-parallel ranks of a real server give calm steps, which leave nobody waiting, more."""
+"""Two tensor-parallel ranks of a real server give calm steps larger budgets than the others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sglang_alloc.shared_table import (
     SharedTable,
     publish_shared_table,
 )
-from sglang_alloc.shared_table_words import source_code
+from sglang_alloc.shared_table_words import RUNNING_ANY, source_code
 from sglang_alloc.worker_settings import STALE_AFTER_VARIABLE, STEP_RECORD_VARIABLE
 
 pytestmark = pytest.mark.server
@@ -54,7 +54,10 @@ class Step(NamedTuple):
 
 @dataclass
 class Story:
-    """What was served and recorded, in this order: full, low, one request calm, a burst."""
+    """What was served and recorded, in this order: full, low, one request calm, a burst, a pair.
+
+    Before the pair, steps with two running requests are no longer called calm.
+    """
 
     low: tuple[int, int]
     full: tuple[int, int]
@@ -65,6 +68,7 @@ class Story:
     steps_alone: list[Step]
     steps_of_burst: list[Step]
     counted_in_burst: CalmTokens
+    steps_of_pair: list[Step]
     metrics: str
     by_rank: list[list[Step]]
 
@@ -106,7 +110,12 @@ def _served(url: str, table: SharedTable, writer: SelectorWriter, record: Path) 
     with ThreadPoolExecutor(len(BURST)) as pool:
         burst = list(pool.map(lambda prompt: generate(url, prompt, NEW_TOKENS), BURST))
     _control(table, writer, low, full)
-    after = table.calm_tokens()[0]
+    after, steps_of_burst = table.calm_tokens()[0], _steps(record, 0)[begun:]
+    _control(table, writer, low, full, running_requests=2)
+    begun = len(_steps(record, 0))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(generate, [url] * 2, BURST, (NEW_TOKENS, 3 * NEW_TOKENS)))
+    _control(table, writer, low, full)
     return Story(
         low=low,
         full=full,
@@ -115,18 +124,23 @@ def _served(url: str, table: SharedTable, writer: SelectorWriter, record: Path) 
         alone=alone,
         burst=burst,
         steps_alone=steps_alone,
-        steps_of_burst=_steps(record, 0)[begun:],
+        steps_of_burst=steps_of_burst,
         counted_in_burst=CalmTokens(*(b - a for a, b in zip(before, after, strict=True))),
+        steps_of_pair=_steps(record, 0)[begun:],
         metrics=httpx2.get(f"{url}/metrics", timeout=10.0, trust_env=False).text,
         by_rank=[_steps(record, rank) for rank in (0, 1)],
     )
 
 
 def _control(
-    table: SharedTable, writer: SelectorWriter, low: tuple[int, int], full: tuple[int, int]
+    table: SharedTable,
+    writer: SelectorWriter,
+    low: tuple[int, int],
+    full: tuple[int, int],
+    running_requests: int = RUNNING_ANY,
 ) -> None:
     """Ask for low budgets, and full ones in calm steps; both ranks count when they follow."""
-    generation = writer.write(*low, CalmBudgets(*full))
+    generation = writer.write(*low, CalmBudgets(*full, running_requests))
     writer.beat(time.monotonic_ns())
 
     def followed() -> bool:
@@ -177,6 +191,13 @@ def test_steps_behind_which_requests_wait_have_the_lower_budgets(story: Story) -
     assert _tokens(story.steps_of_burst, "decode", story.full) > 0  # the last two of ten
     last = story.steps_of_burst[-1]
     assert (last.phase, last.budgets) == ("decode", story.full)
+
+
+def test_steps_of_too_many_running_requests_have_the_lower_budgets(story: Story) -> None:
+    decodes = [one for one in story.steps_of_pair if one.phase == "decode"]
+    assert {(one.num_tokens, one.budgets) for one in decodes} == {(1, story.full), (2, story.low)}
+    prefills = [one for one in story.steps_of_pair if one.phase == "prefill"]
+    assert {one.budgets for one in prefills} == {story.full}  # none or one was running
 
 
 def test_every_rank_decides_the_same_about_every_step(story: Story) -> None:

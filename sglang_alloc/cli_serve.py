@@ -86,7 +86,8 @@ def serve(
         typer.Option(
             "--correct-drift",
             help="Let thresholds follow, slowly, what they keep of the traffic. A request's output "
-            "then depends a little on earlier ones. Default: no.",
+            "then depends a little on earlier ones, and calm steps have no budgets of their own. "
+            "Default: no.",
             envvar="SGLANG_ALLOC_CORRECT_DRIFT",
             show_envvar=False,
             show_default=False,

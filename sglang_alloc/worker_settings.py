@@ -43,7 +43,8 @@ class WorkerSettings:
     `step_record` is a folder that receives one (step, generation) log per rank, or None.
     `profile_folder` is set by `sglang-alloc profile` alone: a table of probes may then be used, and
     what they record goes there. `correct_drift` lets thresholds follow what they keep of the
-    traffic, which makes a request's output depend, slowly, on earlier ones. `routing` says who
+    traffic, which makes a request's output depend, slowly, on earlier ones; all steps then have
+    the same budgets, calm or not, so that what is measured belongs to one. `routing` says who
     chooses the experts: SGLang's functions, or on a GPU our kernel that drops slots by the way.
     """
 

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from sglang_alloc.errors import SharedTableError
 from sglang_alloc.shared_table import SharedTable, WorkerCounters
+from sglang_alloc.shared_table_words import RUNNING_ANY
 from sglang_alloc.table_status import TableStatus, WorkerStatus, table_status
 
 # Long enough for the sampled counters of a quiet server to move.
@@ -119,7 +120,8 @@ def _budgets(looked: TableStatus) -> Table:
     grid.add_row("controller wants", *shares, f"generation {looked.generation}")
     calm_prefill, calm_decode = looked.calm_prefill_budget, looked.calm_decode_budget
     if calm_prefill is not None and calm_decode is not None:
-        grid.add_row("  while none waits", *_shares(calm_prefill, calm_decode, full), "")
+        note = _calm_steps(looked.calm_running_requests)
+        grid.add_row("  in calm steps", *_shares(calm_prefill, calm_decode, full), note)
     if looked.override is not None:
         override = looked.override
         note = f"by {escape(override.actor)}, {_duration(override.seconds_left)} left"
@@ -131,8 +133,14 @@ def _budgets(looked: TableStatus) -> Table:
         grid.add_row("measured", *map(_number, measured), "", style="bold")
         calm = (worker.calm_prefill_ratio, worker.calm_decode_ratio)
         if any(ratio is not None for ratio in calm):
-            grid.add_row("tokens while none waited", *map(_percent, calm), "")
+            grid.add_row("tokens of calm steps", *map(_percent, calm), "since the start")
     return grid
+
+
+def _calm_steps(running_requests: int | None) -> str:
+    if running_requests is None or running_requests == RUNNING_ANY:
+        return "none waits"
+    return f"none waits, {running_requests - 1} run at most"
 
 
 def _quality_line(looked: TableStatus) -> Text:

@@ -21,8 +21,8 @@ class WorkerStatus:
 
     The means are over the sampled tokens and steps since the counters it was compared with, None
     where there were none: activations per token over all MoE layers, distinct experts per layer
-    and decode step. The calm ratios are shares of all tokens since the server started: those whose
-    step left no request waiting. A rank counts as alive when its pid is, or when it has stepped
+    and decode step. The calm ratios are the shares that calm steps have of all tokens since the
+    server started. A rank counts as alive when its pid is, or when it has stepped
     within ten seconds: from another container its pid cannot be seen.
     """
 
@@ -58,7 +58,8 @@ class OverrideStatus:
 class TableStatus:
     """One look at a shared table; budgets in activations per token over all MoE layers.
 
-    The calm ones are those of steps that leave no request waiting, None where these have no other.
+    The calm ones are those of steps that leave no request waiting while fewer than
+    `calm_running_requests` run; None where all steps have the same.
     """
 
     path: str
@@ -74,6 +75,7 @@ class TableStatus:
     decode_budget: int
     calm_prefill_budget: int | None
     calm_decode_budget: int | None
+    calm_running_requests: int | None
     writer_pid: int
     writer_epoch: int
     heartbeat_age_seconds: float | None
@@ -103,6 +105,7 @@ def table_status(
         decode_budget=selector.decode_budget,
         calm_prefill_budget=None if calm is None else calm.prefill_budget,
         calm_decode_budget=None if calm is None else calm.decode_budget,
+        calm_running_requests=None if calm is None else calm.running_requests,
         writer_pid=table.writer_pid(),
         writer_epoch=table.writer_epoch(),
         heartbeat_age_seconds=(now_ns - heartbeat_ns) / 1e9 if heartbeat_ns else None,

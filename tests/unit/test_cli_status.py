@@ -179,15 +179,21 @@ def test_the_heartbeat_s_age_is_of_this_machine_s_monotonic_clock(table: SharedT
     assert 0 <= age_seconds < 60
 
 
-def test_calm_budgets_and_the_share_of_tokens_that_had_them_are_shown(table: SharedTable) -> None:
+@pytest.mark.parametrize(
+    ("calm", "when"),
+    [(CalmBudgets(12, 9), "none waits"), (CalmBudgets(12, 9, 14), "none waits, 13 run at most")],
+)
+def test_calm_budgets_and_the_share_of_tokens_of_calm_steps_are_shown(
+    table: SharedTable, calm: CalmBudgets, when: str
+) -> None:
     with SelectorWriter.acquire(table) as writer:
-        writer.write(8, 6, CalmBudgets(12, 9))
+        writer.write(8, 6, calm)
     table.worker_slot(0).store(_counters(), CalmTokens(970, 1000, 3, 4))
     text = _text(render(table_status(table, NOW_NS)))
     lines = [" ".join(line.strip("│ \n").split()) for line in text.splitlines()]
     assert "controller wants 8 (67%) 6 (50%) generation 2" in lines
-    assert "while none waits 12 (100%) 9 (75%)" in lines
-    assert "tokens while none waited 97.0% 75.0%" in lines
+    assert f"in calm steps 12 (100%) 9 (75%) {when}" in lines
+    assert "tokens of calm steps 97.0% 75.0% since the start" in lines
     assert max(map(len, text.splitlines())) <= 80
 
 
@@ -198,4 +204,4 @@ def test_without_calm_budgets_and_counted_tokens_none_are_shown(table: SharedTab
     assert (looked.calm_prefill_budget, looked.calm_decode_budget) == (None, None)
     assert looked.workers[0].calm_prefill_ratio is None
     assert looked.workers[0].calm_decode_ratio is None
-    assert "none wait" not in _text(render(looked))
+    assert "calm steps" not in _text(render(looked))

@@ -69,6 +69,26 @@ def test_a_replayed_graph_equals_the_twins_at_every_later_budget_and_batch(
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_steps_that_are_queued_ahead_under_changing_budgets_each_keep_their_own(mode: str) -> None:
+    """As calm steps and others do: the host is done with all of them before the first one ends."""
+    slots = make_slots()
+    on_gpu = RoutedSlots(slots.weights.to(CUDA), slots.ids.to(CUDA), 0)
+    ours = DeviceEnforcement(make_tables(mode), CUDA, KERNELS)
+    graph, kept = _captured(ours, on_gpu, "decode")
+    torch.cuda._sleep(100_000_000)  # device cycles, a twentieth of a second or so
+    counts = []
+    for budget in (BUDGET_MIN, FULL, FULL) * 20:
+        ours.set_budgets(budget, budget)
+        ours.begin_forward("decode", TOKENS)
+        graph.replay()
+        counts.append(torch.stack([(one.ids >= 0).sum() for one in kept]).sum())
+    found = torch.stack(counts).view(20, 3).cpu()
+    assert (found[:, 1:] == LAYERS * TOKENS * TOP_K).all()
+    assert (found[:, 0] == found[0, 0]).all()
+    assert found[0, 0] < LAYERS * TOKENS * TOP_K
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_a_replayed_graph_obeys_the_own_budgets_of_each_later_forward(mode: str) -> None:
     """Seven tokens in a batch captured for eleven; whose request has which budget changes."""
     slots = make_slots(num_shared=1)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from sglang_alloc.shared_table import CalmBudgets
 from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.control_law import (
     decide,
@@ -216,6 +217,14 @@ class ControlCore:
     def budgets(self, decision: Decision) -> dict[Phase, int]:
         """Return the budgets that the decision's positions stand for."""
         return {phase: self.ranges[phase].budget(decision.positions[phase]) for phase in PHASES}
+
+    def calm_budgets(self, decision: Decision) -> CalmBudgets | None:
+        """Return the budgets of calm steps; None: those of all steps."""
+        positions = decision.calm_positions
+        if positions is None:
+            return None
+        prefill, decode = (self.ranges[phase].budget(positions[phase]) for phase in PHASES)
+        return CalmBudgets(prefill, decode, decision.calm_running_requests)
 
     def _not_decided(self, reason: Reason, budgets: Mapping[Phase, int], seen: Seen) -> Decision:
         in_force = {phase: self.ranges[phase].position(budgets[phase]) for phase in PHASES}

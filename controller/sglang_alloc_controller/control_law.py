@@ -51,6 +51,7 @@ from sglang_alloc_controller.law_state import (
     Pressure,
     Reason,
     Seen,
+    calm_levels_of,
     changed_at_seconds,
     levels_of,
 )
@@ -100,7 +101,7 @@ def frozen(state: LawState, reason: Reason, seen: Seen) -> LawState:
         )
         for name, phase in state.phases.items()
     }
-    return LawState(phases, forward=state.forward)
+    return LawState(phases, forward=state.forward, calm=state.calm)
 
 
 def not_taken(before: LawState, after: LawState, constants: LawConstants) -> LawState:
@@ -121,7 +122,9 @@ def not_taken(before: LawState, after: LawState, constants: LawConstants) -> Law
             chosen_for=earlier.chosen_for,
             draining=earlier.draining,
         )
-    return replace(after, phases=phases, forward=belief, saturated_since_seconds=None)
+    return replace(
+        after, phases=phases, forward=belief, calm=before.calm, saturated_since_seconds=None
+    )
 
 
 def violates(state: LawState, seen: Seen, constants: LawConstants) -> bool:
@@ -264,4 +267,14 @@ def _decided(
     excesses = {name: asked[name].excess if asked else 0.0 for name in PHASES}
     saturated = state.saturated_since_seconds is not None
     saturation_ratio = 1.0 if saturated else deficit_saturation(positions)
-    return state, Decision(positions, reasons, excesses, saturation_ratio)
+    decision = Decision(positions, reasons, excesses, saturation_ratio)
+    calm = calm_levels_of(state, constants) if state.calm is not None else None
+    if state.calm is None or calm is None or calm == levels_of(state, constants):
+        return state, decision
+    return state, decision._replace(
+        calm_positions={
+            phase: constants.ranges[phase].level_position(level)
+            for phase, level in zip(PHASES, calm, strict=True)
+        },
+        calm_running_requests=state.calm.running_requests,
+    )

@@ -49,13 +49,20 @@ dispersion; old evidence fades, because servers change.
 import math
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.law_load import Load
 from sglang_alloc_controller.law_settings import LawSettings
 from sglang_alloc_controller.samples import Phase
 from sglang_alloc_controller.step_times import with_gain
+
+Column = npt.NDArray[np.float64]
+"""One value for each choice."""
+Number = TypeVar("Number", float, Column)
 
 # c may move by this at once: one clump of late answers is no other server.
 _STEP_MAX = 0.01
@@ -214,7 +221,7 @@ class Demand(NamedTuple):
     """Of the arrivals."""
 
 
-def felt(utilisation: float, dispersion: float) -> float:
+def felt(utilisation: Number, dispersion: float) -> Number:
     """Return the utilisation at which Poisson arrivals would be late as often as these."""
     return 1.0 - (1.0 - utilisation) / _variability(dispersion)
 
@@ -227,28 +234,35 @@ def cost(
     one: Choice, demand: Demand, critical: float, objective_ratio: float, law: LawSettings
 ) -> float:
     """Return loss and price of late answers together, nats per token."""
+    work_seconds = np.array([one.work_seconds])
+    return one.loss + float(late_price(work_seconds, demand, critical, objective_ratio, law)[0])
+
+
+def late_price(
+    work_seconds: Column, demand: Demand, critical: float, objective_ratio: float, law: LawSettings
+) -> Column:
+    """Return the price of late answers where a request takes so much work, nats per token."""
     allowed = 1.0 - objective_ratio
     slope, price, at_critical = law.load_slope, law.load_miss_price_nats, math.log(allowed)
     dispersion = demand.dispersion
-    doubt = (slope * one.work_seconds) ** 2 * demand.variance / 2 / _variability(dispersion)
-    doubt = min(_DOUBT_MAX, doubt)
-    beyond = slope * (felt(demand.rate_per_second * one.work_seconds, dispersion) - critical)
+    doubt = (slope * work_seconds) ** 2 * demand.variance / 2 / _variability(dispersion)
+    doubt = np.minimum(_DOUBT_MAX, doubt)
+    beyond = slope * (felt(demand.rate_per_second * work_seconds, dispersion) - critical)
     share = late_share(at_critical + beyond + doubt)
-    total = one.loss + price * max(0.0, share - law.load_free_ratio * allowed)
+    total = price * np.maximum(0.0, share - law.load_free_ratio * allowed)
     likely = late_share(at_critical + beyond)
-    total += law.load_violation_price_nats * max(0.0, likely - allowed)
+    total += law.load_violation_price_nats * np.maximum(0.0, likely - allowed)
     if demand.peak_weight > 0:
-        beyond = slope * (felt(demand.peak_per_second * one.work_seconds, dispersion) - critical)
+        beyond = slope * (felt(demand.peak_per_second * work_seconds, dispersion) - critical)
         total += price * demand.peak_weight * late_share(at_critical + beyond)
     return total
 
 
-def late_share(log_odds: float) -> float:
+def late_share(log_odds: Column) -> Column:
     """Return the share of late answers; it goes on growing a little where all are late."""
-    if log_odds > 0:
-        return 0.5 + 0.25 * min(1.0, log_odds) + _BEYOND * max(0.0, log_odds - 1.0)
-    odds = math.exp(log_odds)
-    return odds / (1.0 + odds)
+    odds = np.exp(np.minimum(0.0, log_odds))
+    beyond = _BEYOND * np.maximum(0.0, log_odds - 1.0)
+    return odds / (1.0 + odds) + 0.25 * np.clip(log_odds, 0.0, 1.0) + beyond
 
 
 @lru_cache(maxsize=8)

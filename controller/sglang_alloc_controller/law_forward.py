@@ -13,17 +13,20 @@ detection say nothing about the budgets.
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 
+from sglang_alloc_controller.law_calm import (
+    Plan,
+    cheapest,
+    plan_of,
+    running_limit,
+)
 from sglang_alloc_controller.law_capacity import (
-    Choice,
     Critical,
     Demand,
     Engine,
     Levels,
     choices,
-    cost,
     felt,
     learned_from,
     prior,
@@ -32,6 +35,7 @@ from sglang_alloc_controller.law_capacity import (
 from sglang_alloc_controller.law_load import Load, changed_window, load_of, within_age
 from sglang_alloc_controller.law_move import moved
 from sglang_alloc_controller.law_state import (
+    Calm,
     Evidence,
     ForwardState,
     LawConstants,
@@ -40,6 +44,7 @@ from sglang_alloc_controller.law_state import (
     Pressure,
     Reason,
     Seen,
+    calm_levels_of,
     changed_at_seconds,
     levels_of,
 )
@@ -93,14 +98,22 @@ def forward(
         return replace(state, forward=belief), dict.fromkeys(PHASES, Reason.TOO_FEW_SAMPLES)
     belief = with_step_times(belief, load, state, seen, constants)
     engine = _engine(belief, load, constants)
-    now = work_of(levels, load, constants.ranges, engine, constants.law)
+    demand = _demand(belief, load, state, seen, constants)
+    now = _plan_in_force(load, demand, engine, state, constants)
     utilisation = felt(load.recent_per_second * now.work_seconds, seen.dispersion)
+    belief = belief._replace(busy_share=now.busy_share)
     belief = _with_evidence(belief, utilisation, state, seen, constants)
     violating = any(one.excess > 0 for one in asked.values())
     age_seconds = seen.reading_at_seconds - belief.load_since_seconds
-    demand = _demand(belief, load, state, seen, constants)
-    found = choices(load, constants.ranges, engine, constants.law)
-    wanted, gain = _cheapest(now, found, demand, belief.critical, constants)
+    found = list(choices(load, constants.ranges, engine, constants.law))
+    wanted, gain = cheapest(
+        now,
+        found,
+        demand,
+        critical=belief.critical,
+        objective_ratio=constants.slo.objective_ratio,
+        law=constants.law,
+    )
     look = Look(now, wanted, gain, age_seconds, violating)
     reason = refusal(belief, look, state, seen, constants)
     if reason is not None:
@@ -117,7 +130,9 @@ def forward(
     if look.down:
         worst = max(asked.values(), key=lambda pressure: pressure.excess)
         reason = worst.cause if look.violating else Reason.PREDICTED_OVERLOAD
-    return _at(replace(state, forward=belief), look.wanted.levels, reason, seen, constants)
+    calm = Calm(look.wanted.calm, running_limit(belief.batch, constants.law))
+    state = replace(state, forward=belief, calm=calm)
+    return _at(state, look.wanted.levels, reason, seen, constants)
 
 
 def first_belief(constants: LawConstants) -> ForwardState:
@@ -191,23 +206,14 @@ def _with_evidence(
     )
 
 
-def _cheapest(
-    now: Choice,
-    found: Iterable[Choice],
-    demand: Demand,
-    critical: float,
-    constants: LawConstants,
-) -> tuple[Choice, float]:
-    """Return the cheapest of `found`, the smallest loss first, and what it saves."""
-    law, objective = constants.law, constants.slo.objective_ratio
-    cheapest, least = now, math.inf
-    for one in found:
-        if one.loss >= least:
-            break  # late answers only add to the loss, and that of the rest is larger still
-        this = cost(one, demand, critical, objective, law)
-        if this < least:
-            cheapest, least = one, this
-    return cheapest, cost(now, demand, critical, objective, law) - least
+def _plan_in_force(
+    load: Load, demand: Demand, engine: Engine, state: LawState, constants: LawConstants
+) -> Plan:
+    busy, calm = (
+        work_of(levels, load, constants.ranges, engine, constants.law)
+        for levels in (levels_of(state, constants), calm_levels_of(state, constants))
+    )
+    return plan_of(busy, calm, demand)
 
 
 def _demand(

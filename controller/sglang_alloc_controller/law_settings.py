@@ -99,8 +99,8 @@ class LawSettings(Section):
     load_free_ratio: Share = 0.1
     """Share of the allowed misses up to which late answers cost nothing. Nearly all of them count:
     those that a cheap budget would have spared then pay for the next clump."""
-    load_miss_price_nats: Positive = 0.6
-    """What a miss is worth in predicted loss: a per cent of late requests weighs 0.006 nats."""
+    load_miss_price_nats: Positive = 0.4
+    """What a miss is worth in predicted loss: a per cent of late requests weighs 0.004 nats."""
     load_violation_price_nats: Positive = 0.5
     """What a likely miss beyond the objective is worth besides."""
     load_worth_nats: Positive = 0.002
@@ -113,6 +113,10 @@ class LawSettings(Section):
     """Time in which waiting requests beyond the queue's SLO shall be worked off."""
     load_backlog_ratio: Positive = 10.0
     """Largest such queue that counts, in multiples of its SLO."""
+    calm_budgets: bool = True
+    """Whether steps that leave no request waiting may have larger budgets than the others."""
+    calm_running_ratio: Positive = 0.9375
+    """Share of the most running requests seen from which on a step is not calm."""
     levels_max: Annotated[int, Field(ge=2)] = 12
     """Budgets of each phase that are used where quality.cost_model tells their step times: each
     change takes a window to judge, and a finer choice than this saves little loss."""

@@ -156,8 +156,18 @@ class ForwardState(NamedTuple):
     prefill_gain: Gain = Gain()
     decode_gain: Gain = Gain()
     """What smaller budgets save on this server, over what its bench says."""
+    busy_share: float = 0.0
+    """Share of the tokens in busy steps, at the newest reading, by the law's own figures."""
     reason: Reason = Reason.DEADBAND
     """Of the last decision."""
+
+
+class Calm(NamedTuple):
+    """What the law chose for calm steps (law_calm)."""
+
+    levels: Levels
+    running_requests: int
+    """From so many running requests on a step is not calm."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +183,8 @@ class LawState:
     """Since when every phase is at its floor and an SLO is violated."""
     forward: ForwardState | None = None
     """None: nothing was learned yet."""
+    calm: Calm | None = None
+    """None: all steps have the same budgets."""
 
 
 class Pressure(NamedTuple):
@@ -192,6 +204,10 @@ class Decision(NamedTuple):
     saturation_ratio: float
     """0: full quality. Up to 0.8: share of the range given up. 1: violating, and nothing more may
     be given up: at the floor, or somebody else decides. NaN: the input is stale."""
+    calm_positions: Mapping[Phase, float] | None = None
+    """Of calm steps; None: as all steps."""
+    calm_running_requests: int = 0
+    """From so many running requests on a step is not calm; counts with calm positions only."""
 
 
 def initial_state(
@@ -220,3 +236,11 @@ def levels_of(state: LawState, constants: LawConstants) -> Levels:
         constants.ranges[phase].level(state.phases[phase].position) for phase in PHASES
     )
     return Levels(prefill, decode)
+
+
+def calm_levels_of(state: LawState, constants: LawConstants) -> Levels:
+    """Return the levels of calm steps: those in force, unless the law chose larger ones."""
+    levels = levels_of(state, constants)
+    if state.calm is None:
+        return levels
+    return Levels(*(max(pair) for pair in zip(levels, state.calm.levels, strict=True)))

@@ -7,6 +7,7 @@ chunks, a mean size does: that of one prompt, and more the busier the engine is 
 """
 
 import math
+from collections.abc import Sequence
 
 from sglang_alloc_controller.law_capacity import Levels, step_tokens
 from sglang_alloc_controller.law_gain import Gain, seen_steps
@@ -16,6 +17,7 @@ from sglang_alloc_controller.law_state import (
     LawConstants,
     LawState,
     Seen,
+    calm_levels_of,
     changed_at_seconds,
     levels_of,
 )
@@ -41,12 +43,20 @@ def with_step_times(
     since_seconds = seen.reading_at_seconds - newest.seconds
     if since_seconds < changed_at_seconds(state) + constants.law.dead_time_seconds:
         return belief
-    levels = levels_of(state, constants)
+    levels = levels_of(state, constants), calm_levels_of(state, constants)
     belief = belief._replace(decode_gain=_decode(belief, newest, levels, constants))
     return belief._replace(prefill_gain=_prefill(belief, newest, load, levels, constants))
 
 
-def _decode(belief: ForwardState, newest: Newest, levels: Levels, constants: LawConstants) -> Gain:
+def _mixed(bench: Sequence[float], belief: ForwardState, busy: int, calm: int) -> float:
+    """Return what the bench says of steps of which some are busy, over full."""
+    share = belief.busy_share
+    return (share * bench[busy] + (1.0 - share) * bench[calm]) / bench[-1]
+
+
+def _decode(
+    belief: ForwardState, newest: Newest, levels: tuple[Levels, Levels], constants: LawConstants
+) -> Gain:
     done = newest.work
     if done.steps < _STEPS_MIN:
         return belief.decode_gain
@@ -54,7 +64,7 @@ def _decode(belief: ForwardState, newest: Newest, levels: Levels, constants: Law
     return seen_steps(
         belief.decode_gain,
         done.seconds / done.steps / bench[-1],
-        bench[levels.decode] / bench[-1],
+        _mixed(bench, belief, levels[0].decode, levels[1].decode),
         error=_DECODE_ERROR,
         seconds=newest.seconds,
         memory_seconds=constants.law.load_memory_seconds,
@@ -62,7 +72,11 @@ def _decode(belief: ForwardState, newest: Newest, levels: Levels, constants: Law
 
 
 def _prefill(
-    belief: ForwardState, newest: Newest, load: Load, levels: Levels, constants: LawConstants
+    belief: ForwardState,
+    newest: Newest,
+    load: Load,
+    levels: tuple[Levels, Levels],
+    constants: LawConstants,
 ) -> Gain:
     done = newest.work
     if done.prefill_tokens <= 0:
@@ -74,7 +88,7 @@ def _prefill(
     return seen_steps(
         belief.prefill_gain,
         done.prefill_seconds / done.prefill_tokens * tokens / bench[-1],
-        bench[levels.prefill] / bench[-1],
+        _mixed(bench, belief, levels[0].prefill, levels[1].prefill),
         error=_PREFILL_ERROR * math.sqrt(tokens / done.prefill_tokens),
         seconds=newest.seconds,
         memory_seconds=law.load_memory_seconds,

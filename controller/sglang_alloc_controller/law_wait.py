@@ -28,7 +28,7 @@ Regimes of the wait:
 import math
 from typing import NamedTuple
 
-from sglang_alloc_controller.law_capacity import Choice
+from sglang_alloc_controller.law_calm import Plan
 from sglang_alloc_controller.law_state import (
     ForwardState,
     LawConstants,
@@ -66,8 +66,8 @@ _SURGE_QUEUES, _SURGE_PAUSE_SECONDS, _SURGE_SIGMAS = 1.5, 600.0, 2.0
 class Look(NamedTuple):
     """What one reading says of the present budgets and of others."""
 
-    now: Choice
-    wanted: Choice
+    now: Plan
+    wanted: Plan
     gain: float
     """What the change would save, in loss and price of late answers, nats per token."""
     age_seconds: float
@@ -106,7 +106,8 @@ def refusal(
     law = constants.law
     largest = max(look.now.loss, look.wanted.loss)
     worth = max(min(law.load_worth_nats, _WORTH_SHARE * largest), _WORTH_SHARE_MIN * largest)
-    if look.wanted.levels == look.now.levels or look.gain < worth:
+    same = (look.wanted.levels, look.wanted.calm) == (look.now.levels, look.now.calm)
+    if same or look.gain < worth:
         at_floor = look.violating and max(look.now.levels) == 0
         return Reason.AT_FLOOR if at_floor else Reason.DEADBAND
     start_seconds = _FIRST_SECONDS if look.violating else _START_SECONDS

@@ -25,6 +25,8 @@ _BY_HAND: dict[str, Any] = {
     "backoff_seconds": 120.0,
     "backoff_factor": 4.0,
     "relief_ratio": 0.7,
+    "calm_budgets": False,  # test_law_calm has its own
+    "load_miss_price_nats": 0.6,
 }
 # 100 activations from floor to ceiling, so that positions read as per cent.
 RANGE = BudgetRange(20, 120)

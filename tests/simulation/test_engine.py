@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_worlds import FLOOR, FULL, make_plant, make_workload
 
+from sglang_alloc.shared_table import CalmBudgets
 from sglang_alloc_controller.samples import RankTime
 from sglang_alloc_controller.simulator.engine import Engine, Outcome
 from sglang_alloc_controller.simulator.plant import Plant
@@ -222,3 +223,46 @@ def test_no_request_is_lost_or_answered_twice_and_every_token_is_counted(
         assert engine.itl.events == sum(tokens - 1 for tokens in workload.output_tokens)
         assert math.isfinite(engine.loss_sum)
         assert 0 <= engine.loss_sum <= 3.0 * engine.generated_tokens
+
+
+def test_steps_that_leave_nobody_waiting_have_the_calm_budgets() -> None:
+    """Two prompts of 150 do not share a step of 200 tokens: the first one is cut."""
+    engine = Engine(
+        make_workload((0.0, 150, 3), (0.0, 150, 3), (0.0, 150, 3)), make_plant(), AT_FULL
+    )
+    engine.set_budgets(FLOOR, FLOOR, CalmBudgets(FULL, FULL))
+    while not engine.done:
+        engine.advance(engine.now_seconds + 0.5)
+    # 200 tokens while one waits; the other 250 (the rest of two prompts and the third) are calm.
+    # Busy, at half a millisecond a token: 0.1 s. Calm: 0.2 s and 0.05 s.
+    assert max(one.ttft_seconds for one in engine.outcomes) == pytest.approx(0.1 + 0.2 + 0.05)
+    # Prefill's nat weighs on the answers by the share of their prompts: all of one, a third of
+    # another. Decode is calm.
+    assert engine.loss_sum == pytest.approx(3 * 1.0 + 3 * 50 / 150)
+
+
+def test_steps_of_many_running_requests_are_not_calm() -> None:
+    requests = [(0.0, 50, 3)] * 3
+    few, many = (Engine(make_workload(*requests), make_plant(), AT_FULL) for _ in range(2))
+    few.set_budgets(FLOOR, FLOOR, CalmBudgets(FULL, FULL, 4))
+    many.set_budgets(FLOOR, FLOOR, CalmBudgets(FULL, FULL, 3))
+    for engine in (few, many):
+        while not engine.done:
+            engine.advance(engine.now_seconds + 0.5)
+    assert few.loss_sum == 0.0
+    assert many.loss_sum == pytest.approx(2.0 * 3 * 2)  # two decode steps of three requests
+    assert few.now_seconds - many.now_seconds == pytest.approx(0.0, abs=0.5)
+    assert _by_request(few)[0].itl_seconds == pytest.approx(0.01)
+    assert _by_request(many)[0].itl_seconds == pytest.approx(0.005)
+
+
+def test_a_request_that_comes_ends_the_calm_at_the_next_step() -> None:
+    """The one running slot is taken: what comes after 25 ms waits, and decode steps are busy."""
+    plant = make_plant(max_running_requests=1)
+    engine = Engine(make_workload((0.0, 100, 11), (0.125, 100, 1)), plant, AT_FULL)
+    engine.set_budgets(FULL, FLOOR, CalmBudgets(FULL, FULL))
+    while not engine.done:
+        engine.advance(engine.now_seconds + 0.5)
+    # Three calm steps of 10 ms from 0.1 s on, then seven of 5 ms.
+    assert _by_request(engine)[0].finished_seconds == pytest.approx(0.1 + 3 * 0.01 + 7 * 0.005)
+    assert engine.loss_sum == pytest.approx(7 * 2.0)

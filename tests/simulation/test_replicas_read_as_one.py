@@ -52,9 +52,9 @@ def _run(world: World, count: int, load: float) -> list[Engine]:
             engine.advance(now)
         if tick % 2 == 0:
             scrape = Scrape(_read_as_one(engines, now), 0)
-        budgets = law.tick(now, scrape)
+        order = law.tick(now, scrape)
         for engine in engines:
-            engine.set_budgets(*budgets)
+            engine.set_budgets(*order.budgets, order.calm)
     for engine in engines:
         while not engine.done:
             engine.advance(engine.now_seconds + 60.0)

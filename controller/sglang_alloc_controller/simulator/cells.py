@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from sglang_alloc.atomic_file import replace_file
 from sglang_alloc.errors import ConfigurationError
-from sglang_alloc_controller.simulator.law_names import OURS
+from sglang_alloc_controller.simulator.law_names import ONE_PAIR, OURS
 from sglang_alloc_controller.simulator.scores import Score
 from sglang_alloc_controller.simulator.timeline import Timeline
 from sglang_alloc_controller.simulator.world import World
@@ -93,7 +93,7 @@ class CellStore:
             ) from error
 
     def _identity(self, cell: Cell) -> str:
-        return self._ours if cell.law == OURS else self._others
+        return self._ours if cell.law in (OURS, ONE_PAIR) else self._others
 
     def _path(self, cell: Cell) -> Path:
         name = f"{cell.scenario}.{cell.law}.{cell.seed}.{cell.gain:g}.json"
@@ -114,7 +114,7 @@ def identity_of_others(world: World) -> str:
 
 
 def _is_shared_setting(key: str) -> bool:
-    return not key.startswith("load_")
+    return not key.startswith(("load_", "calm_"))
 
 
 def _digest(world: World, counts: Callable[[str], bool], reads: Callable[[str], bool]) -> str:

@@ -14,6 +14,7 @@ from bisect import bisect_right
 from heapq import heappop, heappush
 from typing import NamedTuple
 
+from sglang_alloc.shared_table import CalmBudgets
 from sglang_alloc_controller.samples import RankTime
 from sglang_alloc_controller.simulator.latency_counts import LatencyCounts
 from sglang_alloc_controller.simulator.plant import Plant
@@ -81,9 +82,16 @@ class Engine:
         self._step_tokens = 0  # of the prefill step under way
         self.set_budgets(*budgets)
 
-    def set_budgets(self, prefill: int, decode: int) -> None:
-        """Put budgets in force from the next step on."""
-        self.prefill_budget, self.decode_budget = prefill, decode
+    def set_budgets(self, prefill: int, decode: int, calm: CalmBudgets | None = None) -> None:
+        """Put budgets in force from the next step on; `calm`: others while the engine is calm."""
+        self.prefill_budget, self.decode_budget, self.calm = prefill, decode, calm
+
+    def _in_force(self) -> tuple[int, int]:
+        """Return the budgets of the step that begins now, behind which head to tail wait."""
+        calm = self.calm
+        if calm is None or self._head < self._tail or len(self._running) >= calm.running_requests:
+            return self.prefill_budget, self.decode_budget
+        return calm.prefill_budget, calm.decode_budget
 
     @property
     def waiting_requests(self) -> int:
@@ -192,11 +200,12 @@ class Engine:
     def _begin_prefill(self) -> None:
         prompts = self._prompts
         completed: list[int] = []
+        shares: list[tuple[int, int]] = []  # (request, prompt tokens of it in this step)
         tokens, cut = 0, None
         if self._cut is not None:
             request, rest = self._cut
             tokens = min(rest, self._plant.chunk_tokens)
-            self._charge(request, tokens)
+            shares.append((request, tokens))
             if tokens < rest:
                 cut = (request, rest - tokens)
             else:
@@ -208,14 +217,15 @@ class Engine:
             self._head += 1
             self._kv_used += self._kv_need(request)
             taken = min(room, prompts[request])
-            self._charge(request, taken)
+            shares.append((request, taken))
             tokens, room, slots = tokens + taken, room - taken, slots - 1
             if taken < prompts[request]:
                 cut = (request, prompts[request] - taken)
             else:
                 completed.append(request)
         self._prefilled, self._cut, self._step_tokens = tuple(completed), cut, tokens
-        budget = self.prefill_budget
+        budget, _ = self._in_force()
+        self._charge(shares, budget)
         line = self._prefill_line.get(budget)
         if line is None:
             line = self._prefill_line[budget] = self._plant.times.prefill.line(budget)
@@ -227,22 +237,24 @@ class Engine:
             return False
         return self._kv_used + self._kv_need(self._head) <= self._plant.kv_tokens
 
-    def _charge(self, request: int, tokens: int) -> None:
-        """Count what this share of the prompt's states costs each token of the answer."""
-        share = tokens / self._prompts[request]
-        loss = self._plant.prefill_loss(self.prefill_budget)
-        self.loss_sum += share * loss * self._outputs[request]
+    def _charge(self, shares: list[tuple[int, int]], budget: int) -> None:
+        """Count what these shares of the prompts' states cost each token of the answers."""
+        loss = self._plant.prefill_loss(budget)
+        for request, tokens in shares:
+            self.loss_sum += tokens / self._prompts[request] * loss * self._outputs[request]
 
     def _begin_decode(self, until_seconds: float) -> None:
-        batch, budget = len(self._running), self.decode_budget
+        batch, (_, budget) = len(self._running), self._in_force()
         seconds = self._decode_step.get((batch, budget), 0.0)
         if not seconds:
             seconds = self._plant.times.decode.at(batch, budget)
             self._decode_step[batch, budget] = seconds
         seconds *= self.slowdown_ratio
         steps = self._running[0][0] - self._steps
-        # A request that waits now waits for a running one to end; one that comes may start at once.
-        if self._head == self._tail and batch < self._plant.max_running_requests:
+        # A request that waits now waits for a running one to end; one that comes may start at once,
+        # or end the calm.
+        starts = batch < self._plant.max_running_requests or self.calm is not None
+        if self._head == self._tail and starts:
             gap = self._arrivals[self._tail] - self.now_seconds
             if gap < steps * seconds:
                 steps = max(1, math.ceil(gap / seconds - _ROUNDING))

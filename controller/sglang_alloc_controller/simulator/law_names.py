@@ -20,6 +20,8 @@ from sglang_alloc_controller.simulator.workload import Workload
 from sglang_alloc_controller.simulator.world import World
 
 OURS, ORACLE, FULL, FLOOR, BEST_STATIC = "ours", "oracle", "full", "floor", "best-static"
+# Ours with the same budgets in calm steps and in busy ones, as all the others have them.
+ONE_PAIR = "ours-one-pair"
 _RULES: Mapping[str, Callable[[], StepRule]] = {
     "threshold-steps": ThresholdSteps,
     "aimd": Aimd,
@@ -41,6 +43,7 @@ class LawCost(NamedTuple):
 
 LAWS: tuple[LawCost, ...] = (
     LawCost(OURS, 4.0),
+    LawCost(ONE_PAIR, 4.0),
     LawCost(ORACLE, 20.0),
     LawCost(FULL, 1.0),
     LawCost(FLOOR, 1.0),
@@ -61,6 +64,9 @@ def run_named(law: str, world: World, scenario: Scenario, seed: int) -> Scored:
     chosen: Law
     if law == OURS:
         chosen = OurLaw(settings, world.ranges)
+    elif law == ONE_PAIR:
+        plain = settings.law.model_copy(update={"calm_budgets": False})
+        chosen = OurLaw(settings.model_copy(update={"law": plain}), world.ranges)
     elif law in (FULL, FLOOR):
         chosen = StaticLaw(world.ceiling if law == FULL else world.floor)
     else:

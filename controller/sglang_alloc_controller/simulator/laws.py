@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
+from sglang_alloc.shared_table import CalmBudgets
 from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.control_core import ControlCore
 from sglang_alloc_controller.samples import PHASES, Phase, Reading
@@ -10,6 +11,13 @@ from sglang_alloc_controller.settings import Settings
 
 Budgets = tuple[int, int]
 """(prefill, decode), activations per token over all MoE layers."""
+
+
+class Order(NamedTuple):
+    """The budgets that a law wants in force, and those of calm steps where they are others."""
+
+    budgets: Budgets
+    calm: CalmBudgets | None = None
 
 
 class Scrape(NamedTuple):
@@ -22,7 +30,7 @@ class Scrape(NamedTuple):
 class Law(Protocol):
     """Anything that moves the budgets by what it can read."""
 
-    def tick(self, now_seconds: float, scrape: Scrape) -> Budgets:
+    def tick(self, now_seconds: float, scrape: Scrape) -> Order:
         """Return the budgets that are to be in force from now on."""
 
 
@@ -34,14 +42,14 @@ class OurLaw:
         ceilings = {phase: ranges[phase].ceiling for phase in PHASES}
         self.core = ControlCore(settings, ranges, ceilings, 0.0)
 
-    def tick(self, now_seconds: float, scrape: Scrape) -> Budgets:
+    def tick(self, now_seconds: float, scrape: Scrape) -> Order:
         """Take a new reading in and let the law decide."""
         reading = scrape.reading
         if reading is not None and reading is not self.core.history.newest:
             self.core.take_in(reading, after_failure=scrape.failures_total > 0)
         decision = self.core.decide(self.core.seen(now_seconds))
         budgets = self.core.budgets(decision)
-        return budgets["prefill"], budgets["decode"]
+        return Order((budgets["prefill"], budgets["decode"]), self.core.calm_budgets(decision))
 
 
 class StaticLaw:
@@ -51,9 +59,9 @@ class StaticLaw:
         """Take the budgets."""
         self._budgets = budgets
 
-    def tick(self, now_seconds: float, scrape: Scrape) -> Budgets:
+    def tick(self, now_seconds: float, scrape: Scrape) -> Order:
         """Return them."""
-        return self._budgets
+        return Order(self._budgets)
 
 
 class Schedule:
@@ -64,7 +72,7 @@ class Schedule:
         self._interval_seconds = interval_seconds
         self._budgets = budgets
 
-    def tick(self, now_seconds: float, scrape: Scrape) -> Budgets:
+    def tick(self, now_seconds: float, scrape: Scrape) -> Order:
         """Return those of the interval."""
         interval = int(now_seconds / self._interval_seconds + 1e-9)
-        return self._budgets[min(interval, len(self._budgets) - 1)]
+        return Order(self._budgets[min(interval, len(self._budgets) - 1)])

@@ -44,6 +44,11 @@ def draw_scenario(path: Path, scenario: str, runs: Mapping[str, Finished]) -> No
             style: dict[str, Any] = {"color": _COLOURS[law], "linewidth": 1.2, "label": law}
             prefill.step(seconds, line.prefill_budget, where="mid", **style)
             decode.step(seconds, line.decode_budget, where="mid", **style)
+            calm: dict[str, Any] = {**style, "linestyle": ":", "label": f"{law}, calm steps"}
+            if line.calm_prefill_budget != line.prefill_budget:
+                prefill.step(seconds, line.calm_prefill_budget, where="mid", **calm)
+            if line.calm_decode_budget != line.decode_budget:
+                decode.step(seconds, line.calm_decode_budget, where="mid", **calm)
             queue.plot(seconds, line.queue_requests, **style)
             ratios = [math.nan if one is None else 100 * one for one in line.attainment_ratio]
             kept.plot(seconds, ratios, **style)
@@ -55,7 +60,8 @@ def draw_scenario(path: Path, scenario: str, runs: Mapping[str, Finished]) -> No
         for axes, label in zip((load, prefill, decode, queue, kept), labels, strict=True):
             axes.set_ylabel(label)
             axes.set_ylim(bottom=0)
-        prefill.legend(loc="lower right", ncols=3)
+        for axes in (prefill, decode):
+            axes.legend(loc="lower right", ncols=4)
         load.set_title(f"{scenario}, seed {next(iter(runs.values())).cell.seed}")
         kept.set_xlabel(name)
         figure.savefig(path, dpi=_DPI)

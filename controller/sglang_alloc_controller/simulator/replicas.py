@@ -18,7 +18,7 @@ from sglang_alloc.errors import ConfigurationError
 from sglang_alloc_controller.samples import PHASES
 from sglang_alloc_controller.settings import Settings
 from sglang_alloc_controller.simulator.engine import Engine
-from sglang_alloc_controller.simulator.laws import Budgets, Law, OurLaw, StaticLaw
+from sglang_alloc_controller.simulator.laws import Law, Order, OurLaw, StaticLaw
 from sglang_alloc_controller.simulator.run_law import TICK_SECONDS, Scraper
 from sglang_alloc_controller.simulator.scenarios import Faults
 from sglang_alloc_controller.simulator.scores import within_slo
@@ -65,7 +65,7 @@ class _Replica:
     engine: Engine
     law: Law
     scraper: Scraper
-    budgets: Budgets
+    order: Order
     sent: int = 0
     changes: int = 0
     position_sum: float = 0.0
@@ -108,7 +108,7 @@ def run_fleet(world: World, fleet: Fleet) -> FleetScore:
             if is_settled:
                 one.position_sum += fmean(
                     positions[phase](budget)
-                    for phase, budget in zip(PHASES, one.budgets, strict=True)
+                    for phase, budget in zip(PHASES, one.order.budgets, strict=True)
                 )
     for one in replicas:
         while not one.engine.done:
@@ -126,7 +126,7 @@ def _replica(world: World, fleet: Fleet, number: int) -> _Replica:
         Engine(Workload((), (), ()), world.plant, world.ceiling),
         law,
         Scraper(Faults(), fleet.seed + number, first_poll),
-        world.ceiling,
+        Order(world.ceiling),
     )
 
 
@@ -155,9 +155,9 @@ def _dispatch(
 
 def _tick(one: _Replica, now: float, is_settled: bool) -> None:
     chosen = one.law.tick(now, one.scraper.at(now, one.engine))
-    if chosen != one.budgets:
-        one.budgets = chosen
-        one.engine.set_budgets(*chosen)
+    if chosen != one.order:
+        one.order = chosen
+        one.engine.set_budgets(*chosen.budgets, chosen.calm)
         one.changes += is_settled
 
 

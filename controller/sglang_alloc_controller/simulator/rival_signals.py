@@ -11,7 +11,7 @@ from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.reading_history import ReadingHistory
 from sglang_alloc_controller.samples import PHASES, SLOS, InputState, Phase
 from sglang_alloc_controller.settings import Settings
-from sglang_alloc_controller.simulator.laws import Budgets, Scrape
+from sglang_alloc_controller.simulator.laws import Order, Scrape
 
 _MEDIAN = 0.5
 
@@ -49,7 +49,7 @@ class RivalLaw:
         self._position = 1.0
         self._next_seconds = 0.0
 
-    def tick(self, now_seconds: float, scrape: Scrape) -> Budgets:
+    def tick(self, now_seconds: float, scrape: Scrape) -> Order:
         """Take a new reading in and decide, when it is time and the readings are fresh."""
         reading = scrape.reading
         if reading is not None and reading is not self._history.newest:
@@ -60,7 +60,7 @@ class RivalLaw:
             wanted = self._rule.next(self._position, self._observed())
             self._position = min(1.0, max(0.0, wanted))
         prefill, decode = (self._ranges[phase].budget(self._position) for phase in PHASES)
-        return prefill, decode
+        return Order((prefill, decode))
 
     def _observed(self) -> Observed:
         slo = self._settings.slo

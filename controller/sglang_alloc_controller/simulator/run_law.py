@@ -5,9 +5,10 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from sglang_alloc.shared_table import CalmBudgets
 from sglang_alloc_controller.samples import Reading
 from sglang_alloc_controller.simulator.engine import Engine, Outcome
-from sglang_alloc_controller.simulator.laws import Budgets, Law, Scrape
+from sglang_alloc_controller.simulator.laws import Budgets, Law, Order, Scrape
 from sglang_alloc_controller.simulator.plant import Plant
 from sglang_alloc_controller.simulator.scenarios import Faults, Scenario
 from sglang_alloc_controller.simulator.workload import Workload
@@ -22,6 +23,7 @@ class Change(NamedTuple):
 
     seconds: float
     budgets: Budgets
+    calm: CalmBudgets | None = None
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,10 @@ class Run:
 
 def run_law(law: Law, scenario: Scenario, workload: Workload, plant: Plant, seed: int) -> Run:
     """Run to the end of the scenario, then without further arrivals until all is answered."""
-    budgets = (plant.budget_max, plant.budget_max)
-    engine = Engine(workload, plant, budgets)
+    order = Order((plant.budget_max, plant.budget_max))
+    engine = Engine(workload, plant, order.budgets)
     scraper = Scraper(scenario.faults, seed)
-    changes, queue = [Change(0.0, budgets)], []
+    changes, queue = [Change(0.0, *order)], []
     restarts = deque(scenario.restarts)
     tick, end_seconds = 0, scenario.seconds
     while tick * TICK_SECONDS < end_seconds:
@@ -56,10 +58,10 @@ def run_law(law: Law, scenario: Scenario, workload: Workload, plant: Plant, seed
         engine.advance(now)
         is_up = engine.now_seconds <= now
         chosen = law.tick(now, scraper.at(now, engine if is_up else None))
-        if chosen != budgets:
-            budgets = chosen
-            engine.set_budgets(*budgets)
-            changes.append(Change(now, budgets))
+        if chosen != order:
+            order = chosen
+            engine.set_budgets(*order.budgets, order.calm)
+            changes.append(Change(now, *order))
         if tick % 2 == 0:
             queue.append((now, engine.waiting_requests))
         tick += 1

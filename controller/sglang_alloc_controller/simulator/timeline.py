@@ -16,6 +16,9 @@ class Timeline(NamedTuple):
     seconds: list[float]
     prefill_budget: list[int]
     decode_budget: list[int]
+    calm_prefill_budget: list[int]
+    """Of calm steps; the same where the law makes no difference."""
+    calm_decode_budget: list[int]
     queue_requests: list[int]
     """Largest in the interval."""
     arrivals_per_second: list[float]
@@ -37,11 +40,13 @@ def timeline(run: Run, slo: SloSettings, points: int = _POINTS) -> Timeline:
         kept[interval] += within_slo(outcome, slo)
     middles = [(interval + 0.5) * width for interval in range(points)]
     starts = [change.seconds for change in run.changes]
-    budgets = [run.changes[bisect_right(starts, middle) - 1].budgets for middle in middles]
+    changes = [run.changes[bisect_right(starts, middle) - 1] for middle in middles]
     return Timeline(
         [round(middle, 3) for middle in middles],
-        [pair[0] for pair in budgets],
-        [pair[1] for pair in budgets],
+        [change.budgets[0] for change in changes],
+        [change.budgets[1] for change in changes],
+        [(change.calm or change.budgets)[0] for change in changes],
+        [(change.calm or change.budgets)[1] for change in changes],
         queues,
         [round(count / width, 4) for count in arrivals],
         [

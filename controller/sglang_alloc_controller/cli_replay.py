@@ -8,9 +8,11 @@ from typing import Any
 
 import typer
 
+from sglang_alloc.shared_table import CalmBudgets
 from sglang_alloc_controller.replay import ReplayedTick, ReplayError, replay
 from sglang_alloc_controller.samples import PHASES
 from sglang_alloc_controller.settings import Settings
+from sglang_alloc_controller.tick_report import budgets_of_calm_steps
 
 _SHOWN_DIFFERENCES = 20
 
@@ -56,7 +58,16 @@ def _sentence(tick: ReplayedTick) -> str:
         for phase in PHASES
         if tick.recorded[phase] != tick.replayed[phase]
     ]
+    if tick.recorded_calm != tick.replayed_calm:
+        parts.append(f"calm {_calm_words(tick.recorded_calm)} -> {_calm_words(tick.replayed_calm)}")
     return f"{tick.time}  {', '.join(parts)}"
+
+
+def _calm_words(calm: CalmBudgets | None) -> str:
+    if calm is None:
+        return "none"
+    prefill, decode, running_requests = calm
+    return f"{prefill}/{decode} below {running_requests} running"
 
 
 def _summary(ticks: list[ReplayedTick], differing: int) -> str:
@@ -71,10 +82,13 @@ def _summary(ticks: list[ReplayedTick], differing: int) -> str:
 
 def _export(ticks: list[ReplayedTick], path: Path) -> None:
     columns = ["recorded", "replayed", "recorded_reason", "replayed_reason"]
+    calm_columns = ["recorded_calm", "replayed_calm"]
     try:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["time", *(f"{p}_{column}" for p in PHASES for column in columns)])
+            names = [f"{p}_{column}" for p in PHASES for column in columns]
+            names += [f"{p}_{column}" for p in PHASES for column in calm_columns]
+            writer.writerow(["time", *names])
             for tick in ticks:
                 writer.writerow([tick.time, *_cells(tick)])
     except OSError as error:
@@ -87,3 +101,9 @@ def _cells(tick: ReplayedTick) -> Iterator[object]:
         yield tick.replayed[phase]
         yield tick.recorded_reasons[phase]
         yield tick.replayed_reasons[phase]
+    for phase in PHASES:
+        for budgets, calm in (
+            (tick.recorded, tick.recorded_calm),
+            (tick.replayed, tick.replayed_calm),
+        ):
+            yield budgets_of_calm_steps(calm, budgets)[phase]

@@ -5,9 +5,11 @@ The loop, the replay of a decision log and any simulator drive this same code.
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from sglang_alloc.shared_table import CalmBudgets
+from sglang_alloc.shared_table_words import RUNNING_ANY
 from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.control_law import (
     decide,
@@ -18,13 +20,17 @@ from sglang_alloc_controller.control_law import (
     violates,
     window_start_seconds,
 )
+from sglang_alloc_controller.law_capacity import Levels
 from sglang_alloc_controller.law_state import (
+    Calm,
     Decision,
     LawConstants,
     LawState,
     Reason,
     Seen,
+    calm_levels_of,
     initial_state,
+    levels_of,
 )
 from sglang_alloc_controller.load_history import LoadHistory, PlausibleQueue
 from sglang_alloc_controller.reading_history import ReadingHistory, Sample
@@ -75,8 +81,9 @@ class ControlCore:
         ranges: Mapping[Phase, BudgetRange],
         budgets: Mapping[Phase, int],
         now_seconds: float,
+        calm: CalmBudgets | None = None,
     ) -> None:
-        """Begin without readings, at `budgets` (activations per token), monotonic time."""
+        """Begin without readings, at these budgets (activations per token), monotonic time."""
         self._settings = settings
         self.history = ReadingHistory(settings.law, settings.freshness)
         self._load_history = LoadHistory()
@@ -84,23 +91,43 @@ class ControlCore:
         self._seen: tuple[float, Seen] | None = None
         self._standing: _Standing | None = None
         self._advice: _Advice | None = None
-        self.take_over(ranges, budgets, now_seconds)
+        self.take_over(ranges, budgets, now_seconds, calm)
 
     def take_over(
         self,
         ranges: Mapping[Phase, BudgetRange],
         budgets: Mapping[Phase, int],
         now_seconds: float,
+        calm: CalmBudgets | None = None,
     ) -> None:
-        """Begin anew at these budgets, as if just chosen; the readings are kept."""
+        """Begin anew at these budgets, as if just chosen; the readings are kept.
+
+        `calm` are those of calm steps, None: the same. They are kept by a law that has any.
+        """
         settings = self._settings
         self.ranges = ranges
         self._constants = LawConstants(settings.slo, settings.law, settings.freshness, ranges)
         positions = {phase: ranges[phase].position(budgets[phase]) for phase in PHASES}
-        self.state: LawState = initial_state(positions, settings.law, now_seconds)
+        state = initial_state(positions, settings.law, now_seconds)
+        self.state: LawState = replace(state, calm=self._calm_found(calm))
+
+    def _calm_found(self, calm: CalmBudgets | None) -> Calm | None:
+        """Return the calm budgets of the selector as the law has its own."""
+        ranges = self.ranges
+        if calm is None or not self._settings.law.calm_budgets:
+            return None
+        if not all(ranges[phase].levels for phase in PHASES):
+            return None  # without a cost model the law has none
+        prefill, decode = (
+            ranges[phase].level(ranges[phase].position(budget))
+            for phase, budget in zip(PHASES, calm[:2], strict=True)
+        )
+        return Calm(Levels(prefill, decode), calm.running_requests)
 
     def take_settings(self, settings: Settings) -> None:
         """Go on under other settings, with the readings and the law's memory as they are."""
+        if not settings.law.calm_budgets:
+            self.state = replace(self.state, calm=None)
         self._settings, self._seen = settings, None
         self.history.take_settings(settings.law, settings.freshness)
         self._constants = LawConstants(
@@ -161,7 +188,9 @@ class ControlCore:
         fixed = self._fixed()
         if forced.override is not None:
             decision = self._stand_still(Reason.OVERRIDE, forced.override, seen)
-            return decision, fixed or self.budgets(decision)
+            if fixed is not None:
+                return decision, fixed
+            return self._with_own_calm(decision), self.budgets(decision)
         if fixed is not None:
             return self._stand_still(Reason.FIXED, fixed, seen), fixed
         self._standing = None
@@ -219,12 +248,33 @@ class ControlCore:
         return {phase: self.ranges[phase].budget(decision.positions[phase]) for phase in PHASES}
 
     def calm_budgets(self, decision: Decision) -> CalmBudgets | None:
-        """Return the budgets of calm steps; None: those of all steps."""
+        """Return what the decision asks for in calm steps; None: the budgets of all steps.
+
+        A person's budgets hold always, so that beside them there are none.
+        """
         positions = decision.calm_positions
         if positions is None:
             return None
         prefill, decode = (self.ranges[phase].budget(positions[phase]) for phase in PHASES)
-        return CalmBudgets(prefill, decode, decision.calm_running_requests)
+        # A server that tells an absurd number must not make the table refuse the budgets.
+        running_requests = min(RUNNING_ANY, max(1, decision.calm_running_requests))
+        return CalmBudgets(prefill, decode, running_requests)
+
+    def _with_own_calm(self, decision: Decision) -> Decision:
+        """Return the decision with the calm budgets that the law left, which stay asked for."""
+        calm, constants = self.state.calm, self._constants
+        if calm is None:
+            return decision
+        levels = calm_levels_of(self.state, constants)
+        if levels == levels_of(self.state, constants):
+            return decision
+        return decision._replace(
+            calm_positions={
+                phase: self.ranges[phase].level_position(level)
+                for phase, level in zip(PHASES, levels, strict=True)
+            },
+            calm_running_requests=calm.running_requests,
+        )
 
     def _not_decided(self, reason: Reason, budgets: Mapping[Phase, int], seen: Seen) -> Decision:
         in_force = {phase: self.ranges[phase].position(budgets[phase]) for phase in PHASES}

@@ -8,12 +8,13 @@ import math
 from collections.abc import Mapping
 from datetime import datetime, timezone
 
+from sglang_alloc.shared_table import CalmBudgets
 from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.reading_history import Sample
 from sglang_alloc_controller.reading_json import reading_to_json
 from sglang_alloc_controller.samples import PHASES, Phase, Reading
 from sglang_alloc_controller.settings import Settings
-from sglang_alloc_controller.tick_report import TickReport
+from sglang_alloc_controller.tick_report import CalmReport, TickReport
 
 BEGINNING, TICK = "beginning", "tick"
 
@@ -22,6 +23,7 @@ def beginning(
     settings: Settings,
     ranges: Mapping[Phase, BudgetRange],
     budgets: Mapping[Phase, int],
+    calm: CalmBudgets | None,
     now_seconds: float,
     *,
     anew: bool,
@@ -35,6 +37,9 @@ def beginning(
         "settings": settings.model_dump(mode="json"),
         "ranges": {phase: ranges[phase]._asdict() for phase in PHASES},
         "budgets": dict(budgets),
+        "calm": None
+        if calm is None
+        else {**_pair(calm), "running_requests": calm.running_requests},
     }
 
 
@@ -57,6 +62,7 @@ def tick_record(
         "to": dict(tick.written),
         "acknowledged": dict(tick.acknowledged) if tick.acknowledged else None,
         "desired": dict(tick.desired),
+        "calm": _calm(tick.calm),
         "generation": tick.generation,
         "samples": {slo: _sample(sample) for slo, sample in tick.samples.items()},
         "burn_ratio": {phase: _rounded(tick.burn_ratios[phase]) for phase in PHASES},
@@ -71,6 +77,22 @@ def tick_record(
     if reading is not None:
         record["reading"] = reading_to_json(reading)
     return record
+
+
+def _calm(calm: CalmReport) -> dict[str, object] | None:
+    """Return the budgets of calm steps, None where neither the law nor the table has any."""
+    newest = calm.desired or calm.written
+    if newest is None:
+        return None
+    return {
+        "desired": _pair(calm.desired) if calm.desired else None,
+        "written": _pair(calm.written) if calm.written else None,
+        "running_requests": newest.running_requests,
+    }
+
+
+def _pair(calm: CalmBudgets) -> dict[str, int]:
+    return {"prefill": calm.prefill_budget, "decode": calm.decode_budget}
 
 
 def _wall_time(now: datetime | None) -> str:

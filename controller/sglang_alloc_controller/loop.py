@@ -5,22 +5,20 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import structlog
 
 from sglang_alloc.errors import AllocError, ConfigurationError, TableInUseError
-from sglang_alloc.shared_table import Override, SharedTable
+from sglang_alloc.shared_table import CalmBudgets, Override
 from sglang_alloc.shared_table_liveness import steps_now
 from sglang_alloc_controller.bucket_edges import missing_edges
-from sglang_alloc_controller.budget_range import BudgetRange
+from sglang_alloc_controller.calm_shares import CalmShares
 from sglang_alloc_controller.config_follower import ReloadOutcome
 from sglang_alloc_controller.control_core import ControlCore, Forced
 from sglang_alloc_controller.decision_log import DecisionLog
 from sglang_alloc_controller.decision_record import beginning, tick_record
 from sglang_alloc_controller.law_state import Decision, Seen
 from sglang_alloc_controller.own_metrics import OwnMetrics
-from sglang_alloc_controller.quality_bounds import budget_ranges, predicted_loss
+from sglang_alloc_controller.quality_bounds import Bounds, bounds_of
 from sglang_alloc_controller.quality_minutes import QualityMinutes
 from sglang_alloc_controller.samples import PHASES, InputState, Phase, Reading
 from sglang_alloc_controller.series_fold import unseen_priorities
@@ -28,12 +26,12 @@ from sglang_alloc_controller.settings import Settings
 from sglang_alloc_controller.sglang_loads import decode_step_seconds
 from sglang_alloc_controller.source_poller import Observation
 from sglang_alloc_controller.table_link import TableLink
-from sglang_alloc_controller.tick_report import TickReport, story
+from sglang_alloc_controller.tick_report import CalmReport, TickReport, story
 
 _NANOSECONDS = 1_000_000_000
 # A fault that lasts is told again this often, not at every tick.
 _REMINDER_SECONDS = 60.0
-_LOGGED_KEYS = ("state", "reasons", "from", "to", "desired", "generation", "actor")
+_LOGGED_KEYS = ("state", "reasons", "from", "to", "desired", "calm", "generation", "actor")
 _log = structlog.get_logger("sglang_alloc_controller")
 
 FollowConfig = Callable[[Callable[[Settings], None]], tuple[ReloadOutcome, Settings] | None]
@@ -55,22 +53,22 @@ class Surroundings(NamedTuple):
     """Takes each tick's report, for the live page."""
 
 
+class _Budgets(NamedTuple):
+    """Budgets as the table has them: of each phase, and of calm steps where these have others."""
+
+    by_phase: dict[Phase, int]
+    calm: CalmBudgets | None = None
+
+
 class _Orders(NamedTuple):
     """What one tick decided, as budgets."""
 
     decision: Decision
-    desired: dict[Phase, int]
-    to_write: dict[Phase, int] | None
-    """None: a person's override is in force, the selector stays."""
+    desired: _Budgets
+    to_write: _Budgets | None
+    """None: a person's override is in force, the table's stay."""
     override: Override | None = None
     kill_cause: str | None = None
-
-
-class _Bounds(NamedTuple):
-    """What a table and the settings allow, and what it is predicted to cost."""
-
-    ranges: dict[Phase, BudgetRange]
-    losses: dict[Phase, npt.NDArray[np.float32]]
 
 
 class ControlLoop:
@@ -94,14 +92,15 @@ class ControlLoop:
         self._told_priorities: str | None = None
         self._reminded_at_seconds: dict[str, float] = {}
         self._below_full = QualityMinutes()
+        self._calm_shares = CalmShares()
         self._last_reading: Reading | None = None
         self._decode_step_seconds: float | None = None
         self.ticked_at_seconds = -math.inf
         self.input_state = InputState.STALE
         now_seconds = surroundings.clock_ns() / _NANOSECONDS
-        bounds = _bounds(link.table, settings)
-        self._losses = bounds.losses
-        self._core = ControlCore(settings, bounds.ranges, self._in_force(), now_seconds)
+        self._bounds = bounds_of(link.table, settings)
+        budgets, calm = self._in_force()
+        self._core = ControlCore(settings, self._bounds.ranges, budgets, now_seconds, calm)
         self._log_beginning(now_seconds, anew=True)
 
     def run(self) -> None:
@@ -142,7 +141,7 @@ class ControlLoop:
         seen = self._core.seen(now_seconds)
         orders = self._orders(seen, self._link.override(now_ns), kill_cause)
         if orders.to_write is not None:
-            self._link.write(orders.to_write["prefill"], orders.to_write["decode"])
+            self._write(orders.to_write)
         self._link.beat(now_ns)
         self.ticked_at_seconds, self.input_state = now_seconds, seen.input_state
         report = self._report(seen, orders, written_before, observation)
@@ -150,7 +149,7 @@ class ControlLoop:
 
     def _follow_table(self, now_seconds: float) -> None:
         try:
-            bounds = self._link.follow_replacement(lambda table: _bounds(table, self.settings))
+            bounds = self._link.follow_replacement(lambda table: bounds_of(table, self.settings))
         except TableInUseError:
             raise
         except AllocError as error:
@@ -165,7 +164,7 @@ class ControlLoop:
             )
 
     def _follow_config(self, now_seconds: float) -> None:
-        accepted: list[_Bounds] = []
+        accepted: list[Bounds] = []
         found = self._around.follow_config(
             lambda settings: accepted.append(self._accepted(settings))
         )
@@ -186,23 +185,25 @@ class ControlLoop:
         else:
             self._log_beginning(now_seconds, anew=False)
 
-    def _accepted(self, settings: Settings) -> _Bounds:
+    def _accepted(self, settings: Settings) -> Bounds:
         """Return the bounds by other settings; raise if table or server do not fit them."""
-        bounds = _bounds(self._link.table, settings)
+        bounds = bounds_of(self._link.table, settings)
         newest = self._core.history.newest
         sentences = missing_edges(newest, settings.slo) if newest else []
         if sentences:
             raise ConfigurationError(" ".join(sentences))
         return bounds
 
-    def _begin_anew(self, bounds: _Bounds, now_seconds: float) -> None:
+    def _begin_anew(self, bounds: Bounds, now_seconds: float) -> None:
         """Take over at the budgets that are in force, within these bounds."""
-        self._losses = bounds.losses
-        self._core.take_over(bounds.ranges, self._in_force(), now_seconds)
+        self._bounds = bounds
+        budgets, calm = self._in_force()
+        self._core.take_over(bounds.ranges, budgets, now_seconds, calm)
         self._log_beginning(now_seconds, anew=True)
 
     def _log_beginning(self, now_seconds: float, *, anew: bool) -> None:
-        line = beginning(self.settings, self._core.ranges, self._in_force(), now_seconds, anew=anew)
+        ranges, (budgets, calm) = self._core.ranges, self._in_force()
+        line = beginning(self.settings, ranges, budgets, calm, now_seconds, anew=anew)
         self._decision_log.begin(line)
 
     def _take_in(self, observation: Observation) -> Reading | None:
@@ -233,8 +234,7 @@ class ControlLoop:
         if override is not None:
             self._link.clear_override()
             _log.warning("override_ended", actor=override.actor, by=kill_cause)
-        full = self._full()
-        self._link.write(full["prefill"], full["decode"])
+        self._write(self._full())
 
     def _obey_kill_switch(self) -> None:
         """Do after a tick that failed what the kill switch asks for, and beat for it."""
@@ -257,36 +257,41 @@ class ControlLoop:
         full, budgets = self._full(), None
         if override is not None:
             budgets = _by_phase(override.prefill_budget, override.decode_budget)
-        killed = full if kill_cause is not None else None
-        decision, desired = self._core.order(seen, Forced(killed, budgets))
+        killed = full.by_phase if kill_cause is not None else None
+        decision, asked = self._core.order(seen, Forced(killed, budgets))
+        desired = _Budgets(asked, self._core.calm_budgets(decision))
         if kill_cause is not None:
             return _Orders(decision, desired, full, None, kill_cause)
         if override is not None:
             return _Orders(decision, desired, None, override)
         return _Orders(decision, desired, full if self.settings.mode == "shadow" else desired)
 
-    def _full(self) -> dict[Phase, int]:
-        return dict.fromkeys(PHASES, self._link.table.shape.budget_max)
+    def _write(self, budgets: _Budgets) -> None:
+        by_phase, calm = budgets
+        self._link.write(by_phase["prefill"], by_phase["decode"], calm)
 
-    def _in_force(self) -> dict[Phase, int]:
+    def _full(self) -> _Budgets:
+        return _Budgets(dict.fromkeys(PHASES, self._link.table.shape.budget_max))
+
+    def _in_force(self) -> _Budgets:
         """Return the budgets that the law begins with; those of shadow mode are about to be."""
         return self._full() if self.settings.mode == "shadow" else self._written()
 
-    def _written(self) -> dict[Phase, int]:
+    def _written(self) -> _Budgets:
         selector = self._link.selector()
-        return _by_phase(selector.prefill_budget, selector.decode_budget)
+        by_phase = _by_phase(selector.prefill_budget, selector.decode_budget)
+        return _Budgets(by_phase, self._link.calm_budgets())
 
     def _report(
         self,
         seen: Seen,
         orders: _Orders,
-        written_before: dict[Phase, int],
+        written_before: _Budgets,
         observation: Observation,
     ) -> TickReport:
         newest, ranges = self._core.history.newest, self._core.ranges
         worker = self._link.slowest_worker(round(seen.now_seconds * _NANOSECONDS))
-        written = self._written()
-        budget_min = self._link.table.shape.budget_min
+        written = self._written().by_phase
         report = TickReport(
             input_state=seen.input_state,
             samples=seen.samples,
@@ -296,17 +301,15 @@ class ControlLoop:
             reasons=orders.decision.reasons,
             burn_ratios={p: state.burn_ratio for p, state in self._core.state.phases.items()},
             excesses=orders.decision.excesses,
-            desired=orders.desired,
-            written_before=written_before,
+            desired=orders.desired.by_phase,
+            written_before=written_before.by_phase,
             written=written,
             generation=self._link.selector().generation,
             override=orders.override,
             worker=worker,
             floors={phase: ranges[phase].floor for phase in PHASES},
             ceilings={phase: ranges[phase].ceiling for phase in PHASES},
-            predicted_losses={
-                phase: float(self._losses[phase][written[phase] - budget_min]) for phase in PHASES
-            },
+            predicted_losses=self._bounds.predicted_losses(written),
             saturation_ratio=orders.decision.saturation_ratio,
             source_failures_total=observation.failures_total,
             source_error=observation.error,
@@ -314,8 +317,22 @@ class ControlLoop:
             kill_cause=orders.kill_cause,
             load=newest.load if newest else None,
             decode_step_seconds=self._decode_step_seconds,
+            calm=self._calm_report(seen.now_seconds, orders.desired.calm, written_before.calm),
         )
         return self._with_quality_minutes(report)
+
+    def _calm_report(
+        self, now_seconds: float, desired: CalmBudgets | None, before: CalmBudgets | None
+    ) -> CalmReport:
+        shares, written = self._calm_shares, self._link.calm_budgets()
+        shares.add(now_seconds, self._link.calm_tokens())
+        losses: dict[Phase, float] = {}
+        if written is not None:
+            by_phase = _by_phase(written.prefill_budget, written.decode_budget)
+            losses = self._bounds.predicted_losses(by_phase)
+        ratios = {phase: shares.ratio(phase) for phase in PHASES}
+        was_busy = {phase: shares.was_busy(phase) for phase in PHASES}
+        return CalmReport(desired, before, written, losses, ratios, was_busy)
 
     def _with_quality_minutes(self, report: TickReport) -> TickReport:
         below_full = report.is_below_full and self._serves(report)
@@ -326,6 +343,7 @@ class ControlLoop:
         return report._replace(
             below_full_seconds_total=self._below_full.total_seconds,
             below_full_minutes=self._below_full.minutes(),
+            below_full=below_full,
         )
 
     def _serves(self, report: TickReport) -> bool:
@@ -354,11 +372,6 @@ class ControlLoop:
         if now_seconds - self._reminded_at_seconds.get(event, -math.inf) >= _REMINDER_SECONDS:
             self._reminded_at_seconds[event] = now_seconds
             _log.warning(event, **details)
-
-
-def _bounds(table: SharedTable, settings: Settings) -> _Bounds:
-    losses = {phase: predicted_loss(table, phase) for phase in PHASES}
-    return _Bounds(budget_ranges(table, settings), losses)
 
 
 def _by_phase(prefill: int, decode: int) -> dict[Phase, int]:

@@ -28,6 +28,42 @@ _COUNTERS = {
 }
 
 
+class _Changes:
+    """Changes of one pair of budgets, by phase."""
+
+    def __init__(self) -> None:
+        self._changes: Counter[tuple[Phase, str]] = Counter()
+        self._reversals: Counter[Phase] = Counter()
+        self._last_direction: dict[Phase, str] = {}
+
+    def add(self, before: Mapping[Phase, int], now: Mapping[Phase, int]) -> None:
+        """Count what a tick changed."""
+        for phase in PHASES:
+            if now[phase] != before[phase]:
+                self._count(phase, "up" if now[phase] > before[phase] else "down")
+
+    def _count(self, phase: Phase, direction: str) -> None:
+        self._changes[phase, direction] += 1
+        if self._last_direction.get(phase, direction) != direction:
+            self._reversals[phase] += 1
+        self._last_direction[phase] = direction
+
+    def series(self, name: str, what: str) -> Iterator[Metric]:
+        """Yield the two counters; `what` says of what."""
+        changes = CounterMetricFamily(
+            f"{_PREFIX}{name}_changes", f"Changes of {what}", labels=["phase", "direction"]
+        )
+        for phase in PHASES:
+            for direction in ("up", "down"):
+                changes.add_metric([phase, direction], self._changes[phase, direction])
+        yield changes
+        text = f"Changes of {what} against the one before"
+        reversals = CounterMetricFamily(f"{_PREFIX}{name}_reversals", text, labels=["phase"])
+        for phase in PHASES:
+            reversals.add_metric([phase], self._reversals[phase])
+        yield reversals
+
+
 class OwnMetrics(Collector):
     """The counters of one controller and the report of its last tick."""
 
@@ -46,9 +82,7 @@ class OwnMetrics(Collector):
         self._reload_ok = True
         self._reloads: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
-        self._changes: Counter[tuple[Phase, str]] = Counter()
-        self._reversals: Counter[Phase] = Counter()
-        self._last_direction: dict[Phase, str] = {}
+        self._changes, self._calm_changes = _Changes(), _Changes()
         self._tick: TickReport | None = None
         self._tick_seconds = 0.0
         self._registry = CollectorRegistry()
@@ -57,17 +91,9 @@ class OwnMetrics(Collector):
     def report(self, tick: TickReport) -> None:
         """Take the report of a tick and count its changes."""
         self._counts["ticks"] += 1
-        for phase in PHASES:
-            if tick.written[phase] != tick.written_before[phase]:
-                up = tick.written[phase] > tick.written_before[phase]
-                self._count_change(phase, "up" if up else "down")
+        self._changes.add(tick.written_before, tick.written)
+        self._calm_changes.add(tick.calm_written_before, tick.calm_written)
         self._tick = tick
-
-    def _count_change(self, phase: Phase, direction: str) -> None:
-        self._changes[phase, direction] += 1
-        if self._last_direction.get(phase, direction) != direction:
-            self._reversals[phase] += 1
-        self._last_direction[phase] = direction
 
     def report_tick_seconds(self, cpu_seconds: float) -> None:
         """Take the CPU time that a tick took."""
@@ -105,6 +131,7 @@ class OwnMetrics(Collector):
         tick = self._tick
         if tick is not None:
             yield from _budgets(tick)
+            yield from _calm(tick)
             yield from _latencies(tick)
             yield from _state(tick)
             yield from _quality(tick, self._quality)
@@ -127,19 +154,8 @@ class OwnMetrics(Collector):
         failures = self._tick.source_failures_total if self._tick else 0
         name, text = "source_failures", "Readings that failed"
         yield CounterMetricFamily(_PREFIX + name, text, value=failures)
-        changes = CounterMetricFamily(
-            _PREFIX + "budget_changes", "Changes of the selector", labels=["phase", "direction"]
-        )
-        for phase in PHASES:
-            for direction in ("up", "down"):
-                changes.add_metric([phase, direction], self._changes[phase, direction])
-        yield changes
-        reversals = CounterMetricFamily(
-            _PREFIX + "budget_reversals", "Changes against the one before", labels=["phase"]
-        )
-        for phase in PHASES:
-            reversals.add_metric([phase], self._reversals[phase])
-        yield reversals
+        yield from self._changes.series("budget", "the selector")
+        yield from self._calm_changes.series("calm_budget", "what calm steps obey")
         yield from self._reload_series()
         yield _gauge("tick_seconds", "CPU time of the last tick", self._tick_seconds)
 
@@ -167,6 +183,25 @@ def _budgets(tick: TickReport) -> Iterator[Metric]:
     loss = "Predicted loss per token of the written budget"
     yield _gauges("predicted_loss_nats", loss, "phase", tick.predicted_losses)
     yield _gauge("generation", "Generation in the selector", tick.generation)
+
+
+def _calm(tick: TickReport) -> Iterator[Metric]:
+    """Yield what calm steps obey, which are the budgets of all steps where they have no other."""
+    text = "Budget that the law asks for in calm steps"
+    yield _gauges("calm_budget_desired_activations", text, "phase", tick.calm_desired)
+    text = "Budget of calm steps in the shared table"
+    yield _gauges("calm_budget_written_activations", text, "phase", tick.calm_written)
+    written = tick.calm.written
+    text = "A step with so many running requests is not calm; NaN: calm steps have no other budgets"
+    limit = math.nan if written is None else written.running_requests
+    yield _gauge("calm_running_requests", text, limit)
+    text = "Predicted loss per token of the budget of calm steps"
+    yield _gauges("calm_predicted_loss_nats", text, "phase", tick.calm_losses)
+    text = "Share of the last minute's tokens served in calm steps; NaN: none were counted"
+    ratios = {phase: tick.calm.ratios.get(phase) for phase in PHASES}
+    yield _gauges("calm_tokens_ratio", text, "phase", ratios)
+    text = "Predicted loss per token, calm and other steps by their share of the tokens"
+    yield _gauges("expected_loss_nats", text, "phase", tick.expected_losses)
 
 
 def _latencies(tick: TickReport) -> Iterator[Metric]:
@@ -214,8 +249,10 @@ def _saturation(ratio: float) -> Metric:
 
 
 def _quality(tick: TickReport, quality: QualitySettings) -> Iterator[Metric]:
-    name, text = "below_full_seconds", "Time in which a rank with work was below its ceiling"
+    name, text = "below_full_seconds", "Time in which a rank with work served below its ceiling"
     yield CounterMetricFamily(_PREFIX + name, text, value=tick.below_full_seconds_total)
+    text = "1: since the tick before, a rank with work served somebody below its ceiling"
+    yield _gauge("below_full", text, float(tick.below_full))
     text = "Minutes below full quality within quality.below_full_window_hours"
     yield _gauge("below_full_minutes", text, tick.below_full_minutes)
     agreed = quality.below_full_minutes

@@ -62,13 +62,16 @@ class PageHistory:
 
 
 def _point(tick: TickReport, wall_seconds: float) -> dict[str, object]:
-    acknowledged = tick.acknowledged
+    acknowledged, calm = tick.acknowledged, tick.calm.written
     return {
         "t": round(wall_seconds, 2),
         "state": tick.input_state.value,
         "reason": [tick.reasons[phase].value for phase in PHASES],
         "desired": [tick.desired[phase] for phase in PHASES],
         "written": [tick.written[phase] for phase in PHASES],
+        "calm": [tick.calm_written[phase] for phase in PHASES] if calm else None,
+        "calm_running": calm and calm.running_requests,
+        "calm_share": [_number(tick.calm.ratios.get(phase)) for phase in PHASES],
         "acknowledged": acknowledged and [acknowledged[phase] for phase in PHASES],
         "bounds": [[tick.floors[phase], tick.ceilings[phase]] for phase in PHASES],
         "within": [_within(tick, slo) for slo in SLOS],
@@ -76,6 +79,7 @@ def _point(tick: TickReport, wall_seconds: float) -> dict[str, object]:
         "running": _number(tick.running_requests),
         "age": _number(tick.sample_age_seconds),
         "loss": [_number(tick.predicted_losses[phase]) for phase in PHASES],
+        "expected_loss": [_number(tick.expected_losses[phase]) for phase in PHASES],
         "saturation": _number(tick.saturation_ratio),
         "below_full_minutes": _number(tick.below_full_minutes),
         "actor": tick.actor,

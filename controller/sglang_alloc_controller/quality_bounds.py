@@ -1,8 +1,11 @@
 """Control story, before the first step: how far the quality settings let each budget move."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.predicted_loss import predicted_loss
@@ -13,7 +16,14 @@ from sglang_alloc_controller.samples import PHASES, Phase
 from sglang_alloc_controller.settings import QualitySettings, Settings
 from sglang_alloc_controller.step_times import StepTimes
 
-__all__ = ["NO_COST_MODEL", "budget_ranges", "largest_loss", "predicted_loss"]
+__all__ = [
+    "NO_COST_MODEL",
+    "Bounds",
+    "bounds_of",
+    "budget_ranges",
+    "largest_loss",
+    "predicted_loss",
+]
 
 NO_COST_MODEL = (
     "quality.cost_model is not set, so the law does not look ahead: it gives up quality only after "
@@ -21,6 +31,30 @@ NO_COST_MODEL = (
     "this server (`sglang-alloc bench`) it takes the budgets that the load needs before that, and "
     "only such as save time."
 )
+
+
+class Bounds(NamedTuple):
+    """What a table and the settings allow, and what it is predicted to cost."""
+
+    ranges: dict[Phase, BudgetRange]
+    losses: dict[Phase, npt.NDArray[np.float32]]
+    """Of every budget of the table, nats per token."""
+    budget_min: int
+    """The first of them."""
+
+    def predicted_losses(self, budgets: Mapping[Phase, int]) -> dict[Phase, float]:
+        """Return what each phase's budget is predicted to lose, nats per token."""
+        return {p: float(self.losses[p][budgets[p] - self.budget_min]) for p in PHASES}
+
+
+def bounds_of(table: SharedTable, settings: Settings) -> Bounds:
+    """Return the bounds of a table under these settings.
+
+    Raises:
+        ConfigurationError: they do not fit, see `budget_ranges`.
+    """
+    losses = {phase: predicted_loss(table, phase) for phase in PHASES}
+    return Bounds(budget_ranges(table, settings), losses, table.shape.budget_min)
 
 
 def budget_ranges(table: SharedTable, settings: Settings) -> dict[Phase, BudgetRange]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from sglang_alloc.errors import AllocError, ConfigurationError
+from sglang_alloc.shared_table import CalmBudgets
 from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.control_core import ControlCore, Forced
 from sglang_alloc_controller.decision_record import BEGINNING, TICK
@@ -29,11 +30,14 @@ class ReplayedTick(NamedTuple):
     replayed: dict[Phase, int]
     recorded_reasons: dict[Phase, str]
     replayed_reasons: dict[Phase, str]
+    recorded_calm: CalmBudgets | None = None
+    """Of calm steps; None: those of all steps."""
+    replayed_calm: CalmBudgets | None = None
 
     @property
     def budgets_differ(self) -> bool:
-        """Whether another budget was decided for a phase."""
-        return self.recorded != self.replayed
+        """Whether another budget was decided for a phase, or other ones for calm steps."""
+        return self.recorded != self.replayed or self.recorded_calm != self.replayed_calm
 
 
 def replay(
@@ -79,11 +83,12 @@ def _begin(
     chosen = settings or parse_settings(record["settings"])
     ranges: dict[Phase, BudgetRange] = {p: BudgetRange(**record["ranges"][p]) for p in PHASES}
     budgets: dict[Phase, int] = {phase: record["budgets"][phase] for phase in PHASES}
+    calm = _calm(record.get("calm"))
     if core is None:
-        return ControlCore(chosen, ranges, budgets, record["now_seconds"])
+        return ControlCore(chosen, ranges, budgets, record["now_seconds"], calm)
     core.take_settings(chosen)
     if record["anew"]:
-        core.take_over(ranges, budgets, record["now_seconds"])
+        core.take_over(ranges, budgets, record["now_seconds"], calm)
     return core
 
 
@@ -98,7 +103,23 @@ def _tick(core: ControlCore, record: Mapping[str, Any]) -> ReplayedTick:
         budgets,
         {phase: record["reasons"][phase] for phase in PHASES},
         {phase: decision.reasons[phase].value for phase in PHASES},
+        _calm_desired(record),
+        core.calm_budgets(decision),
     )
+
+
+def _calm_desired(record: Mapping[str, Any]) -> CalmBudgets | None:
+    """Return the calm budgets that were asked for; controllers that logged none had none."""
+    calm = record.get("calm")
+    if calm is None or calm["desired"] is None:
+        return None
+    return _calm({**calm["desired"], "running_requests": calm["running_requests"]})
+
+
+def _calm(pair: Mapping[str, int] | None) -> CalmBudgets | None:
+    if pair is None:
+        return None
+    return CalmBudgets(pair["prefill"], pair["decode"], pair["running_requests"])
 
 
 def _forced(record: Mapping[str, Any]) -> Forced:

@@ -1,4 +1,4 @@
-"""Control story, last step: the selector word, across replacements of the shared table."""
+"""Control story, last step: the budgets in the shared table, across replacements of it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +6,8 @@ from typing import TypeVar
 
 from sglang_alloc.errors import AllocError
 from sglang_alloc.shared_table import (
+    CalmBudgets,
+    CalmTokens,
     Override,
     Selector,
     SelectorWriter,
@@ -93,12 +95,27 @@ class TableLink:
         """End the override in force."""
         self.table.clear_override()
 
-    def write(self, prefill_budget: int, decode_budget: int) -> bool:
-        """Write the budgets if they differ from the selector's; return whether they did."""
+    def calm_budgets(self) -> CalmBudgets | None:
+        """Return what stands beside the selector for calm steps; None: the same budgets.
+
+        Raises:
+            SharedTableError: the file is lost; to read on would end the process.
+        """
+        self.table.require_intact()
+        return self.table.calm_budgets()
+
+    def write(
+        self, prefill_budget: int, decode_budget: int, calm: CalmBudgets | None = None
+    ) -> bool:
+        """Write the budgets if they differ from those in the table; return whether they did.
+
+        `calm` are those of calm steps, None for the same ones.
+        """
         selector = self.selector()
-        if (selector.prefill_budget, selector.decode_budget) == (prefill_budget, decode_budget):
+        there = (selector.prefill_budget, selector.decode_budget, self.table.calm_budgets())
+        if there == (prefill_budget, decode_budget, calm):
             return False
-        self._writer.write(prefill_budget, decode_budget)
+        self._writer.write(prefill_budget, decode_budget, calm)
         return True
 
     def beat(self, now_ns: int) -> None:
@@ -119,6 +136,10 @@ class TableLink:
             ):
                 slowest = worker
         return slowest
+
+    def calm_tokens(self) -> list[CalmTokens]:
+        """Return how many tokens each rank served, zeros where it does not count them."""
+        return self.table.calm_tokens()
 
     def leave_at_full_quality(self) -> None:
         """Write full quality, give the right to write back and close the table."""

@@ -3,10 +3,26 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from sglang_alloc.shared_table import Override, WorkerCounters
+from sglang_alloc.shared_table import CalmBudgets, Override, WorkerCounters
+from sglang_alloc.shared_table_words import source_code
 from sglang_alloc_controller.law_state import Reason
 from sglang_alloc_controller.reading_history import Sample
 from sglang_alloc_controller.samples import PHASES, EngineLoad, InputState, Phase, Slo
+
+
+class CalmReport(NamedTuple):
+    """What one tick saw and did of calm steps; None: they have the budgets of all steps."""
+
+    desired: CalmBudgets | None = None
+    """What the law asks for."""
+    written_before: CalmBudgets | None = None
+    written: CalmBudgets | None = None
+    predicted_losses: Mapping[Phase, float] = {}
+    """Of the written ones, nats per token; empty where there are none."""
+    ratios: Mapping[Phase, float | None] = {}
+    """Share of the last minute's tokens that were served in calm steps; None: not known."""
+    was_busy: Mapping[Phase, bool | None] = {}
+    """Whether other steps served tokens since the tick before; None: the workers do not count."""
 
 
 class TickReport(NamedTuple):
@@ -43,6 +59,9 @@ class TickReport(NamedTuple):
     below_full_seconds_total: float = 0.0
     """Time below full quality since this process started, and within the agreed window."""
     below_full_minutes: float = 0.0
+    below_full: bool = False
+    """Whether somebody got less than full quality."""
+    calm: CalmReport = CalmReport()
 
     @property
     def acknowledged(self) -> Mapping[Phase, int] | None:
@@ -55,7 +74,56 @@ class TickReport(NamedTuple):
     def is_below_full(self) -> bool:
         """Whether a rank uses less than the ceiling of a phase."""
         found = self.acknowledged
-        return found is not None and any(found[phase] < self.ceilings[phase] for phase in PHASES)
+        return found is not None and any(
+            found[phase] < self.ceilings[phase] and not self._was_spared(phase) for phase in PHASES
+        )
+
+    def _was_spared(self, phase: Phase) -> bool:
+        """Tell whether all tokens of a phase were served at its ceiling, in calm steps."""
+        worker = self.worker
+        if (
+            worker is None
+            or self.calm.written is None
+            or self.calm.was_busy.get(phase) is not False
+        ):
+            return False
+        if self.calm_written[phase] < self.ceilings[phase]:
+            return False
+        # Calm budgets are the controller's, and go with the generation of its selector.
+        return (
+            worker.acknowledged_source == source_code("controller")
+            and worker.acknowledged_generation == self.generation
+        )
+
+    @property
+    def calm_desired(self) -> Mapping[Phase, int]:
+        """What the law asks for in calm steps."""
+        return budgets_of_calm_steps(self.calm.desired, self.desired)
+
+    @property
+    def calm_written_before(self) -> Mapping[Phase, int]:
+        """What the table had for calm steps before this tick."""
+        return budgets_of_calm_steps(self.calm.written_before, self.written_before)
+
+    @property
+    def calm_written(self) -> Mapping[Phase, int]:
+        """What the table has for calm steps."""
+        return budgets_of_calm_steps(self.calm.written, self.written)
+
+    @property
+    def calm_losses(self) -> Mapping[Phase, float]:
+        """Predicted loss of what the table has for calm steps, nats per token."""
+        return {**self.predicted_losses, **self.calm.predicted_losses}
+
+    @property
+    def expected_losses(self) -> Mapping[Phase, float]:
+        """Predicted loss of both pairs, each by its share of the last minute's tokens.
+
+        Where nothing was counted, that of the smaller budgets: it is at most that.
+        """
+        calm, busy = self.calm_losses, self.predicted_losses
+        shares = {phase: self.calm.ratios.get(phase) or 0.0 for phase in PHASES}
+        return {p: shares[p] * calm[p] + (1.0 - shares[p]) * busy[p] for p in PHASES}
 
     @property
     def actor(self) -> str:
@@ -65,6 +133,15 @@ class TickReport(NamedTuple):
         return self.override.actor if self.override else "controller"
 
 
+def budgets_of_calm_steps(
+    calm: CalmBudgets | None, budgets: Mapping[Phase, int]
+) -> Mapping[Phase, int]:
+    """Return the calm budgets by phase, which are the others where there are none."""
+    if calm is None:
+        return budgets
+    return {"prefill": calm.prefill_budget, "decode": calm.decode_budget}
+
+
 def story(tick: TickReport) -> tuple[object, ...]:
     """Return what makes a tick worth a line when it differs from the last one's.
 
@@ -72,4 +149,5 @@ def story(tick: TickReport) -> tuple[object, ...]:
     metrics, and in each line.
     """
     infeasible = Reason.INFEASIBLE in tick.reasons.values()
-    return tick.input_state, dict(tick.written), dict(tick.desired), tick.actor, infeasible
+    calm = (tick.calm.written, tick.calm.desired)
+    return tick.input_state, dict(tick.written), dict(tick.desired), calm, tick.actor, infeasible

@@ -1,11 +1,14 @@
 """Replay: a recorded log gives the same decisions again, and other settings give others."""
 
+import csv
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ahead import looking_ahead, run
 from engine_counters import Engine
 from virtual_loop import NS, VirtualController, make_settings, publish_table
 
@@ -61,6 +64,58 @@ def test_a_recorded_log_gives_the_same_decisions_and_reasons_again(
     for tick in ticks:
         assert tick.replayed == tick.recorded
         assert tick.replayed_reasons == tick.recorded_reasons
+
+
+def _record_calm(tmp_path: Path) -> Path:
+    """Record calm budgets, an override beside them, a restart that finds them, and a kill."""
+    path, killed = tmp_path / "d.jsonl", [None]
+    publish_table(tmp_path / "t.tbl")
+    log = {"path": str(path), "every_tick": True}
+    for kill in (None, "file x"):
+        killed[0] = None
+        controller, _ = looking_ahead(
+            tmp_path / "t.tbl", {"kill_cause": lambda: killed[0]}, decision_log=log
+        )
+        run(controller, 50)
+        deadline_ns = controller.clock.now_ns + 3 * NS
+        controller.link.table.set_override(10, 11, deadline_ns, "alice")
+        run(controller, 5)
+        killed[0] = kill
+        run(controller, 5)
+        controller.link.close()
+    return path
+
+
+def test_calm_budgets_replay_as_they_were_asked_for(tmp_path: Path) -> None:
+    ticks = _replayed(_record_calm(tmp_path))
+    assert len(ticks) == 240
+    assert len({tick.recorded_calm for tick in ticks}) >= 2
+    assert [tick.replayed_calm for tick in ticks] == [tick.recorded_calm for tick in ticks]
+    assert not any(tick.budgets_differ for tick in ticks)
+    # Under the override they stay asked for, under the kill switch they do not.
+    assert ticks[105].recorded_calm == ticks[95].recorded_calm is not None
+    assert ticks[-1].recorded_calm is None
+
+
+def test_a_log_of_a_controller_without_calm_budgets_replays_and_shows_where_there_would_be_some(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = _record_calm(tmp_path)
+    old = [{key: one for key, one in line.items() if key != "calm"} for line in _records(path)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in old))
+    ticks = _replayed(path)
+    asked = [tick for tick in ticks if tick.replayed_calm is not None]
+    assert 0 < len(asked) < len(ticks)
+    assert [tick.budgets_differ for tick in ticks] == [tick in asked for tick in ticks]
+    assert replay_files([path], None, tmp_path / "out.csv")
+    assert re.search(r"calm none -> \d+/\d+ below 14 running", capsys.readouterr().out)
+    header, *rows = csv.reader((tmp_path / "out.csv").read_text().splitlines())
+    assert header[-4:] == [
+        f"{phase}_{column}_calm"
+        for phase in ("prefill", "decode")
+        for column in ("recorded", "replayed")
+    ]
+    assert any(row[-4] != row[-3] for row in rows)
 
 
 def test_files_that_rotated_replay_as_one_run(tmp_path: Path) -> None:

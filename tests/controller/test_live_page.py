@@ -7,11 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ahead import write_cost_model
 from controller_process import ControllerProcess, running, write_config
 from stand_in_server import serving
 from virtual_loop import publish_table
 
-from sglang_alloc.shared_table import SharedTable
+from sglang_alloc.shared_table import (
+    CalmBudgets,
+    CalmTokens,
+    SelectorWriter,
+    SharedTable,
+    WorkerCounters,
+)
 
 PAGE = Path(__file__).parents[2] / "controller" / "sglang_alloc_controller" / "live_page.html"
 _BROWSER = (
@@ -50,9 +57,44 @@ def _browse(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
+def calm_controller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControllerProcess]:
+    """A controller that found calm budgets; three of four tokens were served at them."""
+    folder = tmp_path_factory.mktemp("calm")
+    publish_table(folder / "t.tbl")
+    quality = {"cost_model": write_cost_model(folder / "cost.csv")}
+    recorded = Path(__file__).parent / "recorded"
+    with (
+        serving((recorded / "first.txt").read_text()) as server,
+        SharedTable.open(folder / "t.tbl") as table,
+    ):
+        with SelectorWriter.acquire(table) as writer:
+            writer.write(20, 30, CalmBudgets(48, 41, 9))
+        config = write_config(folder, server.url, quality=quality, law={"levels_max": 43})
+        with running(config) as controller:
+            controller.wait_for(lambda: controller.is_in_state("valid"), "valid input")
+            slot = table.worker_slot(0)
+            slot.store(WorkerCounters(pid=1), CalmTokens(300, 400, 30, 40))
+            controller.wait_for(
+                lambda: '"calm_share":[0.75,0.75]' in _history(controller), "shares"
+            )
+            yield controller
+            del slot
+
+
+@pytest.fixture(scope="module")
 def dom(controller: ControllerProcess, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The page as the browser has it after its scripts ran; its messages come after it."""
-    profile = f"--user-data-dir={tmp_path_factory.mktemp('profile')}"
+    return _page(controller, tmp_path_factory.mktemp("profile"))
+
+
+@pytest.fixture(scope="module")
+def calm_dom(calm_controller: ControllerProcess, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same of a controller with calm budgets."""
+    return _page(calm_controller, tmp_path_factory.mktemp("calm_profile"))
+
+
+def _page(controller: ControllerProcess, folder: Path) -> str:
+    profile = f"--user-data-dir={folder}"
     seen = _browse(profile, "--enable-logging=stderr", "--dump-dom", controller.page_url)
     return seen.stdout + "".join(line for line in seen.stderr.splitlines(True) if "CONSOLE" in line)
 
@@ -82,8 +124,30 @@ def test_it_says_that_an_override_is_in_force_and_takes_its_actor_for_text(dom: 
     assert "<b>eve" not in dom
 
 
-def test_its_scripts_report_no_error(dom: str) -> None:
-    assert "CONSOLE" not in dom
+def test_it_shows_what_calm_steps_obey_beside_the_budgets(calm_dom: str) -> None:
+    tiles = dict(re.findall(r'class="name">([^<]+)<.*?class="note">([^<]*)<', calm_dom))
+    assert tiles["prefill budget"].startswith("48 in calm steps, ")
+    assert tiles["decode budget"].startswith("41 in calm steps, ")
+    assert tiles["tokens in calm steps"] == "nobody waits, under 9 run; prefill / decode"
+    assert ">75 % / 75 %<" in calm_dom
+    # Decode loses more: a quarter of the tokens at 30, the others at 41 activations of 48.
+    loss = 0.25 * 0.2 * 18 / 42 + 0.75 * 0.2 * 7 / 42
+    prefill_loss = 0.25 * 0.2 * 28 / 42
+    assert f">{max(loss, prefill_loss):.4f}<" in calm_dom
+    bands = re.findall(r'<path class="band"[^>]* d="(M[^"]+Z)"', calm_dom)
+    assert len(bands) == 2
+    assert len(re.findall(r'<path class="trace calm"[^>]* d="(M[^"]+)"', calm_dom)) == 2
+
+
+def test_without_calm_budgets_it_shows_none(dom: str) -> None:
+    assert not re.search(r'<path class="(band|trace calm)"[^>]* d="M', dom)
+    assert not re.search(r'class="note">[^<]*in calm steps', dom)
+    assert ">\u2013 / \u2013<" in dom
+
+
+@pytest.mark.parametrize("page", ["dom", "calm_dom"])
+def test_its_scripts_report_no_error(page: str, request: pytest.FixtureRequest) -> None:
+    assert "CONSOLE" not in request.getfixturevalue(page)
 
 
 def test_it_brings_everything_along_and_may_fetch_nothing_else(

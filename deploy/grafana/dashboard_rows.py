@@ -18,7 +18,8 @@ def _budget_panel(phase: str) -> PanelSpec:
     return PanelSpec(
         title=f"{phase.capitalize()} budget",
         description="Routed-expert activations per token, summed over the MoE layers: what the "
-        "controller asks for, what it wrote, what the workers have in force, and the bounds.",
+        "controller asks for, what it wrote, what the workers have in force, what calm steps obey "
+        "(nobody waits, few requests run), and the bounds.",
         unit="short",
         stepped=True,
         queries=(
@@ -26,6 +27,7 @@ def _budget_panel(phase: str) -> PanelSpec:
             Query(f"{CONTROLLER}_budget_written_activations{{{selector}}}", "written"),
             Query(f"{CONTROLLER}_budget_acknowledged_activations{{{selector}}}", "acknowledged"),
             Query(f"sglang_alloc_budget_activations{{{selector}}}", "in force, rank {{tp_rank}}"),
+            Query(f"{CONTROLLER}_calm_budget_written_activations{{{selector}}}", "calm steps"),
             Query(f"{CONTROLLER}_budget_floor_activations{{{selector}}}", "floor"),
             Query(f"{CONTROLLER}_budget_ceiling_activations{{{selector}}}", "ceiling"),
         ),
@@ -99,18 +101,30 @@ BUDGET = RowSpec(
         _budget_panel("decode"),
         PanelSpec(
             title="Predicted quality loss",
-            description="What the budget tables predict for the written budgets, in nats per "
-            "token above the full model.",
+            description="What the budget tables predict, in nats per token above the full model: "
+            "expected for the tokens of the last minute, and for those of busy and of calm steps.",
             unit="short",
             stepped=True,
-            queries=(Query(f"{CONTROLLER}_predicted_loss_nats{{{TARGET}}}", "{{phase}}"),),
+            queries=(
+                Query(f"{CONTROLLER}_expected_loss_nats{{{TARGET}}}", "{{phase}}, expected"),
+                Query(f"{CONTROLLER}_predicted_loss_nats{{{TARGET}}}", "{{phase}}, busy steps"),
+                Query(
+                    f"{CONTROLLER}_calm_predicted_loss_nats{{{TARGET}}}", "{{phase}}, calm steps"
+                ),
+            ),
+        ),
+        PanelSpec(
+            title="Tokens served in calm steps",
+            description="Share of the last minute's tokens: at the calm budgets, where there are "
+            "any. The others were served while requests waited or many ran.",
+            unit="percentunit",
+            queries=(Query(f"{CONTROLLER}_calm_tokens_ratio{{{TARGET}}}", "{{phase}}"),),
         ),
         PanelSpec(
             title="Time below full quality",
-            description="Share of the last 6 hours and of the last day in which a phase ran below "
-            "its ceiling, and the share that is allowed.",
+            description="Share of the last 6 hours and of the last day in which somebody was served "
+            "below a phase's ceiling, and the share that is allowed.",
             unit="percentunit",
-            width=12,
             queries=(
                 Query(f"sglang_alloc:below_full:ratio6h{{{TARGET}}}", "6 hours, {{instance}}"),
                 Query(f"sglang_alloc:below_full:ratio1d{{{TARGET}}}", "1 day, {{instance}}"),
@@ -121,11 +135,15 @@ BUDGET = RowSpec(
             title="Budget changes per minute",
             description="Ups and downs; a steady load should need a handful an hour.",
             unit="short",
-            width=12,
             queries=(
                 Query(
                     f"60 * rate({CONTROLLER}_budget_changes_total{{{TARGET}}}[$__rate_interval])",
                     "{{phase}} {{direction}}",
+                ),
+                Query(
+                    f"60 * rate({CONTROLLER}_calm_budget_changes_total{{{TARGET}}}"
+                    "[$__rate_interval])",
+                    "{{phase}} {{direction}}, calm steps",
                 ),
             ),
         ),

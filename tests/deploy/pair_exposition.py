@@ -13,13 +13,13 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from sglang_alloc.shared_table import WorkerCounters
+from sglang_alloc.shared_table import CalmBudgets, WorkerCounters
 from sglang_alloc_controller.law_state import Reason
 from sglang_alloc_controller.own_metrics import OwnMetrics
 from sglang_alloc_controller.reading_history import Sample
 from sglang_alloc_controller.samples import PHASES, InputState, Phase
 from sglang_alloc_controller.settings import SloSettings
-from sglang_alloc_controller.tick_report import TickReport
+from sglang_alloc_controller.tick_report import CalmReport, TickReport
 
 HERE = Path(__file__).resolve().parent
 RECORDED_SGLANG = HERE / "fixtures" / "sglang_0_5_23_metrics.txt"
@@ -107,4 +107,12 @@ def _busy_tick() -> TickReport:
         saturation_ratio=0.4,
         source_failures_total=0,
         source_error=None,
+        below_full=True,
+        calm=CalmReport(
+            desired=CalmBudgets(8, 7, 28),
+            written=CalmBudgets(8, 7, 28),
+            predicted_losses={"prefill": 0.0, "decode": 0.002},
+            ratios={"prefill": 0.95, "decode": 0.8},
+            was_busy=dict.fromkeys(PHASES, True),
+        ),
     )

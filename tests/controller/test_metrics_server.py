@@ -75,6 +75,8 @@ def test_every_counter_is_there_before_its_first_event(served: Served) -> None:
     text = served.get("/metrics").text
     for name in (
         'budget_changes_total{direction="down",phase="prefill"}',
+        'calm_budget_changes_total{direction="up",phase="decode"}',
+        'calm_budget_reversals_total{phase="decode"}',
         "ticks_total",
         "tick_errors_total",
         "source_failures_total",

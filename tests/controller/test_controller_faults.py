@@ -122,7 +122,7 @@ def test_a_paused_controller_is_replaced_by_the_workers_fallback_and_goes_on(
         controller.process.send_signal(signal.SIGSTOP)
         held = table.selector()
         controller.wait_for(lambda: _in_force(table).source == "fallback", "the fallback")
-        assert _in_force(table)[2:] == FULL
+        assert _in_force(table)[2:] == (*FULL, None)
         assert table.selector() == held
         controller.process.send_signal(signal.SIGCONT)
         controller.wait_for(lambda: _in_force(table).source == "controller", "control again")
@@ -163,7 +163,7 @@ def test_sigkill_at_any_moment_leaves_budgets_within_bounds_and_a_table_for_the_
         assert table.selector().generation >= left.generation
         assert table.is_intact()
         fallen_back = _in_force(table, later_seconds=2.0)
-        assert (fallen_back.source, *fallen_back[2:]) == ("fallback", *FULL)
+        assert (fallen_back.source, *fallen_back[2:]) == ("fallback", *FULL, None)
     with running(config) as controller:
         controller.wait_for(lambda: controller.is_in_state("valid"), "valid input")
         assert controller.stop() == 0

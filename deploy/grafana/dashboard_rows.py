@@ -122,8 +122,8 @@ BUDGET = RowSpec(
         ),
         PanelSpec(
             title="Time below full quality",
-            description="Share of the last 6 hours and of the last day in which somebody was served "
-            "below a phase's ceiling, and the share that is allowed.",
+            description="Share of the last 6 hours and of the last day in which somebody was "
+            "served below a phase's ceiling, and the share that is allowed.",
             unit="percentunit",
             queries=(
                 Query(f"sglang_alloc:below_full:ratio6h{{{TARGET}}}", "6 hours, {{instance}}"),

@@ -196,7 +196,12 @@ class Worker:
         if self._is_watching and self._unseen_layers[self._phase]:
             self._refuse_unseen_layers()
         self._phase, self._is_watching = phase, True
-        is_calm = self.requests_waiting == 0 and self.requests_running < self._calm_below
+        # With thresholds corrected no step has the calm budgets, so none counts as calm.
+        is_calm = (
+            self._drift is None
+            and self.requests_waiting == 0
+            and self.requests_running < self._calm_below
+        )
         selection = self.calm if is_calm else self.in_force
         if selection is not self._obeyed:
             self._obey(selection)

@@ -150,6 +150,8 @@ def test_with_thresholds_corrected_every_step_obeys_the_same_budgets(
     _step(worker, "decode", 0, 2)
     assert worker.calm is worker.in_force
     assert worker.enforcement.drops_slots()
+    # Else what these tokens lost would be told as what the calm budgets lose.
+    assert worker.tokens.words() == CalmTokens(0, 0, 0, 2)
     other = make_worker(mode="threshold")
     _put_in_force(other)
     assert other.calm[2:4] == (FULL, 2 * LAYERS)

@@ -20,6 +20,7 @@ from sglang_alloc_controller.control_law import (
     violates,
     window_start_seconds,
 )
+from sglang_alloc_controller.law_calm import with_calm_steps
 from sglang_alloc_controller.law_capacity import Levels
 from sglang_alloc_controller.law_state import (
     Calm,
@@ -28,9 +29,7 @@ from sglang_alloc_controller.law_state import (
     LawState,
     Reason,
     Seen,
-    calm_levels_of,
     initial_state,
-    levels_of,
 )
 from sglang_alloc_controller.load_history import LoadHistory, PlausibleQueue
 from sglang_alloc_controller.reading_history import ReadingHistory, Sample
@@ -117,7 +116,7 @@ class ControlCore:
         if calm is None or not self._settings.law.calm_budgets:
             return None
         if not all(ranges[phase].levels for phase in PHASES):
-            return None  # without a cost model the law has none
+            return None  # without a cost model it follows from the budgets
         prefill, decode = (
             ranges[phase].level(ranges[phase].position(budget))
             for phase, budget in zip(PHASES, calm[:2], strict=True)
@@ -190,7 +189,9 @@ class ControlCore:
             decision = self._stand_still(Reason.OVERRIDE, forced.override, seen)
             if fixed is not None:
                 return decision, fixed
-            return self._with_own_calm(decision), self.budgets(decision)
+            # What the law left for calm steps stays asked for.
+            decision = with_calm_steps(decision, self.state, self._constants)
+            return decision, self.budgets(decision)
         if fixed is not None:
             return self._stand_still(Reason.FIXED, fixed, seen), fixed
         self._standing = None
@@ -259,22 +260,6 @@ class ControlCore:
         # A server that tells an absurd number must not make the table refuse the budgets.
         running_requests = min(RUNNING_ANY, max(1, decision.calm_running_requests))
         return CalmBudgets(prefill, decode, running_requests)
-
-    def _with_own_calm(self, decision: Decision) -> Decision:
-        """Return the decision with the calm budgets that the law left, which stay asked for."""
-        calm, constants = self.state.calm, self._constants
-        if calm is None:
-            return decision
-        levels = calm_levels_of(self.state, constants)
-        if levels == levels_of(self.state, constants):
-            return decision
-        return decision._replace(
-            calm_positions={
-                phase: self.ranges[phase].level_position(level)
-                for phase, level in zip(PHASES, levels, strict=True)
-            },
-            calm_running_requests=calm.running_requests,
-        )
 
     def _not_decided(self, reason: Reason, budgets: Mapping[Phase, int], seen: Seen) -> Decision:
         in_force = {phase: self.ranges[phase].position(budgets[phase]) for phase in PHASES}

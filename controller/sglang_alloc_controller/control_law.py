@@ -27,6 +27,8 @@ Regimes, first match first:
     room       one step up of one phase, after the hold, unless backing off or predicted to violate;
                a step forbidden by the prediction alone is tried after probe_seconds
 
+Calm steps, which leave no request waiting, keep `calm_kept_ratio` of what the others give up.
+
 With step times by budget and a server that tells the prompt tokens it computes, the regimes from
 "violation" on are those of law_forward instead: the load decides, and latencies correct it.
 
@@ -38,6 +40,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+from sglang_alloc_controller.law_calm import with_calm_steps
 from sglang_alloc_controller.law_degrade import degraded, taken_back
 from sglang_alloc_controller.law_failures import with_present_load
 from sglang_alloc_controller.law_forward import forward, goes_forward
@@ -51,7 +54,6 @@ from sglang_alloc_controller.law_state import (
     Pressure,
     Reason,
     Seen,
-    calm_levels_of,
     changed_at_seconds,
     levels_of,
 )
@@ -268,13 +270,4 @@ def _decided(
     saturated = state.saturated_since_seconds is not None
     saturation_ratio = 1.0 if saturated else deficit_saturation(positions)
     decision = Decision(positions, reasons, excesses, saturation_ratio)
-    calm = calm_levels_of(state, constants) if state.calm is not None else None
-    if state.calm is None or calm is None or calm == levels_of(state, constants):
-        return state, decision
-    return state, decision._replace(
-        calm_positions={
-            phase: constants.ranges[phase].level_position(level)
-            for phase, level in zip(PHASES, calm, strict=True)
-        },
-        calm_running_requests=state.calm.running_requests,
-    )
+    return state, with_calm_steps(decision, state, constants)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sglang_alloc.shared_table_words import RUNNING_ANY
 from sglang_alloc_controller.law_capacity import (
     Choice,
     Column,
@@ -32,6 +33,13 @@ from sglang_alloc_controller.law_capacity import (
     late_price,
 )
 from sglang_alloc_controller.law_settings import LawSettings
+from sglang_alloc_controller.law_state import (
+    Decision,
+    LawConstants,
+    LawState,
+    calm_levels_of,
+)
+from sglang_alloc_controller.samples import PHASES
 
 # Weight of the busy pair's work in what late answers go by, and in what the busy share does.
 _LATE_WEIGHT, _SHARE_WEIGHT = 0.6, 0.4
@@ -87,6 +95,29 @@ def cheapest(
     plan = plan_of(found[busy[best]], found[calm[best]], demand)
     present = late_price(np.array([now.work_seconds]), demand, critical, objective_ratio, law)
     return plan, now.loss + float(present[0]) - float(loss[best] + price[best])
+
+
+def with_calm_steps(decision: Decision, state: LawState, constants: LawConstants) -> Decision:
+    """Return the decision with the positions of calm steps, where they have larger budgets.
+
+    A law that looked ahead has chosen them. One that does not keeps `calm_kept_ratio` of what the
+    budgets give up, in steps that leave no request waiting.
+    """
+    ranges, law = constants.ranges, constants.law
+    positions, running_requests = dict(decision.positions), RUNNING_ANY
+    if state.calm is not None:
+        levels = zip(PHASES, calm_levels_of(state, constants), strict=True)
+        positions = {phase: ranges[phase].level_position(level) for phase, level in levels}
+        running_requests = state.calm.running_requests
+    elif state.forward is None and law.calm_budgets:
+        kept = law.calm_kept_ratio
+        positions = {phase: one + kept * (1.0 - one) for phase, one in positions.items()}
+    if all(
+        ranges[phase].budget(positions[phase]) == ranges[phase].budget(decision.positions[phase])
+        for phase in PHASES
+    ):
+        return decision
+    return decision._replace(calm_positions=positions, calm_running_requests=running_requests)
 
 
 def _pairs(found: Sequence[Choice], law: LawSettings) -> tuple[np.ndarray, np.ndarray]:

@@ -114,7 +114,11 @@ class LawSettings(Section):
     load_backlog_ratio: Positive = 10.0
     """Largest such queue that counts, in multiples of its SLO."""
     calm_budgets: bool = True
-    """Whether steps that leave no request waiting may have larger budgets than the others."""
+    """Whether steps that leave no request waiting while few enough run may have larger budgets than
+    the others."""
+    calm_kept_ratio: Share = 0.7
+    """Without a cost model: how much of what the budgets give up is kept in steps that leave no
+    request waiting. All of it would keep the SLO less well, by one or two points."""
     calm_running_ratio: Positive = 0.9375
     """Share of the most running requests seen from which on a step is not calm."""
     levels_max: Annotated[int, Field(ge=2)] = 12

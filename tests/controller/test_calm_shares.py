@@ -31,7 +31,7 @@ def _at_calm_budgets(folder: Path, calm: CalmBudgets | None = CALM) -> VirtualCo
     publish_table(folder / "t.tbl")
     with SharedTable.open(folder / "t.tbl") as table, SelectorWriter.acquire(table) as writer:
         writer.write(*BUDGETS, calm)
-    law = {"levels_max": 43}  # every budget is a level
+    law = {"levels_max": 43, "calm_budgets": calm is not None}  # every budget is a level
     controller, engine = looking_ahead(folder / "t.tbl", law=law)
     # It tells no prompt tokens, and is in the dead band of the law that does not look ahead.
     controller.source, engine.within_ratio = engine, 0.955

@@ -108,7 +108,7 @@ def test_a_log_of_a_controller_without_calm_budgets_replays_and_shows_where_ther
     assert 0 < len(asked) < len(ticks)
     assert [tick.budgets_differ for tick in ticks] == [tick in asked for tick in ticks]
     assert replay_files([path], None, tmp_path / "out.csv")
-    assert re.search(r"calm none -> \d+/\d+ below 14 running", capsys.readouterr().out)
+    assert re.search(r"calm none -> \d+/\d+ below 15 running", capsys.readouterr().out)
     header, *rows = csv.reader((tmp_path / "out.csv").read_text().splitlines())
     assert header[-4:] == [
         f"{phase}_{column}_calm"

@@ -249,7 +249,7 @@ def late_price(
     doubt = np.minimum(_DOUBT_MAX, doubt)
     beyond = slope * (felt(demand.rate_per_second * work_seconds, dispersion) - critical)
     share = late_share(at_critical + beyond + doubt)
-    total = price * np.maximum(0.0, share - law.load_free_ratio * allowed)
+    total: Column = price * np.maximum(0.0, share - law.load_free_ratio * allowed)
     likely = late_share(at_critical + beyond)
     total += law.load_violation_price_nats * np.maximum(0.0, likely - allowed)
     if demand.peak_weight > 0:
@@ -262,7 +262,8 @@ def late_share(log_odds: Column) -> Column:
     """Return the share of late answers; it goes on growing a little where all are late."""
     odds = np.exp(np.minimum(0.0, log_odds))
     beyond = _BEYOND * np.maximum(0.0, log_odds - 1.0)
-    return odds / (1.0 + odds) + 0.25 * np.clip(log_odds, 0.0, 1.0) + beyond
+    share: Column = odds / (1.0 + odds) + 0.25 * np.clip(log_odds, 0.0, 1.0) + beyond
+    return share
 
 
 @lru_cache(maxsize=8)

@@ -96,7 +96,7 @@ class LawSettings(Section):
     from one hour to another of the same load, as that of 900 answers in clumps of 80 would."""
     load_memory_seconds: Seconds = 1800.0
     """How long what was learned of the critical utilisation counts."""
-    load_free_ratio: Share = 0.1
+    load_free_ratio: Share = 0.06
     """Share of the allowed misses up to which late answers cost nothing. Nearly all of them count:
     those that a cheap budget would have spared then pay for the next clump."""
     load_miss_price_nats: Positive = 0.4

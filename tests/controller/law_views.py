@@ -27,6 +27,7 @@ _BY_HAND: dict[str, Any] = {
     "relief_ratio": 0.7,
     "calm_budgets": False,  # test_law_calm has its own
     "load_miss_price_nats": 0.6,
+    "load_free_ratio": 0.1,
 }
 # 100 activations from floor to ceiling, so that positions read as per cent.
 RANGE = BudgetRange(20, 120)

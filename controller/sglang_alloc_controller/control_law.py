@@ -77,13 +77,13 @@ def decide(state: LawState, seen: Seen, constants: LawConstants) -> tuple[LawSta
     state = measured(state, seen, constants)
     asked = pressures(state, seen, constants)
     if goes_forward(seen, constants):
-        return _decide_forward(state, asked, seen, constants)
+        return _decide_forward(replace(state, by_latencies=False), asked, seen, constants)
     if any(pressure.excess > 0 for pressure in asked.values()):
         return _decide_violation(state, asked, seen, constants)
     phases = {name: survived(phase, seen, constants) for name, phase in state.phases.items()}
     state = replace(state, phases=phases, saturated_since_seconds=None)
     phases, reasons = restore(state, seen, constants)
-    return _decided(replace(state, phases=phases), reasons, asked, constants)
+    return _decided(_by_latencies(state, phases), reasons, asked, constants)
 
 
 def frozen(state: LawState, reason: Reason, seen: Seen) -> LawState:
@@ -103,7 +103,7 @@ def frozen(state: LawState, reason: Reason, seen: Seen) -> LawState:
         )
         for name, phase in state.phases.items()
     }
-    return LawState(phases, forward=state.forward, calm=state.calm)
+    return LawState(phases, forward=state.forward, calm=state.calm, by_latencies=state.by_latencies)
 
 
 def not_taken(before: LawState, after: LawState, constants: LawConstants) -> LawState:
@@ -125,7 +125,12 @@ def not_taken(before: LawState, after: LawState, constants: LawConstants) -> Law
             draining=earlier.draining,
         )
     return replace(
-        after, phases=phases, forward=belief, calm=before.calm, saturated_since_seconds=None
+        after,
+        phases=phases,
+        forward=belief,
+        calm=before.calm,
+        by_latencies=before.by_latencies,
+        saturated_since_seconds=None,
     )
 
 
@@ -177,8 +182,18 @@ def _decide_violation(
         reasons[name] = Reason.AT_CEILING if phases[name].position >= 1 else Reason.DEADBAND
         if asked[name].excess > 0:
             phases[name], reasons[name] = degraded(name, state, asked[name], seen, constants)
-    state = replace(state, phases=phases)
+    state = _by_latencies(state, phases)
     return _decided(*_saturation(state, reasons, seen, constants), asked, constants)
+
+
+def _by_latencies(state: LawState, phases: dict[Phase, PhaseState]) -> LawState:
+    """Return the state with the phases as latencies want them.
+
+    What was chosen for calm steps was chosen beside the budgets in force, and goes with these.
+    """
+    if all(phases[name].position == state.phases[name].position for name in PHASES):
+        return replace(state, phases=phases)
+    return replace(state, phases=phases, calm=None, by_latencies=True)
 
 
 def _decide_forward(

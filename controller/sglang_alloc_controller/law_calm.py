@@ -38,6 +38,7 @@ from sglang_alloc_controller.law_state import (
     LawConstants,
     LawState,
     calm_levels_of,
+    has_step_times,
 )
 from sglang_alloc_controller.samples import PHASES
 
@@ -100,8 +101,8 @@ def cheapest(
 def with_calm_steps(decision: Decision, state: LawState, constants: LawConstants) -> Decision:
     """Return the decision with the positions of calm steps, where they have larger budgets.
 
-    A law that looked ahead has chosen them. One that does not keeps `calm_kept_ratio` of what the
-    budgets give up, in steps that leave no request waiting.
+    A law that looked ahead has chosen them, beside the budgets in force. Where latencies choose the
+    budgets, `calm_kept_ratio` of what these give up is kept in steps that leave no request waiting.
     """
     ranges, law = constants.ranges, constants.law
     positions, running_requests = dict(decision.positions), RUNNING_ANY
@@ -109,7 +110,7 @@ def with_calm_steps(decision: Decision, state: LawState, constants: LawConstants
         levels = zip(PHASES, calm_levels_of(state, constants), strict=True)
         positions = {phase: ranges[phase].level_position(level) for phase, level in levels}
         running_requests = state.calm.running_requests
-    elif state.forward is None and law.calm_budgets:
+    elif law.calm_budgets and (state.by_latencies or not has_step_times(constants)):
         kept = law.calm_kept_ratio
         positions = {phase: one + kept * (1.0 - one) for phase, one in positions.items()}
     if all(

@@ -46,6 +46,7 @@ from sglang_alloc_controller.law_state import (
     Seen,
     calm_levels_of,
     changed_at_seconds,
+    has_step_times,
     levels_of,
 )
 from sglang_alloc_controller.law_steps import with_step_times
@@ -77,8 +78,7 @@ _SLACK_MIN = 0.2
 
 def goes_forward(seen: Seen, constants: LawConstants) -> bool:
     """Tell whether everything is known that this part of the law needs."""
-    ranges = constants.ranges
-    return bool(seen.load_windows) and all(ranges[phase].step_times for phase in PHASES)
+    return bool(seen.load_windows) and has_step_times(constants)
 
 
 def forward(

@@ -184,7 +184,9 @@ class LawState:
     forward: ForwardState | None = None
     """None: nothing was learned yet."""
     calm: Calm | None = None
-    """None: all steps have the same budgets."""
+    """Chosen for the load beside the budgets; None: nothing was."""
+    by_latencies: bool = False
+    """Whether latencies moved the budgets last, although step times by budget are known."""
 
 
 class Pressure(NamedTuple):
@@ -228,6 +230,11 @@ def initial_state(
 def changed_at_seconds(state: LawState) -> float:
     """Return when a budget was last changed."""
     return max(phase.changed_at_seconds for phase in state.phases.values())
+
+
+def has_step_times(constants: LawConstants) -> bool:
+    """Tell whether a cost model says what a step takes, so that the law can look ahead."""
+    return all(constants.ranges[phase].step_times for phase in PHASES)
 
 
 def levels_of(state: LawState, constants: LawConstants) -> Levels:

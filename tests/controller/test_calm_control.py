@@ -27,7 +27,7 @@ def table(tmp_path: Path) -> Path:
     return tmp_path / "t.tbl"
 
 
-def _leave(table: Path, budgets: tuple[int, int], calm: CalmBudgets) -> int:
+def _leave(table: Path, budgets: tuple[int, int], calm: CalmBudgets | None) -> int:
     """Leave these budgets in the table, as a controller that was killed does."""
     with SharedTable.open(table) as opened, SelectorWriter.acquire(opened) as writer:
         return writer.write(*budgets, calm)
@@ -182,6 +182,30 @@ def test_a_restarted_controller_goes_on_at_both_pairs_without_a_write(table: Pat
     run(controller, 4)
     assert (_selector(controller), _calm(controller)) == (selector, calm)
     assert controller.link.selector().generation == generation
+
+
+def test_a_controller_that_finds_one_pair_for_all_steps_goes_on_at_it(table: Path) -> None:
+    """Under a load that nothing carries, which is no time to give quality back."""
+    generation = _leave(table, (6, 6), None)
+    controller, _ = looking_ahead(table)
+    controller.source = lambda: None
+    run(controller, 4)
+    assert (_selector(controller), controller.link.calm_budgets()) == ((6, 6), None)
+    assert controller.link.selector().generation == generation
+
+
+def test_budgets_that_latencies_lower_take_those_of_calm_steps_with_them(table: Path) -> None:
+    """A server that tells no prompt tokens: nothing is looked ahead by, whatever was before."""
+    _leave(table, (20, 20), CalmBudgets(48, 48, 9))
+    controller, engine = looking_ahead(table)
+    controller.source = engine
+    run(controller, 2)
+    assert (_selector(controller), _calm(controller)) == ((21, 21), CalmBudgets(48, 48, 9))
+    engine.within_ratio = 0.5
+    run(controller, 30)
+    assert _selector(controller) == (6, 6)
+    # 0.7 of what the floor gives up, at the nearest level.
+    assert _calm(controller) == CalmBudgets(37, 37, RUNNING_ANY)
 
 
 def test_calm_budgets_outside_the_bounds_are_brought_inside(table: Path) -> None:

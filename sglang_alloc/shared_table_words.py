@@ -130,8 +130,9 @@ class WorkerSlot:
         not worth a server.
         """
         if self._is_intact():
-            for index, count in enumerate(tokens):
-                self._calm_words[index] = count
+            # All tokens before the calm ones of a phase: who reads between has no more of these.
+            for index in range(CALM_TOKENS_WORDS - 1, -1, -1):
+                self._calm_words[index] = tokens[index]
             for index in range(WORKER_SLOT_WORDS - 1, -1, -1):
                 self._words[index] = counters[index]
 

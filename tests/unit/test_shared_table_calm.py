@@ -1,6 +1,7 @@
 """Calm budgets in the shared table: when the calm word counts, and who counted how many tokens."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from sglang_alloc.shared_table import (
     SelectorWriter,
     SharedTable,
     WorkerCounters,
+    WorkerSlot,
     calm_of_word,
     pack_calm_word,
     pack_word,
@@ -165,3 +167,24 @@ def test_each_rank_counts_its_tokens_beside_its_slot(table: SharedTable) -> None
     assert set(counted[1:63]) == {CalmTokens(0, 0, 0, 0)}
     assert [worker.pid for worker in table.worker_counters()] == [7, 8]
     assert table.override(NOW_NS) is None
+
+
+class _ReadBetween(list[int]):
+    """Words that somebody reads between any two stores."""
+
+    def __init__(self, words: CalmTokens) -> None:
+        super().__init__(words)
+        self.seen: list[CalmTokens] = []
+
+    def __setitem__(self, index: Any, word: Any) -> None:
+        super().__setitem__(index, word)
+        self.seen.append(CalmTokens(*self))
+
+
+def test_who_reads_between_the_stores_never_sees_more_calm_tokens_than_tokens() -> None:
+    words: Any = _ReadBetween(CalmTokens(9, 10, 0, 2))
+    slot = WorkerSlot(memoryview(bytearray(16 * 8)).cast("Q"), words, lambda: True)
+    slot.store(WorkerCounters(pid=7), CalmTokens(40, 41, 3, 5))
+    assert words.seen[-1] == CalmTokens(40, 41, 3, 5)
+    assert all(one.calm_prefill <= one.prefill for one in words.seen)
+    assert all(one.calm_decode <= one.decode for one in words.seen)

@@ -216,7 +216,7 @@ class Worker:
         self.tokens.add(phase, num_tokens, is_calm=is_calm)
         self.steps += 1
         if self._record is not None:
-            self._record.add(self.steps, selection, phase, num_tokens, now_ns)
+            self._record.add(self.steps, selection, phase, num_tokens, now_ns, is_calm=is_calm)
 
     def _token_budgets(
         self, phase: Phase, num_tokens: int, own: OwnBudgets

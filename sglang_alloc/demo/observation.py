@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import bisect
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx2
 
 from sglang_alloc.demo.load import RequestRecord, offer_load
 from sglang_alloc.demo.trace import Trace
-from sglang_alloc.shared_table import SharedTable
+from sglang_alloc.server_runs.served_steps import Step, read_steps
+from sglang_alloc.shared_table import SharedTable, WorkerCounters
+from sglang_alloc.shared_table_words import source_code
 
 # Rendering /metrics takes SGLang some 50 ms on the cores that it serves from, and its /v1/loads
 # less than 4: the controller needs the one, this observer only the other.
@@ -32,7 +34,7 @@ class GaugeSample(NamedTuple):
 
 
 class BudgetInForce(NamedTuple):
-    """The budgets that the leading rank acknowledged from `second` on."""
+    """The budgets of busy steps, or those of calm ones, from `second` on."""
 
     second: float
     prefill_budget: int
@@ -41,17 +43,18 @@ class BudgetInForce(NamedTuple):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything that one run of the trace left behind."""
+    """Everything that one run of the trace left behind.
+
+    `budgets` are those that the leading rank acknowledged, which busy steps obey, `calm_budgets`
+    what it gives calm ones. Steps begin so many seconds after the start of the run.
+    """
 
     trace: Trace
     requests: tuple[RequestRecord, ...]
     gauges: tuple[GaugeSample, ...]
     budgets: tuple[BudgetInForce, ...]
-
-    def budgets_at(self, second: float) -> BudgetInForce:
-        """Return the budgets in force at `second` (the first ones, before the first look)."""
-        position = bisect.bisect_right([entry.second for entry in self.budgets], second) - 1
-        return self.budgets[max(position, 0)]
+    calm_budgets: tuple[BudgetInForce, ...]
+    steps: tuple[Step, ...]
 
     @property
     def seconds(self) -> float:
@@ -64,34 +67,49 @@ def observe_run(
     url: str,
     trace: Trace,
     table: SharedTable,
+    step_record: Path,
     on_tick: Callable[[float, int, int], None],
 ) -> RunRecord:
     """Send the trace to `url` and watch the server and the table while it runs.
 
+    What the server did meanwhile is read from its `step_record` afterwards.
     `on_tick(second, sent, finished)` is called twice a second; what it raises ends the run.
     """
-    return asyncio.run(_observe(url, trace, table, on_tick))
+    return asyncio.run(_observe(url, trace, table, step_record, on_tick))
 
 
 async def _observe(
     url: str,
     trace: Trace,
     table: SharedTable,
+    step_record: Path,
     on_tick: Callable[[float, int, int], None],
 ) -> RunRecord:
     gauges: list[GaugeSample] = []
     budgets: list[BudgetInForce] = []
+    calm_budgets: list[BudgetInForce] = []
     started = time.monotonic()
     watchers = [
         asyncio.create_task(_watch_gauges(url, started, gauges)),
-        asyncio.create_task(_watch_budgets(table, started, budgets)),
+        asyncio.create_task(_watch_budgets(table, started, budgets, calm_budgets)),
     ]
     try:
         requests = await offer_load(url, trace, on_tick=on_tick)
     finally:
         for watcher in watchers:
             watcher.cancel()
-    return RunRecord(trace, tuple(requests), tuple(gauges), tuple(budgets))
+    steps = _steps_since(started, step_record)
+    return RunRecord(
+        trace, tuple(requests), tuple(gauges), tuple(budgets), tuple(calm_budgets), steps
+    )
+
+
+def _steps_since(started: float, step_record: Path) -> tuple[Step, ...]:
+    return tuple(
+        step._replace(begun_seconds=step.begun_seconds - started)
+        for step in read_steps(step_record)
+        if step.begun_seconds >= started
+    )
 
 
 async def _watch_gauges(url: str, started: float, gauges: list[GaugeSample]) -> None:
@@ -124,13 +142,35 @@ def sum_loads(second: float, answer: Mapping[str, Any]) -> GaugeSample:
     )
 
 
-async def _watch_budgets(table: SharedTable, started: float, budgets: list[BudgetInForce]) -> None:
+async def _watch_budgets(
+    table: SharedTable,
+    started: float,
+    budgets: list[BudgetInForce],
+    calm_budgets: list[BudgetInForce],
+) -> None:
     while True:
         ranks = table.worker_counters()
         if ranks:
-            now = BudgetInForce(
-                time.monotonic() - started, ranks[0].prefill_budget, ranks[0].decode_budget
-            )
-            if not budgets or budgets[-1][1:] != now[1:]:
-                budgets.append(now)
+            second = time.monotonic() - started
+            acknowledged = (ranks[0].prefill_budget, ranks[0].decode_budget)
+            _note_change(budgets, second, acknowledged)
+            _note_change(calm_budgets, second, calm_in_force(table, ranks[0]) or acknowledged)
         await asyncio.sleep(BUDGETS_EVERY_SECONDS)
+
+
+def _note_change(entries: list[BudgetInForce], second: float, pair: tuple[int, int]) -> None:
+    if not entries or entries[-1][1:] != pair:
+        entries.append(BudgetInForce(second, *pair))
+
+
+def calm_in_force(table: SharedTable, rank: WorkerCounters) -> tuple[int, int] | None:
+    """Return the budgets of the rank's calm steps, or None: they have those of all others.
+
+    The controller writes them for the generation that it asks for; a rank that follows another one,
+    an override or its fallback has none.
+    """
+    calm = table.calm_budgets()
+    following = (rank.acknowledged_source, rank.acknowledged_generation)
+    if calm is None or following != (source_code("controller"), table.selector().generation):
+        return None
+    return calm.prefill_budget, calm.decode_budget

@@ -5,20 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from sglang_alloc.demo.load import RequestRecord
 from sglang_alloc.demo.load_plan import BURST, Slo
 from sglang_alloc.demo.observation import RunRecord
-
-
-class ServedBudgets(NamedTuple):
-    """The budgets that one request was served at, and the tokens it weighs in a mean."""
-
-    prefill_budget: float
-    decode_budget: float
-    prompt_tokens: int
-    output_tokens: int
+from sglang_alloc.demo.served import served_budgets, summarise_steps
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -49,31 +41,6 @@ def attainment_ratio(requests: Sequence[RequestRecord], slo: Slo) -> float:
     if not requests:
         return math.nan
     return sum(within_slo(request, slo) for request in requests) / len(requests)
-
-
-def served_budgets(run: RunRecord) -> list[ServedBudgets]:
-    """Return the budgets of each answered request.
-
-    The prefill budget is the one in force when its first token came, the decode budget the mean
-    over its later tokens.
-    """
-    served = []
-    for request in run.requests:
-        if request.first_token_second is None:
-            continue
-        second = request.first_token_second
-        decode = []
-        for gap in request.inter_token_seconds:
-            second += gap
-            decode.append(run.budgets_at(second).decode_budget)
-        first = run.budgets_at(request.first_token_second)
-        decode_budget = statistics.fmean(decode) if decode else float(first.decode_budget)
-        served.append(
-            ServedBudgets(
-                first.prefill_budget, decode_budget, request.prompt_tokens, request.output_tokens
-            )
-        )
-    return served
 
 
 def budget_changes(run: RunRecord) -> int:
@@ -117,6 +84,7 @@ def summarise_run(run: RunRecord, slo: Slo) -> dict[str, Any]:
         "prompt_tokens_per_second": sum(r.prompt_tokens for r in answered) / run.seconds,
         "mean_prefill_budget": _mean([(s.prefill_budget, s.prompt_tokens) for s in served]),
         "mean_decode_budget": _mean([(s.decode_budget, s.output_tokens) for s in served]),
+        **summarise_steps(run.steps),
         "budget_changes": budget_changes(run),
         "seconds": run.seconds,
     }

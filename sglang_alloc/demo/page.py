@@ -6,6 +6,8 @@ import html
 import math
 from typing import Any
 
+from sglang_alloc.allocation_mode import PHASES
+
 _STYLE = """
 :root { color-scheme: light; --ink: #202124; --soft: #5f6368; --line: #e3e6ea; --good: #0b6e69; }
 * { box-sizing: border-box; }
@@ -64,13 +66,15 @@ def render_page(report: dict[str, Any], timeline_svg: str, distribution_svg: str
 <p class="soft">SLOs of this run: first token within {slo["ttft_seconds"]:g} s of the request's due
 time, and a mean inter-token latency of at most {1000 * slo["itl_seconds"]:g} ms.
 {html.escape(report["load"]["sentence"])}</p>
+<p class="soft">{html.escape(report["calm_steps"]["sentence"])}</p>
 {_cards(report)}
 <h2>What happened when</h2>
 <figure>{timeline_svg}
 <figcaption>All runs got the same requests at the same seconds, from the same server process; of
 the two at full quality, before and after the controlled one, the better is drawn.
-Top: the budgets that the server acknowledged. Middle: the server's own count of waiting requests,
-once a second. Bottom: what each request waited for its first token.</figcaption></figure>
+Top two: the budgets that busy and calm steps of the controlled run obeyed, and the mean over the
+tokens that were served in each second. Third: the server's own count of waiting requests, once a
+second. Bottom: what each request waited for its first token.</figcaption></figure>
 <h2>Distributions</h2>
 <figure>{distribution_svg}
 <figcaption>Share of requests (left) and of tokens (right) at or below a latency.</figcaption>
@@ -108,7 +112,7 @@ def _cards(report: dict[str, Any]) -> str:
             f"nats per token, on {controlled['heldout_nll_full']:.3f}",
         ),
         (
-            "Budget, prefill / decode",
+            "Budget served, prefill / decode",
             f"{controlled['mean_prefill_budget']:.1f} / {controlled['mean_decode_budget']:.1f}",
             f"mean, of {before['mean_decode_budget']:.0f}; {controlled['budget_changes']} changes",
         ),
@@ -166,8 +170,22 @@ def _table_rows(report: dict[str, Any]) -> list[tuple[str, Rows]]:
         row("prompt tokens per second", "prompt_tokens_per_second", show=_one_decimal),
     ]
     quality = [
-        row("mean prefill budget", "mean_prefill_budget", show=_one_decimal),
-        row("mean decode budget", "mean_decode_budget", show=_one_decimal),
+        row("prefill budget as served, mean", "mean_prefill_budget", show=_one_decimal),
+        row("decode budget as served, mean", "mean_decode_budget", show=_one_decimal),
+        *(
+            row(
+                f"{phase} budget in {kind} steps, mean",
+                f"mean_budget_in_{kind}_steps",
+                phase,
+                show=_one_decimal,
+            )
+            for kind in ("busy", "calm")
+            for phase in PHASES
+        ),
+        *(
+            row(f"{phase} tokens in calm steps", "calm_tokens_ratio", phase, show=_percent)
+            for phase in PHASES
+        ),
         row("budget changes", "budget_changes"),
         row("held-out loss at the budgets used", "heldout_nll", show=_loss),
         row("held-out loss at full budget", "heldout_nll_full", show=_loss),

@@ -12,8 +12,10 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from sglang_alloc.allocation_mode import Phase
 from sglang_alloc.demo.load_plan import Slo
 from sglang_alloc.demo.observation import RunRecord
+from sglang_alloc.demo.served import budget_timeline, mean_budget_by_second
 
 FULL_COLOUR, CONTROLLED_COLOUR = "#8a8f98", "#0b6e69"
 DECODE_COLOUR, SLO_COLOUR, BURST_COLOUR = "#d1812f", "#b3261e", "#f3ead7"
@@ -37,13 +39,16 @@ _STYLE: dict[str, Any] = {
 def timeline_svg(full: RunRecord, controlled: RunRecord, slo: Slo, full_budget: int) -> str:
     """Return budgets, queue and TTFT per request over the time of the trace."""
     with mpl.rc_context({**_STYLE, "svg.hashsalt": "timeline"}):
-        figure = Figure(figsize=(10.4, 8.2), layout="constrained")
-        budgets, queue, ttft = figure.subplots(3, 1, sharex=True, height_ratios=(1.0, 1.0, 1.5))
+        figure = Figure(figsize=(10.4, 9.0), layout="constrained")
+        prefill, decode, queue, ttft = figure.subplots(
+            4, 1, sharex=True, height_ratios=(0.8, 0.8, 0.8, 1.5)
+        )
         end = max(full.seconds, controlled.seconds)
-        _draw_budgets(budgets, controlled, full_budget, end)
+        _draw_budgets(prefill, "prefill", controlled, full_budget, end)
+        _draw_budgets(decode, "decode", controlled, full_budget, end)
         _draw_queue(queue, full, controlled)
         _draw_ttft(ttft, full, controlled, slo)
-        for axes in (budgets, queue, ttft):
+        for axes in (prefill, decode, queue, ttft):
             _shade_burst(axes, controlled)
         ttft.set_xlim(0, end)
         ttft.set_xlabel("seconds after the start of the trace")
@@ -74,19 +79,27 @@ def _named(full: RunRecord, controlled: RunRecord) -> list[tuple[RunRecord, str,
     ]
 
 
-def _draw_budgets(axes: Axes, run: RunRecord, full_budget: int, end: float) -> None:
-    seconds = [max(entry.second, 0.0) for entry in run.budgets] + [end]
-    phases = (
-        ("prefill budget", CONTROLLED_COLOUR, [entry.prefill_budget for entry in run.budgets]),
-        ("decode budget", DECODE_COLOUR, [entry.decode_budget for entry in run.budgets]),
+def _draw_budgets(axes: Axes, phase: Phase, run: RunRecord, full_budget: int, end: float) -> None:
+    colour = {"prefill": CONTROLLED_COLOUR, "decode": DECODE_COLOUR}[phase]
+    timeline = budget_timeline(run, phase, end)
+    seconds = [entry.second for entry in timeline]
+    busy, calm = ([entry.busy for entry in timeline], [entry.calm for entry in timeline])
+    axes.fill_between(seconds, busy, calm, step="post", color=colour, alpha=0.12, linewidth=0)
+    axes.step(seconds, calm, where="post", color=colour, lw=1.2, ls=(0, (1, 1)), label="calm steps")
+    axes.step(seconds, busy, where="post", color=colour, lw=1.2, label="busy steps")
+    served = mean_budget_by_second(run, phase)
+    axes.plot(
+        [second for second, _ in served],
+        [budget for _, budget in served],
+        color=colour,
+        lw=2.6,
+        alpha=0.9,
+        label="mean of the tokens served",
     )
-    for name, colour, budgets in phases:
-        values = [*budgets, *budgets[-1:]]
-        axes.step(seconds[: len(values)], values, where="post", color=colour, label=name, lw=1.8)
     axes.axhline(full_budget, color=FULL_COLOUR, lw=1, ls=(0, (4, 3)), label="full quality")
-    axes.set_ylim(0, full_budget * 1.25)
-    axes.set_ylabel("budget\nactivations per token")
-    axes.legend(loc="upper right", ncols=3)
+    axes.set_ylim(0, full_budget * 1.35)
+    axes.set_ylabel(f"{phase} budget\nactivations\nper token")
+    axes.legend(loc="upper right", ncols=4)
 
 
 def _draw_queue(axes: Axes, full: RunRecord, controlled: RunRecord) -> None:

@@ -26,17 +26,19 @@ from sglang_alloc.demo.load_plan import (
 from sglang_alloc.demo.observation import RunRecord
 from sglang_alloc.demo.outcome import attainment_ratio, summarise_run
 from sglang_alloc.demo.page import render_page
-from sglang_alloc.demo.verdict import drift, verdict
+from sglang_alloc.demo.verdict import calm_steps, drift, verdict
 from sglang_alloc.server_runs import machine
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 HELDOUT_METHOD = (
     "Held-out loss is measured through the same server after the runs: each window's prompt is "
     "prefilled at the level's prefill budget and stays in the prefix cache; its continuation is "
     "then scored on that cache at the level's decode budget. The levels stand for the pairs of "
-    "budgets at which requests were served, weighted by output tokens. The continuation is scored "
-    "in one forward, as the API cannot force given tokens through decode steps."
+    "budgets at which output tokens were served: that of the prefill step that ended the request's "
+    "prompt, and that of the decode step that made the token, both from the server's own record of "
+    "its steps. The continuation is scored in one forward, as the API cannot force given tokens "
+    "through decode steps."
 )
 
 
@@ -80,6 +82,7 @@ def build_report(result: DemoResult) -> dict[str, Any]:
         "full_before": before,
         "full_after": after,
         "controlled": controlled,
+        "calm_steps": calm_steps(controlled),
         "drift": drift(before, after),
         "slo": slo._asdict() | {"itl_is": "mean inter-token latency of a request"},
         "load": _load(result),

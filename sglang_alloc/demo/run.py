@@ -37,8 +37,10 @@ from sglang_alloc.demo.stages import (
 from sglang_alloc.demo.trace import Trace, make_trace
 from sglang_alloc.predicted_loss import predicted_loss
 from sglang_alloc.server_runs.progress import Stage, StageProgress
+from sglang_alloc.server_runs.served_steps import record_of_leading_rank
 from sglang_alloc.server_runs.server_process import Server, free_port, serve
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
+from sglang_alloc.worker_settings import STEP_RECORD_VARIABLE
 
 # The controller may give up as much quality as the tables predict for a third of the activations.
 FLOOR_RATIO = 1 / 3
@@ -55,6 +57,8 @@ START, CALIBRATE = "starting SGLang", "measuring the capacity"
 BEFORE, CONTROLLED = "run at full budget", "run under the controller"
 AFTER = "run at full budget again"
 LOSS, WRITE = "held-out loss", "writing the report"
+# The folder in `out` with one line per engine step, and the budgets that it obeyed.
+_STEPS = "steps"
 _TRACE_SECONDS = CALM_SECONDS + BURST_SECONDS + AFTER_SECONDS
 STAGES = (
     Stage(START, 40.0),
@@ -62,7 +66,7 @@ STAGES = (
     Stage(BEFORE, _TRACE_SECONDS + 5.0),
     Stage(CONTROLLED, _TRACE_SECONDS + 8.0),
     Stage(AFTER, _TRACE_SECONDS + 5.0),
-    Stage(LOSS, 35.0),
+    Stage(LOSS, 55.0),
     Stage(WRITE, 5.0),
 )
 
@@ -89,7 +93,8 @@ def run_demo(options: DemoOptions, progress: StageProgress) -> DemoResult:
         with progress.stage(START):
             server = stack.enter_context(_serve(options, table_path, progress))
         table = stack.enter_context(contextlib.closing(SharedTable.open(table_path)))
-        session = Session(server, table, options.texts, options.seed, progress.note)
+        record = record_of_leading_rank(options.out / _STEPS)
+        session = Session(server, table, record, options.texts, options.seed, progress.note)
         return _measure(session, options, progress)
 
 
@@ -165,6 +170,8 @@ def _serve(
         table=table_path,
         mode=options.mode,
         extra_args=[*SERVER_ARGUMENTS, *bucket_arguments()],
+        # All runs are on this server, so what writing the record costs is in each of them.
+        env={STEP_RECORD_VARIABLE: str(options.out / _STEPS)},
         log_path=options.out / "server.log",
         on_wait=progress.note,
     )

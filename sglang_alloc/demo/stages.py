@@ -25,7 +25,7 @@ from sglang_alloc.demo.heldout_loss import (
 from sglang_alloc.demo.levels import quantise
 from sglang_alloc.demo.load_plan import LoadPlan, plan_load
 from sglang_alloc.demo.observation import RunRecord, observe_run
-from sglang_alloc.demo.outcome import served_budgets
+from sglang_alloc.demo.served import served_budgets
 from sglang_alloc.demo.trace import Trace
 from sglang_alloc.server_runs.budget_override import BudgetOverride, flush_cache
 from sglang_alloc.server_runs.server_process import Server
@@ -41,10 +41,14 @@ WINDOWS, WINDOW_PROMPT_BYTES, WINDOW_SCORED_BYTES = 40, 640, 128
 
 @dataclass(frozen=True)
 class Session:
-    """The running server with its table and text; `note` tells the person at the terminal."""
+    """The running server with its table and text; `note` tells the person at the terminal.
+
+    `step_record` is the leading rank's (`step_record.py`).
+    """
 
     server: Server
     table: SharedTable
+    step_record: Path
     texts: tuple[str, ...]
     seed: int
     note: Callable[[str], None]
@@ -102,7 +106,7 @@ def run_trace(session: Session, trace: Trace, keep: Path) -> RunRecord:
             f"{finished} answered"
         )
 
-    run = observe_run(session.server.url, trace, session.table, on_tick)
+    run = observe_run(session.server.url, trace, session.table, session.step_record, on_tick)
     lines = [json.dumps(request._asdict()) for request in run.requests]
     keep.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return run

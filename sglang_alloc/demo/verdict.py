@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from sglang_alloc.allocation_mode import PHASES
 from sglang_alloc.demo.load_plan import BURST, CARRIED_ATTAINMENT_RATIO
 
 # Below this difference two runs of a few hundred requests cannot be told apart.
@@ -53,6 +55,34 @@ def drift(before: Numbers, after: Numbers) -> Numbers:
     }
 
 
+def calm_steps(controlled: Numbers) -> Numbers:
+    """Return a few sentences: what calm steps are, and what the controller gave them.
+
+    `controlled` tells by phase which share of the tokens was in them and the mean budgets in both
+    kinds of steps.
+    """
+    ratio, calm, busy = (
+        {phase: shown(controlled[key][phase]) for phase in PHASES}
+        for key, shown in (
+            ("calm_tokens_ratio", _percent),
+            ("mean_budget_in_calm_steps", _one_decimal),
+            ("mean_budget_in_busy_steps", _one_decimal),
+        )
+    )
+    return {
+        "sentence": (
+            "The server works in steps: a prefill step reads prompts, a decode step adds a token "
+            "to each running answer. A step is calm if no request is left waiting for it to end, "
+            "and busy otherwise. Speed matters most in busy steps, so most quality is given up "
+            "there, and calm ones keep more of it. Under the controller calm steps read "
+            f"{ratio['prefill']} of the prompts' tokens and wrote {ratio['decode']} of the "
+            f"answers' later ones; their mean budget was {calm['prefill']} in prefill and "
+            f"{calm['decode']} in decode, that of busy steps {busy['prefill']} and "
+            f"{busy['decode']}."
+        )
+    }
+
+
 def _attainment(before: Numbers, after: Numbers, controlled: Numbers) -> str:
     low, high = sorted(run["slo_attainment_ratio"] for run in (before, after))
     reached = controlled["slo_attainment_ratio"]
@@ -97,8 +127,9 @@ def _cost(full: Numbers, controlled: Numbers, max_loss: float) -> str:
     error = controlled["heldout_nll_increase_standard_error"]
     relative = increase / controlled["heldout_nll_full"]
     return (
-        f"At the budgets that it used (on average {controlled['mean_prefill_budget']:.1f} in "
-        f"prefill and {controlled['mean_decode_budget']:.1f} in decode, of "
+        "At the budgets that its tokens were served at (on average "
+        f"{controlled['mean_prefill_budget']:.1f} in prefill and "
+        f"{controlled['mean_decode_budget']:.1f} in decode, of "
         f"{full['mean_decode_budget']:.0f} activations per token) the loss on held-out text "
         f"{_direction(increase, error)} by {abs(increase):.4f} ± {error:.4f} nats per token "
         f"({relative:+.2%}), {'within' if increase <= max_loss else 'beyond'} the {max_loss:.4f} "
@@ -125,4 +156,8 @@ def _burst(run: Numbers) -> float:
 
 
 def _percent(ratio: float) -> str:
-    return f"{100 * ratio:.1f}%"
+    return "-" if math.isnan(ratio) else f"{100 * ratio:.1f}%"
+
+
+def _one_decimal(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.1f}"

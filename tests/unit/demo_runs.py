@@ -8,6 +8,7 @@ from sglang_alloc.demo.load_plan import LoadPlan, Slo
 from sglang_alloc.demo.observation import BudgetInForce, GaugeSample, RunRecord
 from sglang_alloc.demo.report import DemoResult
 from sglang_alloc.demo.trace import LoadPhase, Trace
+from sglang_alloc.server_runs.served_steps import Step
 
 SLO = Slo(ttft_seconds=1.0, itl_seconds=0.1)
 PHASES = (
@@ -46,13 +47,39 @@ def make_run(
     *requests: RequestRecord,
     budgets: tuple[tuple[float, int, int], ...] = ((0.0, FULL, FULL),),
     queue: tuple[float, ...] = (0.0, 0.0),
+    calm_budgets: tuple[tuple[float, int, int], ...] = ((0.0, FULL, FULL),),
+    steps: tuple[Step, ...] | None = None,
 ) -> RunRecord:
+    """Make a run; unless told otherwise, each request has steps to itself, at the full budget."""
     return RunRecord(
         trace=Trace(PHASES, ()),
         requests=requests,
         gauges=tuple(GaugeSample(float(i), depth, 1.0) for i, depth in enumerate(queue)),
         budgets=tuple(BudgetInForce(*entry) for entry in budgets),
+        calm_budgets=tuple(BudgetInForce(*entry) for entry in calm_budgets),
+        steps=steps_alone(*requests) if steps is None else steps,
     )
+
+
+def steps_alone(*requests: RequestRecord, busy: tuple[int, int] | None = None) -> tuple[Step, ...]:
+    """Return the steps of requests that met nobody: one prefill, and a decode for each later token.
+
+    A token comes when the step after its own is over. They are calm at FULL; `busy` has the prefill
+    and the decode budget of those of the burst, where they are not.
+    """
+    steps = []
+    for request in requests:
+        if request.first_token_second is None:
+            continue
+        is_calm = busy is None or request.phase != "burst"
+        prefill_budget, decode_budget = (FULL, FULL) if is_calm or busy is None else busy
+        begun, second = request.due_second, request.first_token_second
+        steps.append(Step(begun, "prefill", prefill_budget, request.prompt_tokens, is_calm))
+        begun = (begun + second) / 2
+        for gap in request.inter_token_seconds:
+            steps.append(Step(begun, "decode", decode_budget, 1, is_calm))
+            begun, second = second, second + gap
+    return tuple(steps)
 
 
 def make_loop(
@@ -103,10 +130,14 @@ def make_full_run(burst_ttft: float = 4.0) -> RunRecord:
 
 
 def make_controlled_run() -> RunRecord:
-    return make_run(
+    requests = (
         make_record(0, due=1.0),
         make_record(1, due=12.0, ttft=0.8, phase="burst"),
         make_record(2, due=25.0, phase="calm again"),
+    )
+    return make_run(
+        *requests,
+        steps=steps_alone(*requests, busy=(20, 30)),
         budgets=((0.0, FULL, FULL), (11.0, 20, 30), (20.0, FULL, FULL)),
         queue=(0.0, 2.0, 1.0),
     )

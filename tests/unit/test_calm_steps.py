@@ -177,8 +177,8 @@ def test_the_step_record_and_the_acknowledged_budgets(
     _kept_per_token(worker, "decode", 0, tokens=3)
     lines = (tmp_path / "steps" / "rank0.csv").read_text().splitlines()
     assert [line.rpartition(",")[0] for line in lines[1:]] == [
-        f"1,controller,2,prefill,{LOW},{LOW},40",
-        f"2,controller,2,decode,{FULL},{2 * LAYERS},3",
+        f"1,controller,2,prefill,{LOW},{LOW},40,0",
+        f"2,controller,2,decode,{FULL},{2 * LAYERS},3,1",
     ]
     counters = worker.table.worker_counters()[0]
     assert (counters.prefill_budget, counters.decode_budget) == (LOW, LOW)

@@ -5,19 +5,27 @@ import time
 from pathlib import Path
 
 import pytest
-from demo_runs import make_run
 from rich.console import Console
 from streaming_server import streaming_server
 from table_factory import publish_and_open
 
 from sglang_alloc.demo.heldout_loss import cut_windows
-from sglang_alloc.demo.observation import observe_run, sum_loads
+from sglang_alloc.demo.observation import calm_in_force, observe_run, sum_loads
 from sglang_alloc.demo.trace import LoadPhase, Trace, TracedRequest
 from sglang_alloc.server_runs.budget_override import BudgetOverride
 from sglang_alloc.server_runs.errors import ServerRunError
 from sglang_alloc.server_runs.machine import cpu_model, machine_facts, software_versions
 from sglang_alloc.server_runs.progress import Stage, StageProgress, time_left_text
-from sglang_alloc.shared_table import SharedTable, WorkerCounters
+from sglang_alloc.server_runs.served_steps import record_of_leading_rank
+from sglang_alloc.shared_table import (
+    CalmBudgets,
+    Selection,
+    SelectorWriter,
+    SharedTable,
+    WorkerCounters,
+)
+from sglang_alloc.shared_table_words import source_code
+from sglang_alloc.step_record import StepRecord
 
 LOADS = {
     "timestamp": "2026-01-01T00:00:00Z",
@@ -49,26 +57,51 @@ def test_a_server_whose_ranks_published_nothing_yet_counts_zero() -> None:
     assert sum_loads(0.0, {"loads": []}) == (0.0, 0.0, 0.0)
 
 
-def test_budgets_in_force_are_those_of_the_last_change() -> None:
-    run = make_run(budgets=((0.1, 40, 40), (5.0, 30, 36)))
-    assert run.budgets_at(0.0).prefill_budget == 40
-    assert run.budgets_at(4.99).prefill_budget == 40
-    assert run.budgets_at(5.0).decode_budget == 36
-
-
-def test_a_run_records_requests_and_the_acknowledged_budgets(tmp_path: Path) -> None:
+def test_a_run_records_requests_the_acknowledged_budgets_and_the_steps(tmp_path: Path) -> None:
     table = publish_and_open(tmp_path / "t.tbl")
     _acknowledge(table, 12, 11)
     request = TracedRequest(0, "calm", 0.0, "normal words", 4)
     ticks: list[tuple[int, int]] = []
+    record = StepRecord(tmp_path, 0)
+    low, begun_ns = Selection("controller", 3, 9, 7), time.monotonic_ns()
+    record.add(1, low, "decode", 2, begun_ns)  # before the run
+
+    def on_tick(_: float, sent: int, done: int) -> None:
+        record.add(2, low, "decode", 5, begun_ns + int(1e9), is_calm=True)
+        ticks.append((sent, done))
+
     with streaming_server() as url:
         trace = Trace((LoadPhase("calm", 0.1, 1.0),), (request,))
-        run = observe_run(url, trace, table, lambda _, sent, done: ticks.append((sent, done)))
+        run = observe_run(url, trace, table, record_of_leading_rank(tmp_path), on_tick)
     table.close()
+    record.close()
     assert [record.error for record in run.requests] == [None]
     assert [entry[1:] for entry in run.budgets] == [(12, 11)]
+    assert [entry[1:] for entry in run.calm_budgets] == [(12, 11)]
     assert ticks[-1] == (1, 1)
+    assert {step[1:] for step in run.steps} == {("decode", 7, 5, True)}
+    assert 0.5 < run.steps[0].begun_seconds <= 1.0  # after the start of the run
     assert run.gauges == ()  # the stand-in has no /v1/loads: a gap, not an error
+
+
+def test_the_budgets_of_calm_steps_are_those_of_the_generation_that_a_rank_follows(
+    tmp_path: Path,
+) -> None:
+    table = publish_and_open(tmp_path / "t.tbl")
+    writer = SelectorWriter.acquire(table)
+    generation = writer.write(6, 5, CalmBudgets(11, 10))
+    controller, override = source_code("controller"), source_code("override")
+
+    def in_force(source: int, generation: int) -> tuple[int, int] | None:
+        rank = WorkerCounters(pid=1, acknowledged_source=source, acknowledged_generation=generation)
+        return calm_in_force(table, rank)
+
+    assert in_force(controller, generation) == (11, 10)
+    assert in_force(controller, generation - 1) is None
+    assert in_force(override, generation) is None
+    generation = writer.write(7, 5)
+    assert in_force(controller, generation) is None
+    table.close()
 
 
 def test_an_override_returns_when_the_server_has_acknowledged_it(tmp_path: Path) -> None:

@@ -3,15 +3,12 @@
 import math
 
 import pytest
-from demo_runs import FULL, SLO, make_record, make_run
+from demo_runs import SLO, make_record, make_run, steps_alone
 
 from sglang_alloc.demo.heldout_loss import Level, LevelLoss, loss_increase_error, weighted_loss
-from sglang_alloc.demo.levels import LEVELS_MAX, quantise
 from sglang_alloc.demo.outcome import (
-    ServedBudgets,
     attainment_ratio,
     percentile,
-    served_budgets,
     served_per_second,
     summarise_run,
     within_slo,
@@ -58,20 +55,16 @@ def test_attainment_counts_failed_requests() -> None:
     assert attainment_ratio(requests, SLO) == 0.75
 
 
-def test_a_request_is_served_at_the_budgets_of_its_own_tokens() -> None:
-    request = make_record(0, due=10.0, ttft=0.5, gaps=(1.0, 1.0))
-    budgets = ((0.0, 40, 40), (10.2, 20, 32), (12.0, 24, 24))
-    (served,) = served_budgets(make_run(request, budgets=budgets))
-    # First token at 10.5: prefill at 20. Later tokens at 11.5 (32) and 12.5 (24).
-    assert served == ServedBudgets(20, 28.0, 100, 3)
-
-
 def test_a_run_is_summarised_in_seconds_ratios_and_tokens() -> None:
-    run = make_run(
+    requests = (
         make_record(0, due=1.0, ttft=0.2, gaps=(0.02, 0.04)),
         make_record(1, due=12.0, ttft=2.0, gaps=(0.06, 0.08), phase="burst"),
         make_record(2, due=25.0, ttft=None, phase="calm again", error="HTTP 503: no capacity"),
+    )
+    run = make_run(
+        *requests,
         budgets=((0.0, 40, 40), (11.0, 20, 30)),
+        steps=steps_alone(*requests, busy=(20, 30)),
         queue=(0.0, 3.0, 6.0),
     )
     numbers = summarise_run(run, SLO)
@@ -92,6 +85,9 @@ def test_a_run_is_summarised_in_seconds_ratios_and_tokens() -> None:
     assert numbers["prompt_tokens_per_second"] == pytest.approx(200 / 30)
     assert numbers["mean_prefill_budget"] == 30.0
     assert numbers["mean_decode_budget"] == 35.0
+    assert numbers["calm_tokens_ratio"] == {"prefill": 0.5, "decode": 0.5}
+    assert numbers["mean_budget_in_busy_steps"] == {"prefill": 20.0, "decode": 30.0}
+    assert numbers["mean_budget_in_calm_steps"] == {"prefill": 40.0, "decode": 40.0}
     assert numbers["budget_changes"] == 1
 
 
@@ -104,20 +100,6 @@ def test_only_what_is_answered_in_full_while_the_burst_lasts_counts_as_served_in
         make_record(4, due=13.0, phase="burst", error="HTTP 503"),
     )
     assert served_per_second(run, "burst") == pytest.approx(0.2)
-
-
-def test_levels_keep_full_quality_apart_and_weigh_by_output_tokens() -> None:
-    served = [ServedBudgets(40, 40, 100, 30), ServedBudgets(20, 24.4, 100, 10)]
-    assert quantise(served, FULL) == [Level(40, 40, 0.75), Level(20, 24, 0.25)]
-
-
-def test_many_budgets_become_few_levels_whose_weights_sum_to_one() -> None:
-    served = [ServedBudgets(budget, budget, 100, 4) for budget in range(14, 41)]
-    levels = quantise(served, FULL)
-    assert len(levels) == LEVELS_MAX
-    assert sum(level.weight for level in levels) == pytest.approx(1.0)
-    mean = sum(level.weight * level.prefill_budget for level in levels)
-    assert mean == pytest.approx(27.0, abs=0.5)
 
 
 def test_the_loss_of_a_run_is_the_weighted_mean_of_its_levels() -> None:

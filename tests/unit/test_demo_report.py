@@ -1,5 +1,6 @@
 """The demo's report: the keys that others read, and a page that holds its plots."""
 
+import html
 import json
 import re
 from pathlib import Path
@@ -33,6 +34,9 @@ RUN_KEYS = {
     "heldout_nll",
     "heldout_nll_full",
     "budget_changes",
+    "calm_tokens_ratio",
+    "mean_budget_in_busy_steps",
+    "mean_budget_in_calm_steps",
 }
 
 
@@ -68,10 +72,26 @@ def test_the_page_stands_alone_and_holds_its_plots(tmp_path: Path) -> None:
     for drawing in drawings:
         ElementTree.fromstring(drawing)
     timeline, distribution = drawings
+    for text in ("prefill budget", "decode budget", "calm steps", "busy steps"):
+        assert text in timeline
     for text in ("prefill budget", "requests waiting", "burst", "SLO 1 s", "controlled"):
         assert text in timeline
     assert "inter-token latency" in distribution
     assert not re.search(r"(src|href)=.https?:", page)
+
+
+def test_the_report_says_what_calm_steps_are_and_what_they_served(tmp_path: Path) -> None:
+    report = write_report(make_usual_result(), tmp_path)
+    sentence = report["calm_steps"]["sentence"]
+    assert "A step is calm if no request is left waiting for it to end" in sentence
+    assert "calm steps read 66.7% of the prompts' tokens and wrote 66.7%" in sentence
+    assert "their mean budget was 40.0 in prefill and 40.0 in decode" in sentence
+    assert "that of busy steps 20.0 and 30.0" in sentence
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert html.escape(sentence) in page
+    row = re.search(r"<tr><td>decode budget in busy steps, mean</td>(.*?)</tr>", page)
+    assert row is not None
+    assert row[1] == "<td>-</td><td>-</td><td>30.0</td>"
 
 
 def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
@@ -87,6 +107,8 @@ def test_a_run_without_an_answer_still_gives_valid_json(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert report["full"]["ttft_seconds"]["p95"] is None
     assert report["full"]["errors"] == 1
+    assert report["controlled"]["calm_tokens_ratio"] == {"prefill": None, "decode": None}
+    assert "nan" not in report["calm_steps"]["sentence"]
 
 
 def test_nan_becomes_null_at_any_depth() -> None:

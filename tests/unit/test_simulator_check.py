@@ -23,16 +23,15 @@ from sglang_alloc.bench.simulator_check.felt import (
 from sglang_alloc.bench.simulator_check.files import read_served, write_served
 from sglang_alloc.bench.simulator_check.fit import Case, StepBench, write_bench
 from sglang_alloc.bench.simulator_check.service import (
-    Step,
     durations,
     fitted_times,
-    read_steps,
     write_times,
 )
 from sglang_alloc.demo.controller_process import controller_settings
 from sglang_alloc.demo.load_plan import Slo
 from sglang_alloc.server_runs.errors import ServerRunError
 from sglang_alloc.server_runs.reference_files import MODEL
+from sglang_alloc.server_runs.served_steps import Step, read_steps
 from sglang_alloc.shared_table import Selection
 from sglang_alloc.step_record import StepRecord
 from sglang_alloc_controller.bench_csv import read_step_times

@@ -265,8 +265,8 @@ def test_the_step_record_holds_one_line_per_forward(table_path: Path, tmp_path: 
     lines = (tmp_path / "steps" / "rank0.csv").read_text().splitlines()
     told = [line.rpartition(",") for line in lines[1:]]
     assert [one for one, _, _ in told] == [
-        "1,controller,9,prefill,5,6,40",
-        "2,controller,9,decode,5,6,2",
+        "1,controller,9,prefill,5,6,40,0",
+        "2,controller,9,decode,5,6,2,0",
     ]
     first_ns, second_ns = (int(begun_ns) for _, _, begun_ns in told)
     assert 0 < first_ns < second_ns

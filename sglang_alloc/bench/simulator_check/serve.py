@@ -25,7 +25,7 @@ from sglang_alloc.bench.simulator_check.felt import (
     Served,
 )
 from sglang_alloc.bench.simulator_check.fit import StepBench, write_bench
-from sglang_alloc.bench.simulator_check.service import fitted_times, read_steps, write_times
+from sglang_alloc.bench.simulator_check.service import fitted_times, write_times
 from sglang_alloc.budget_tables import load_budget_tables
 from sglang_alloc.demo.calibration import ClosedLoop, RequestShape, measure_closed_loop
 from sglang_alloc.demo.controller_process import controller, controller_settings
@@ -43,6 +43,7 @@ from sglang_alloc.demo.stages import Session, run_trace
 from sglang_alloc.demo.trace import LoadPhase, Trace, make_trace
 from sglang_alloc.server_runs.budget_override import BudgetOverride, flush_cache
 from sglang_alloc.server_runs.progress import Stage, StageProgress
+from sglang_alloc.server_runs.served_steps import read_steps, record_of_leading_rank
 from sglang_alloc.server_runs.server_process import Server, free_port, serve
 from sglang_alloc.shared_table import SharedTable, publish_shared_table
 from sglang_alloc.worker_settings import STEP_RECORD_VARIABLE
@@ -104,7 +105,7 @@ def measure(options: Options, facts: dict[str, object], progress: StageProgress)
                 records[name] = _at_fixed(session, trace, options.out / f"{name}.jsonl", budget)
         with progress.stage(CONTROLLED):
             records[CONTROLLED] = _controlled(session, trace, settings, options.out)
-    steps = read_steps(options.out / "steps" / "rank0.csv")
+    steps = read_steps(session.step_record)
     in_service = [step for step in steps if step.begun_seconds >= begun_seconds]
     write_times(options.out / "service.csv", fitted_times(in_service, (budgets[-1], budgets[0])))
     return Served(
@@ -121,7 +122,7 @@ def measure(options: Options, facts: dict[str, object], progress: StageProgress)
 
 @contextlib.contextmanager
 def _session(options: Options, progress: StageProgress) -> Iterator[Session]:
-    table_path = options.out / "check.tbl"
+    table_path, steps = options.out / "check.tbl", options.out / "steps"
     publish_shared_table(table_path, load_budget_tables(options.tables))
     with contextlib.ExitStack() as stack:
         with progress.stage(START):
@@ -131,13 +132,14 @@ def _session(options: Options, progress: StageProgress) -> Iterator[Session]:
                     table=table_path,
                     mode=options.mode,
                     extra_args=[*SERVER_ARGUMENTS, *bucket_arguments()],
-                    env={STEP_RECORD_VARIABLE: str(options.out / "steps")},
+                    env={STEP_RECORD_VARIABLE: str(steps)},
                     log_path=options.out / "server.log",
                     on_wait=progress.note,
                 )
             )
         table = stack.enter_context(contextlib.closing(SharedTable.open(table_path)))
-        yield Session(server, table, options.texts, options.seed, progress.note)
+        record = record_of_leading_rank(steps)
+        yield Session(server, table, record, options.texts, options.seed, progress.note)
 
 
 def _budgets(table: SharedTable) -> list[int]:

@@ -12,40 +12,15 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from sglang_alloc.bench.simulator_check.fit import Case
+from sglang_alloc.server_runs.served_steps import Step
 
 # Sizes at which the fitted lines are written down; a plant joins them by straight lines again.
 PREFILL_TOKENS = (128, 896, 2048)
 DECODE_BATCHES = (1, 8)
-_NANOSECONDS = 1e9
-
-
-class Step(NamedTuple):
-    """One forward; `budget` is its own phase's."""
-
-    begun_seconds: float
-    phase: str
-    budget: int
-    tokens: int
-
-
-def read_steps(path: Path) -> list[Step]:
-    """Read the record of one rank (sglang_alloc/step_record.py)."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return [
-            Step(
-                int(row["begun_ns"]) / _NANOSECONDS,
-                row["phase"],
-                int(row[f"{row['phase']}_budget"]),
-                int(row["num_tokens"]),
-            )
-            for row in csv.DictReader(file)
-            if row["phase"] in ("prefill", "decode")
-        ]
 
 
 def durations(steps: Iterable[Step]) -> Iterator[tuple[Step, float]]:

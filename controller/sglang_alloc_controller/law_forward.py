@@ -130,7 +130,8 @@ def forward(
     if look.down:
         worst = max(asked.values(), key=lambda pressure: pressure.excess)
         reason = worst.cause if look.violating else Reason.PREDICTED_OVERLOAD
-    calm = Calm(look.wanted.calm, running_limit(belief.batch, constants.law))
+    limit = running_limit(belief.batch, constants.law)
+    calm = Calm(look.wanted.calm, limit, changed_at_seconds=seen.now_seconds)
     state = replace(state, forward=belief, calm=calm)
     return _at(state, look.wanted.levels, reason, seen, constants)
 

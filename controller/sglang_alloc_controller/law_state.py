@@ -168,6 +168,7 @@ class Calm(NamedTuple):
     levels: Levels
     running_requests: int
     """From so many running requests on a step is not calm."""
+    changed_at_seconds: float = -math.inf
 
 
 @dataclass(frozen=True)
@@ -228,8 +229,9 @@ def initial_state(
 
 
 def changed_at_seconds(state: LawState) -> float:
-    """Return when a budget was last changed."""
-    return max(phase.changed_at_seconds for phase in state.phases.values())
+    """Return when a budget was last changed, be it of calm steps only."""
+    last = max(phase.changed_at_seconds for phase in state.phases.values())
+    return last if state.calm is None else max(last, state.calm.changed_at_seconds)
 
 
 def has_step_times(constants: LawConstants) -> bool:

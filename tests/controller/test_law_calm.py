@@ -20,6 +20,7 @@ from sglang_alloc_controller.law_state import (
     Reason,
     Seen,
     calm_levels_of,
+    changed_at_seconds,
 )
 from sglang_alloc_controller.law_steps import with_step_times
 from sglang_alloc_controller.load_history import LoadWindow
@@ -142,6 +143,19 @@ def test_a_person_s_budgets_and_a_step_that_nobody_took_leave_the_calm_ones_as_t
     assert frozen(state, Reason.OVERRIDE, _seen(101.0, 5.8)).calm == state.calm
     before = make_state()
     assert not_taken(before, state, CONSTANTS).calm is None
+
+
+def test_a_change_of_calm_steps_alone_counts_as_a_change() -> None:
+    """Else the next one could come with the next reading, whatever the holds say."""
+    state, _ = _pair_of_pairs()
+    only = replace(state, calm=Calm(Levels(1, 1), 15, changed_at_seconds=150.0))
+    assert changed_at_seconds(state) == 100.0
+    assert changed_at_seconds(only) == 150.0
+    low = replace(state, calm=Calm(Levels(1, 0), 15))
+    after, _ = decide(low, _seen(400.0, 5.8), CONSTANTS)
+    assert after.calm is not None
+    assert (positions_of(after), after.calm.levels) == (positions_of(low), Levels(1, 1))
+    assert changed_at_seconds(after) == 400.0
 
 
 def test_step_times_are_compared_with_the_mixture_of_both_pairs() -> None:

@@ -251,7 +251,6 @@ def test_steps_of_many_running_requests_are_not_calm() -> None:
             engine.advance(engine.now_seconds + 0.5)
     assert few.loss_sum == 0.0
     assert many.loss_sum == pytest.approx(2.0 * 3 * 2)  # two decode steps of three requests
-    assert few.now_seconds - many.now_seconds == pytest.approx(0.0, abs=0.5)
     assert _by_request(few)[0].itl_seconds == pytest.approx(0.01)
     assert _by_request(many)[0].itl_seconds == pytest.approx(0.005)
 

@@ -19,6 +19,7 @@ and the utilisation at which half of the tokens are in busy steps 0.95 and 1.15.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -85,7 +86,7 @@ def cheapest(
 
     `found` are those worth taking, the smallest loss first.
     """
-    busy, calm = _pairs(found, law)
+    busy, calm = _pairs(tuple(one.levels for one in found), calm_budgets=law.calm_budgets)
     losses = np.array([one.loss for one in found])
     works = np.array([one.work_seconds for one in found])
     work_seconds = _late_work(works[busy], works[calm])
@@ -104,6 +105,8 @@ def with_calm_steps(decision: Decision, state: LawState, constants: LawConstants
     A law that looked ahead has chosen them, beside the budgets in force. Where latencies choose the
     budgets, `calm_kept_ratio` of what these give up is kept in steps that leave no request waiting.
     """
+    if min(decision.positions.values()) >= 1.0:
+        return decision  # nothing is given up
     ranges, law = constants.ranges, constants.law
     positions, running_requests = dict(decision.positions), RUNNING_ANY
     if state.calm is not None:
@@ -121,15 +124,16 @@ def with_calm_steps(decision: Decision, state: LawState, constants: LawConstants
     return decision._replace(calm_positions=positions, calm_running_requests=running_requests)
 
 
-def _pairs(found: Sequence[Choice], law: LawSettings) -> tuple[np.ndarray, np.ndarray]:
+@lru_cache(maxsize=8)
+def _pairs(found: tuple[Levels, ...], *, calm_budgets: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return the numbers of all pairs for busy steps, and of those for calm steps beside each.
 
     Calm steps have at least the levels of the busy ones.
     """
-    if not law.calm_budgets:
+    if not calm_budgets:
         alone = np.arange(len(found))
         return alone, alone
-    prefill, decode = np.array([one.levels for one in found]).T
+    prefill, decode = np.array(found).T
     beside = (prefill >= prefill[:, None]) & (decode >= decode[:, None])
     busy, calm = np.nonzero(beside)
     return busy, calm
@@ -142,8 +146,9 @@ def _late_work(busy: Column, calm: Column) -> Column:
 def _busy_shares(busy: Column, calm: Column, demand: Demand) -> Column:
     work_seconds = _SHARE_WEIGHT * busy + (1.0 - _SHARE_WEIGHT) * calm
     beyond = felt(demand.rate_per_second * work_seconds, demand.dispersion) - _SHARE_HALF
-    exponent = np.clip(_SHARE_SLOPE * beyond, -_EXPONENT_MAX, _EXPONENT_MAX)
-    return 1.0 / (1.0 + np.exp(-exponent))
+    exponent = np.minimum(np.maximum(_SHARE_SLOPE * beyond, -_EXPONENT_MAX), _EXPONENT_MAX)
+    shares: Column = 1.0 / (1.0 + np.exp(-exponent))
+    return shares
 
 
 def running_limit(most_running: float, law: LawSettings) -> int:

@@ -262,7 +262,7 @@ def late_share(log_odds: Column) -> Column:
     """Return the share of late answers; it goes on growing a little where all are late."""
     odds = np.exp(np.minimum(0.0, log_odds))
     beyond = _BEYOND * np.maximum(0.0, log_odds - 1.0)
-    share: Column = odds / (1.0 + odds) + 0.25 * np.clip(log_odds, 0.0, 1.0) + beyond
+    share: Column = odds / (1.0 + odds) + 0.25 * np.minimum(np.maximum(log_odds, 0.0), 1.0) + beyond
     return share
 
 

@@ -120,9 +120,9 @@ class LawSettings(Section):
     """Without a cost model: how much of what the budgets give up is kept in steps that leave no
     request waiting. All of it would keep the SLO less well, by one or two points."""
     calm_running_ratio: Positive = 0.9375
-    """Share of the most running requests seen from which on a step is not calm: where slots or memory
-    end, a full server is where waiting begins. Less of it costs quality, more of it late answers
-    (0.875 and 1 were tried, on two CPU cores and on an H200's step times)."""
+    """Share of the most running requests seen from which on a step is not calm: a server that is
+    nearly full is where waiting begins. Less of it costs quality, more of it late answers (0.875
+    and 1 were tried, on two CPU cores and on an H200's step times)."""
     levels_max: Annotated[int, Field(ge=2)] = 12
     """Budgets of each phase that are used where quality.cost_model tells their step times: each
     change takes a window to judge, and a finer choice than this saves little loss."""

@@ -108,7 +108,7 @@ class LoadHistory:
             earlier = self._totals[bisect_left(self._times, wanted - 0.5)]
             if not 0.5 < (later.at_seconds - earlier.at_seconds) / _PIECE_SECONDS < 1.5:
                 break
-            counts.append(_between(earlier, later).arrivals)
+            counts.append(_arrivals(earlier, later))
             later = earlier
         if len(counts) < _PIECES_MIN or sum(counts) < _ARRIVALS_MIN:
             return 1.0
@@ -128,13 +128,21 @@ class LoadHistory:
 
 
 def _between(older: _Totals, newer: _Totals) -> LoadWindow:
-    then, requests_then, decode_then, prefill_then, queue_then = older
-    now, requests_now, decode_now, prefill_now, queue_now = newer
-    requests = requests_now - requests_then
-    arrivals = max(0.0, requests + queue_now - queue_then)
+    then, requests_then, decode_then, prefill_then, _ = older
+    now, requests_now, decode_now, prefill_now, _ = newer
     return LoadWindow(
-        now - then, arrivals, requests, prefill_now - prefill_then, decode_now - decode_then
+        now - then,
+        _arrivals(older, newer),
+        requests_now - requests_then,
+        prefill_now - prefill_then,
+        decode_now - decode_then,
     )
+
+
+def _arrivals(older: _Totals, newer: _Totals) -> float:
+    _, requests_then, _, _, queue_then = older
+    _, requests_now, _, _, queue_now = newer
+    return max(0.0, requests_now - requests_then + queue_now - queue_then)
 
 
 class PlausibleQueue:

@@ -6,8 +6,10 @@ the longer it is counted; a few numbers of each reading are enough for that.
 
 import math
 from bisect import bisect_left
-from itertools import pairwise
 from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from sglang_alloc_controller.samples import Reading
 
@@ -56,12 +58,13 @@ class LoadHistory:
         """Begin without readings."""
         self._totals: list[_Totals] = []
         self._times: list[float] = []
+        self._arrived: list[float] = []  # requests that came, those that wait included
         self._windows: tuple[LoadWindow, ...] | None = None
         self._engines = 1
 
     def clear(self) -> None:
         """Forget everything: the engine began anew."""
-        self._totals, self._times, self._windows = [], [], None
+        self._totals, self._times, self._arrived, self._windows = [], [], [], None
 
     def add(self, reading: Reading, queue_requests: float) -> None:
         """Take a reading in, with its queue; one that tells no prompt tokens is left out."""
@@ -77,9 +80,10 @@ class LoadHistory:
             )
         )
         self._times.append(reading.taken_at_seconds)
+        self._arrived.append(self._totals[-1].requests + queue_requests)
         self._engines = reading.engines
         old = bisect_left(self._times, reading.taken_at_seconds - 1.1 * WINDOWS_SECONDS[-1])
-        del self._totals[:old], self._times[:old]
+        del self._totals[:old], self._times[:old], self._arrived[:old]
         self._windows = None
 
     def windows(self) -> tuple[LoadWindow, ...]:
@@ -101,20 +105,23 @@ class LoadHistory:
         """
         if len(self._totals) < 2:
             return 1.0
-        newest, counts = self._totals[-1], list[float]()
-        later = newest
-        while len(counts) < _PIECES_MAX:
-            wanted = newest.at_seconds - (len(counts) + 1) * _PIECE_SECONDS
-            earlier = self._totals[bisect_left(self._times, wanted - 0.5)]
-            if not 0.5 < (later.at_seconds - earlier.at_seconds) / _PIECE_SECONDS < 1.5:
-                break
-            counts.append(_arrivals(earlier, later))
-            later = earlier
-        if len(counts) < _PIECES_MIN or sum(counts) < _ARRIVALS_MIN:
+        counts = self._counts_by_piece()
+        if len(counts) < _PIECES_MIN or counts.sum() < _ARRIVALS_MIN:
             return 1.0
-        squares = sum((one - other) ** 2 for one, other in pairwise(counts)) / (len(counts) - 1)
-        dispersion = squares / 2.0 / (sum(counts) / len(counts)) * self._engines
+        dispersion = float((np.diff(counts) ** 2).mean() / 2.0 / counts.mean()) * self._engines
         return min(1.0, dispersion * (1.0 + 2.0 * math.sqrt(3.0 / len(counts))))
+
+    def _counts_by_piece(self) -> npt.NDArray[np.float64]:
+        """Return the arrivals of successive pieces, the newest first, up to the first gap."""
+        times = np.array(self._times)
+        back = _PIECE_SECONDS * np.arange(1, _PIECES_MAX + 1)
+        begins = np.searchsorted(times, times[-1] - back - 0.5)
+        ends = np.concatenate(([len(times) - 1], begins[:-1]))
+        lengths = (times[ends] - times[begins]) / _PIECE_SECONDS
+        whole = np.logical_and.accumulate((lengths > 0.5) & (lengths < 1.5))
+        arrived = np.array(self._arrived)
+        counts: npt.NDArray[np.float64] = np.maximum(0.0, arrived[ends] - arrived[begins])[whole]
+        return counts
 
     def _found(self) -> tuple[LoadWindow, ...]:
         newest, found = self._totals[-1], list[LoadWindow]()
@@ -128,21 +135,13 @@ class LoadHistory:
 
 
 def _between(older: _Totals, newer: _Totals) -> LoadWindow:
-    then, requests_then, decode_then, prefill_then, _ = older
-    now, requests_now, decode_now, prefill_now, _ = newer
+    then, requests_then, decode_then, prefill_then, queue_then = older
+    now, requests_now, decode_now, prefill_now, queue_now = newer
+    requests = requests_now - requests_then
+    arrivals = max(0.0, requests + queue_now - queue_then)
     return LoadWindow(
-        now - then,
-        _arrivals(older, newer),
-        requests_now - requests_then,
-        prefill_now - prefill_then,
-        decode_now - decode_then,
+        now - then, arrivals, requests, prefill_now - prefill_then, decode_now - decode_then
     )
-
-
-def _arrivals(older: _Totals, newer: _Totals) -> float:
-    _, requests_then, _, _, queue_then = older
-    _, requests_now, _, _, queue_now = newer
-    return max(0.0, requests_now - requests_then + queue_now - queue_then)
 
 
 class PlausibleQueue:

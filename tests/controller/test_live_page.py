@@ -34,7 +34,8 @@ def controller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControllerP
     recorded = Path(__file__).parent / "recorded"
     with serving((recorded / "first.txt").read_text()) as server:
         quality = {"below_full_minutes": 30.0}
-        config = write_config(folder, server.url, quality=quality)
+        law = {"calm_budgets": False}
+        config = write_config(folder, server.url, quality=quality, law=law)
         with running(config) as controller, SharedTable.open(folder / "t.tbl") as table:
             controller.wait_for(lambda: controller.is_in_state("valid"), "valid input")
             server.page = (recorded / "burst.txt").read_text()

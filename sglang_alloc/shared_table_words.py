@@ -94,6 +94,14 @@ class WorkerCounters(NamedTuple):
     last_step_ns: int = 0
     kept_mass_millionths: int = 0
 
+    def follows_controller(self, generation: int) -> bool:
+        """Tell whether the rank obeys the controller's selector of this generation.
+
+        Only then its calm steps have the calm budgets that were written with it.
+        """
+        following = (self.acknowledged_source, self.acknowledged_generation)
+        return following == (source_code("controller"), generation)
+
 
 class CalmTokens(NamedTuple):
     """How many tokens one rank served, by phase, since its start.

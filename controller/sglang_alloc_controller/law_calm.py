@@ -30,6 +30,7 @@ from sglang_alloc_controller.law_capacity import (
     Column,
     Demand,
     Levels,
+    cost,
     felt,
     late_price,
 )
@@ -95,8 +96,8 @@ def cheapest(
     price = late_price(work_seconds, demand, critical, objective_ratio, law)
     best = int(np.argmin(loss + price))
     plan = plan_of(found[busy[best]], found[calm[best]], demand)
-    present = late_price(np.array([now.work_seconds]), demand, critical, objective_ratio, law)
-    return plan, now.loss + float(present[0]) - float(loss[best] + price[best])
+    present = cost(now, demand, critical, objective_ratio, law)
+    return plan, present - float(loss[best] + price[best])
 
 
 def with_calm_steps(decision: Decision, state: LawState, constants: LawConstants) -> Decision:

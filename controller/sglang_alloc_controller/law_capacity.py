@@ -49,7 +49,7 @@ dispersion; old evidence fades, because servers change.
 import math
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -230,8 +230,20 @@ def _variability(dispersion: float) -> float:
     return max(_DISPERSION_MIN, dispersion)
 
 
+class Priced(Protocol):
+    """Whatever loses quality and takes work: a choice, or a plan of two (law_calm)."""
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+
+    @property
+    def work_seconds(self) -> float:
+        """Of the engine's time, per request."""
+
+
 def cost(
-    one: Choice, demand: Demand, critical: float, objective_ratio: float, law: LawSettings
+    one: Priced, demand: Demand, critical: float, objective_ratio: float, law: LawSettings
 ) -> float:
     """Return loss and price of late answers together, nats per token."""
     work_seconds = np.array([one.work_seconds])

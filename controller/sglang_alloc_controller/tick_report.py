@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from sglang_alloc.shared_table import CalmBudgets, Override, WorkerCounters
-from sglang_alloc.shared_table_words import source_code
 from sglang_alloc_controller.law_state import Reason
 from sglang_alloc_controller.reading_history import Sample
 from sglang_alloc_controller.samples import PHASES, EngineLoad, InputState, Phase, Slo
@@ -89,11 +88,7 @@ class TickReport(NamedTuple):
             return False
         if self.calm_written[phase] < self.ceilings[phase]:
             return False
-        # Calm budgets are the controller's, and go with the generation of its selector.
-        return (
-            worker.acknowledged_source == source_code("controller")
-            and worker.acknowledged_generation == self.generation
-        )
+        return worker.follows_controller(self.generation)
 
     @property
     def calm_desired(self) -> Mapping[Phase, int]:

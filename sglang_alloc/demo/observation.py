@@ -15,7 +15,6 @@ from sglang_alloc.demo.load import RequestRecord, offer_load
 from sglang_alloc.demo.trace import Trace
 from sglang_alloc.server_runs.served_steps import Step, read_steps
 from sglang_alloc.shared_table import SharedTable, WorkerCounters
-from sglang_alloc.shared_table_words import source_code
 
 # Rendering /metrics takes SGLang some 50 ms on the cores that it serves from, and its /v1/loads
 # less than 4: the controller needs the one, this observer only the other.
@@ -170,7 +169,6 @@ def calm_in_force(table: SharedTable, rank: WorkerCounters) -> tuple[int, int] |
     an override or its fallback has none.
     """
     calm = table.calm_budgets()
-    following = (rank.acknowledged_source, rank.acknowledged_generation)
-    if calm is None or following != (source_code("controller"), table.selector().generation):
+    if calm is None or not rank.follows_controller(table.selector().generation):
         return None
     return calm.prefill_budget, calm.decode_budget

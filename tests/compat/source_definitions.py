@@ -23,11 +23,9 @@ def find_definition(release: ReleaseSource, target: str) -> Definition | None:
 
 def calls(release: ReleaseSource, module: str, function: str) -> list[ast.Call]:
     """Return every call of a function by its bare name in one module."""
-    text = release.module_text(module)
-    assert text is not None, f"there is no module {module}"
     return [
         node
-        for node in ast.walk(ast.parse(text))
+        for node in ast.walk(_parsed(release, module))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)
         and node.func.id == function
@@ -36,22 +34,18 @@ def calls(release: ReleaseSource, module: str, function: str) -> list[ast.Call]:
 
 def functions(release: ReleaseSource, module: str, name: str) -> list[ast.FunctionDef]:
     """Return every function or method of this name in one module, in order."""
-    text = release.module_text(module)
-    assert text is not None, f"there is no module {module}"
     return [
         node
-        for node in ast.walk(ast.parse(text))
+        for node in ast.walk(_parsed(release, module))
         if isinstance(node, ast.FunctionDef) and node.name == name
     ]
 
 
 def enum_values(release: ReleaseSource, module: str, name: str) -> set[str]:
     """Return the string values that the members of a class stand for."""
-    text = release.module_text(module)
-    assert text is not None, f"there is no module {module}"
     (owner,) = (
         node
-        for node in ast.parse(text).body
+        for node in _parsed(release, module).body
         if isinstance(node, ast.ClassDef) and node.name == name
     )
     return {
@@ -140,3 +134,9 @@ def _assigned_to_self(method: ast.FunctionDef) -> Iterable[str]:
 
 def _assigned(targets: list[ast.expr]) -> list[str]:
     return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def _parsed(release: ReleaseSource, module: str) -> ast.Module:
+    text = release.module_text(module)
+    assert text is not None, f"there is no module {module}"
+    return ast.parse(text)

@@ -77,7 +77,9 @@ def decide(state: LawState, seen: Seen, constants: LawConstants) -> tuple[LawSta
     state = measured(state, seen, constants)
     asked = pressures(state, seen, constants)
     if goes_forward(seen, constants):
-        return _decide_forward(replace(state, by_latencies=False), asked, seen, constants)
+        if state.by_latencies:
+            state = replace(state, by_latencies=False)
+        return _decide_forward(state, asked, seen, constants)
     if any(pressure.excess > 0 for pressure in asked.values()):
         return _decide_violation(state, asked, seen, constants)
     phases = {name: survived(phase, seen, constants) for name, phase in state.phases.items()}

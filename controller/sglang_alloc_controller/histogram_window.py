@@ -1,9 +1,9 @@
 """Control story, second step: two cumulative snapshots become the events between them. Pure."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping
-from functools import lru_cache
-from itertools import accumulate, starmap
+from itertools import accumulate
 from operator import sub
 
 from sglang_alloc_controller.samples import Histogram
@@ -96,20 +96,21 @@ def _difference(older: Histogram | None, newer: Histogram) -> Histogram:
         return newer
     # A scrape may fall between SGLang's update of one bucket and of the next, so a difference can
     # shrink from one edge to the next by an event; a running maximum keeps it cumulative.
-    changes = starmap(sub, zip(newer.counts, older.counts, strict=True))
-    _, *counts = accumulate(changes, max, initial=0.0)
+    counts = [0.0, *map(sub, newer.counts, older.counts)]
+    if counts != sorted(counts):
+        counts = [*accumulate(counts, max)]
     sum_seconds = max(0.0, newer.sum_seconds - older.sum_seconds)
-    return Histogram(newer.edges, tuple(counts), sum_seconds)
+    return Histogram(newer.edges, tuple(counts[1:]), sum_seconds)
 
 
 def _count_at(histogram: Histogram, edge: float) -> float:
     return histogram.counts[histogram.edges.index(edge)]
 
 
-@lru_cache(maxsize=64)
 def _edge_at(edges: tuple[float, ...], seconds: float) -> int | None:
-    """Return which of the edges is at `seconds`, or None; every look at a window asks for it."""
-    return next((at for at, edge in enumerate(edges) if _same_edge(edge, seconds)), None)
+    """Return which of the edges is at `seconds`, or None."""
+    at = bisect_left(edges, seconds * (1.0 - _EDGE_TOLERANCE_RATIO))
+    return at if at < len(edges) and _same_edge(edges[at], seconds) else None
 
 
 def _same_edge(edge: float, seconds: float) -> bool:

@@ -18,7 +18,7 @@ and the utilisation at which half of the tokens are in busy steps 0.95 and 1.15.
 """
 
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -27,10 +27,11 @@ import numpy as np
 from sglang_alloc.shared_table_words import RUNNING_ANY
 from sglang_alloc_controller.law_capacity import (
     Choice,
+    Choices,
     Column,
     Demand,
     Levels,
-    cost,
+    Numbers,
     felt,
     late_price,
 )
@@ -66,38 +67,67 @@ class Plan(NamedTuple):
     """Share of the tokens in busy steps."""
 
 
-def plan_of(busy: Choice, calm: Choice, demand: Demand) -> Plan:
-    """Return what two pairs cost together."""
-    works = np.array([busy.work_seconds]), np.array([calm.work_seconds])
-    share = float(_busy_shares(*works, demand)[0])
-    loss = share * busy.loss + (1.0 - share) * calm.loss
-    return Plan(busy.levels, calm.levels, loss, float(_late_work(*works)[0]), share)
+@dataclass(frozen=True)
+class Plans:
+    """Every plan that a look weighs, side by side; the last is the one in force."""
+
+    pairs: Choices
+    """Those worth taking and, as the last two, those in force in busy and in calm steps."""
+    busy: Numbers
+    """Which of the pairs each plan takes in busy steps."""
+    calm: Numbers
+    losses: Column
+    work_seconds: Column
+    busy_shares: Column
+
+    @property
+    def in_force(self) -> Plan:
+        """The plan in force."""
+        return self._plan(-1)
+
+    def cheapest(
+        self, demand: Demand, *, critical: float, objective_ratio: float, law: LawSettings
+    ) -> tuple[Plan, float]:
+        """Return the cheapest other plan, and what it saves, nats per token."""
+        price = late_price(self.work_seconds, demand, critical, objective_ratio, law)
+        costs = self.losses + price
+        best = int(costs[:-1].argmin())
+        return self._plan(best), float(costs[-1] - costs[best])
+
+    def _plan(self, number: int) -> Plan:
+        pairs, busy, calm = self.pairs, self.busy[number], self.calm[number]
+        return Plan(
+            Levels(int(pairs.prefill[busy]), int(pairs.decode[busy])),
+            Levels(int(pairs.prefill[calm]), int(pairs.decode[calm])),
+            float(self.losses[number]),
+            float(self.work_seconds[number]),
+            float(self.busy_shares[number]),
+        )
 
 
-def cheapest(
-    now: Plan,
-    found: Sequence[Choice],
-    demand: Demand,
-    *,
-    critical: float,
-    objective_ratio: float,
-    law: LawSettings,
-) -> tuple[Plan, float]:
-    """Return the cheapest plan of the pairs `found`, and what it saves, nats per token.
+def plans_of(
+    found: Choices, in_force: tuple[Choice, Choice], demand: Demand, law: LawSettings
+) -> Plans:
+    """Return the plans that can be made of the pairs `found`, and what they cost under the demand.
 
-    `found` are those worth taking, the smallest loss first.
+    `found` are those worth taking, the smallest loss first; `in_force` is obeyed now, in busy and
+    in calm steps.
     """
-    busy, calm = _pairs(tuple(one.levels for one in found), calm_budgets=law.calm_budgets)
-    losses = np.array([one.loss for one in found])
-    works = np.array([one.work_seconds for one in found])
-    work_seconds = _late_work(works[busy], works[calm])
-    shares = _busy_shares(works[busy], works[calm], demand)
-    loss = shares * losses[busy] + (1.0 - shares) * losses[calm]
-    price = late_price(work_seconds, demand, critical, objective_ratio, law)
-    best = int(np.argmin(loss + price))
-    plan = plan_of(found[busy[best]], found[calm[best]], demand)
-    present = cost(now, demand, critical, objective_ratio, law)
-    return plan, present - float(loss[best] + price[best])
+    count = len(found.losses)
+    busy, calm = _pairs(
+        count, found.prefill.tobytes(), found.decode.tobytes(), calm_budgets=law.calm_budgets
+    )
+    prefill, decode = zip(*(one.levels for one in in_force), strict=True)
+    pairs = Choices(
+        np.concatenate((found.prefill, prefill)),
+        np.concatenate((found.decode, decode)),
+        np.concatenate((found.losses, [one.loss for one in in_force])),
+        np.concatenate((found.work_seconds, [one.work_seconds for one in in_force])),
+    )
+    works = pairs.work_seconds[busy], pairs.work_seconds[calm]
+    shares = _busy_shares(*works, demand)
+    losses = shares * pairs.losses[busy] + (1.0 - shares) * pairs.losses[calm]
+    return Plans(pairs, busy, calm, losses, _late_work(*works), shares)
 
 
 def with_calm_steps(decision: Decision, state: LawState, constants: LawConstants) -> Decision:
@@ -126,18 +156,20 @@ def with_calm_steps(decision: Decision, state: LawState, constants: LawConstants
 
 
 @lru_cache(maxsize=8)
-def _pairs(found: tuple[Levels, ...], *, calm_budgets: bool) -> tuple[np.ndarray, np.ndarray]:
+def _pairs(
+    count: int, prefill: bytes, decode: bytes, *, calm_budgets: bool
+) -> tuple[Numbers, Numbers]:
     """Return the numbers of all pairs for busy steps, and of those for calm steps beside each.
 
-    Calm steps have at least the levels of the busy ones.
+    Calm steps have at least the levels of the busy ones. Behind all stand the two in force.
     """
-    if not calm_budgets:
-        alone = np.arange(len(found))
-        return alone, alone
-    prefill, decode = np.array(found).T
-    beside = (prefill >= prefill[:, None]) & (decode >= decode[:, None])
-    busy, calm = np.nonzero(beside)
-    return busy, calm
+    if calm_budgets:
+        levels = np.frombuffer(prefill, np.intp), np.frombuffer(decode, np.intp)
+        beside = np.logical_and(*(one >= one[:, None] for one in levels))
+        busy, calm = np.nonzero(beside)
+    else:
+        busy = calm = np.arange(count)
+    return np.append(busy, count), np.append(calm, count + 1)
 
 
 def _late_work(busy: Column, calm: Column) -> Column:

@@ -47,9 +47,9 @@ dispersion; old evidence fades, because servers change.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -62,6 +62,7 @@ from sglang_alloc_controller.step_times import with_gain
 
 Column = npt.NDArray[np.float64]
 """One value for each choice."""
+Numbers = npt.NDArray[np.intp]
 Number = TypeVar("Number", float, Column)
 
 # c may move by this at once: one clump of late answers is no other server.
@@ -94,6 +95,24 @@ class Choice(NamedTuple):
     """Nats per token, of both phases."""
     work_seconds: float
     """Of the engine's time, per request."""
+
+
+class Choices(NamedTuple):
+    """Pairs of levels side by side, and what each costs, as in `Choice`."""
+
+    prefill: Numbers
+    decode: Numbers
+    losses: Column
+    work_seconds: Column
+
+
+class Works(NamedTuple):
+    """What a request takes of the engine's time at each level, in seconds."""
+
+    prefill: Sequence[float]
+    decode: Sequence[float]
+    slack: float
+    """Share of the TTFT SLO that is left for waiting: both count for so much more."""
 
 
 class Engine(NamedTuple):
@@ -153,59 +172,42 @@ def learned_from(
     return Critical(min(_BOUNDS[1], max(_BOUNDS[0], moved)), precision)
 
 
-def choices(
+def works_of(
     load: Load, ranges: Mapping[Phase, BudgetRange], engine: Engine, law: LawSettings
-) -> Iterator[Choice]:
-    """Yield the pairs of levels worth taking: the smallest loss first, each faster than before."""
+) -> Works:
+    """Return what every level takes of the engine's time under this load."""
     prefill, decode = ranges["prefill"], ranges["decode"]
-    before = _prefill_seconds(load, prefill, engine, law)
-    after = _decode_seconds(load, decode, engine)
-    fastest = math.inf
-    for loss, i, j in _by_loss(tuple(prefill.losses), tuple(decode.losses)):
-        work_seconds = (before[i] + after[j]) / engine.slack
-        if work_seconds < fastest:
-            fastest = work_seconds
-            yield Choice(Levels(i, j), loss, work_seconds)
-
-
-def work_of(
-    levels: Levels,
-    load: Load,
-    ranges: Mapping[Phase, BudgetRange],
-    engine: Engine,
-    law: LawSettings,
-) -> Choice:
-    """Return what these levels cost."""
-    prefill, decode = ranges["prefill"], ranges["decode"]
-    seconds = _prefill_seconds(load, prefill, engine, law)[levels.prefill]
-    seconds += _decode_seconds(load, decode, engine)[levels.decode]
-    return Choice(
-        levels,
-        prefill.losses[levels.prefill] + decode.losses[levels.decode],
-        seconds / engine.slack,
-    )
-
-
-def _prefill_seconds(
-    load: Load, prefill: BudgetRange, engine: Engine, law: LawSettings
-) -> list[float]:
-    """Return the engine's time for the prompt of a request, in steps of two such, by level."""
     tokens = step_tokens(load, prefill, law, _PROMPTS_PER_STEP)
     steps = with_gain(prefill.steps_seconds(tokens), engine.prefill_gain)
-    return [load.prefill_tokens * step / tokens for step in steps]
+    before = [load.prefill_tokens * step / tokens for step in steps]
+    tokens = min(1.0, engine.mean / (_FEW_SHARE * engine.most)) ** 2 * load.decode_tokens
+    steps = with_gain(decode.steps_seconds(engine.most), engine.decode_gain)
+    after = [tokens * step / engine.most for step in steps]
+    return Works(before, after, engine.slack)
+
+
+def choices(works: Works, ranges: Mapping[Phase, BudgetRange]) -> Choices:
+    """Return the pairs of levels worth taking: the smallest loss first, each faster than before."""
+    losses, prefill, decode = _by_loss(
+        tuple(ranges["prefill"].losses), tuple(ranges["decode"].losses)
+    )
+    work_seconds = (np.array(works.prefill)[prefill] + np.array(works.decode)[decode]) / works.slack
+    faster = np.ones(len(work_seconds), dtype=bool)
+    faster[1:] = work_seconds[1:] < np.minimum.accumulate(work_seconds)[:-1]
+    return Choices(prefill[faster], decode[faster], losses[faster], work_seconds[faster])
+
+
+def work_of(levels: Levels, works: Works, ranges: Mapping[Phase, BudgetRange]) -> Choice:
+    """Return what these levels cost."""
+    seconds = works.prefill[levels.prefill] + works.decode[levels.decode]
+    loss = ranges["prefill"].losses[levels.prefill] + ranges["decode"].losses[levels.decode]
+    return Choice(levels, loss, seconds / works.slack)
 
 
 def step_tokens(load: Load, prefill: BudgetRange, law: LawSettings, prompts: float) -> float:
     """Return the prompt tokens of a prefill step that so many prompts share under this load."""
     tokens = min(float(law.cost_prefill_tokens), prompts * load.prefill_tokens)
     return max(tokens, prefill.sizes[0])
-
-
-def _decode_seconds(load: Load, decode: BudgetRange, engine: Engine) -> list[float]:
-    """Return a request's share of the decode steps that it takes part in, by level."""
-    tokens = min(1.0, engine.mean / (_FEW_SHARE * engine.most)) ** 2 * load.decode_tokens
-    steps = with_gain(decode.steps_seconds(engine.most), engine.decode_gain)
-    return [tokens * step / engine.most for step in steps]
 
 
 class Demand(NamedTuple):
@@ -230,26 +232,6 @@ def _variability(dispersion: float) -> float:
     return max(_DISPERSION_MIN, dispersion)
 
 
-class Priced(Protocol):
-    """Whatever loses quality and takes work: a choice, or a plan of two (law_calm)."""
-
-    @property
-    def loss(self) -> float:
-        """Nats per token."""
-
-    @property
-    def work_seconds(self) -> float:
-        """Of the engine's time, per request."""
-
-
-def cost(
-    one: Priced, demand: Demand, critical: float, objective_ratio: float, law: LawSettings
-) -> float:
-    """Return loss and price of late answers together, nats per token."""
-    work_seconds = np.array([one.work_seconds])
-    return one.loss + float(late_price(work_seconds, demand, critical, objective_ratio, law)[0])
-
-
 def late_price(
     work_seconds: Column, demand: Demand, critical: float, objective_ratio: float, law: LawSettings
 ) -> Column:
@@ -257,12 +239,13 @@ def late_price(
     allowed = 1.0 - objective_ratio
     slope, price, at_critical = law.load_slope, law.load_miss_price_nats, math.log(allowed)
     dispersion = demand.dispersion
-    doubt = (slope * work_seconds) ** 2 * demand.variance / 2 / _variability(dispersion)
-    doubt = np.minimum(_DOUBT_MAX, doubt)
     beyond = slope * (felt(demand.rate_per_second * work_seconds, dispersion) - critical)
-    share = late_share(at_critical + beyond + doubt)
+    log_odds = at_critical + beyond
+    share = likely = late_share(log_odds)
+    if demand.variance > 0:
+        doubt = (slope * work_seconds) ** 2 * demand.variance / 2 / _variability(dispersion)
+        share = late_share(log_odds + np.minimum(_DOUBT_MAX, doubt))
     total: Column = price * np.maximum(0.0, share - law.load_free_ratio * allowed)
-    likely = late_share(at_critical + beyond)
     total += law.load_violation_price_nats * np.maximum(0.0, likely - allowed)
     if demand.peak_weight > 0:
         beyond = slope * (felt(demand.peak_per_second * work_seconds, dispersion) - critical)
@@ -273,16 +256,21 @@ def late_price(
 def late_share(log_odds: Column) -> Column:
     """Return the share of late answers; it goes on growing a little where all are late."""
     odds = np.exp(np.minimum(0.0, log_odds))
-    beyond = _BEYOND * np.maximum(0.0, log_odds - 1.0)
-    share: Column = odds / (1.0 + odds) + 0.25 * np.minimum(np.maximum(log_odds, 0.0), 1.0) + beyond
+    share: Column = odds / (1.0 + odds)
+    if log_odds.max() > 0.0:
+        beyond = _BEYOND * np.maximum(0.0, log_odds - 1.0)
+        share += 0.25 * np.minimum(np.maximum(log_odds, 0.0), 1.0) + beyond
     return share
 
 
 @lru_cache(maxsize=8)
 def _by_loss(
     prefill: tuple[float, ...], decode: tuple[float, ...]
-) -> tuple[tuple[float, int, int], ...]:
-    return tuple(sorted((x + y, i, j) for i, x in enumerate(prefill) for j, y in enumerate(decode)))
+) -> tuple[Column, Numbers, Numbers]:
+    """Return losses and levels of all pairs, the smallest loss first."""
+    pairs = sorted((x + y, i, j) for i, x in enumerate(prefill) for j, y in enumerate(decode))
+    losses, before, after = zip(*pairs, strict=True)
+    return np.array(losses), np.array(before), np.array(after)
 
 
 def _prior_precision(law: LawSettings) -> float:

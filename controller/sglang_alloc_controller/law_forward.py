@@ -15,12 +15,7 @@ detection say nothing about the budgets.
 import math
 from dataclasses import replace
 
-from sglang_alloc_controller.law_calm import (
-    Plan,
-    cheapest,
-    plan_of,
-    running_limit,
-)
+from sglang_alloc_controller.law_calm import Plans, plans_of, running_limit
 from sglang_alloc_controller.law_capacity import (
     Critical,
     Demand,
@@ -31,6 +26,7 @@ from sglang_alloc_controller.law_capacity import (
     learned_from,
     prior,
     work_of,
+    works_of,
 )
 from sglang_alloc_controller.law_load import Load, changed_window, load_of, within_age
 from sglang_alloc_controller.law_move import moved
@@ -96,19 +92,18 @@ def forward(
     if load is None:
         belief = belief._replace(learned_at_seconds=seen.reading_at_seconds)
         return replace(state, forward=belief), dict.fromkeys(PHASES, Reason.TOO_FEW_SAMPLES)
-    belief = with_step_times(belief, load, state, seen, constants)
+    in_force = levels, calm_levels_of(state, constants)
+    belief = with_step_times(belief, in_force, state, seen, constants)
     engine = _engine(belief, load, constants)
     demand = _demand(belief, load, state, seen, constants)
-    now = _plan_in_force(load, demand, engine, state, constants)
+    plans = _plans(load, demand, engine, in_force, constants)
+    now = plans.in_force
     utilisation = felt(load.recent_per_second * now.work_seconds, seen.dispersion)
     belief = belief._replace(busy_share=now.busy_share)
     belief = _with_evidence(belief, utilisation, state, seen, constants)
     violating = any(one.excess > 0 for one in asked.values())
     age_seconds = seen.reading_at_seconds - belief.load_since_seconds
-    found = list(choices(load, constants.ranges, engine, constants.law))
-    wanted, gain = cheapest(
-        now,
-        found,
+    wanted, gain = plans.cheapest(
         demand,
         critical=belief.critical,
         objective_ratio=constants.slo.objective_ratio,
@@ -207,14 +202,17 @@ def _with_evidence(
     )
 
 
-def _plan_in_force(
-    load: Load, demand: Demand, engine: Engine, state: LawState, constants: LawConstants
-) -> Plan:
-    busy, calm = (
-        work_of(levels, load, constants.ranges, engine, constants.law)
-        for levels in (levels_of(state, constants), calm_levels_of(state, constants))
-    )
-    return plan_of(busy, calm, demand)
+def _plans(
+    load: Load,
+    demand: Demand,
+    engine: Engine,
+    in_force: tuple[Levels, Levels],
+    constants: LawConstants,
+) -> Plans:
+    ranges = constants.ranges
+    works = works_of(load, ranges, engine, constants.law)
+    busy, calm = (work_of(levels, works, ranges) for levels in in_force)
+    return plans_of(choices(works, ranges), (busy, calm), demand, constants.law)
 
 
 def _demand(

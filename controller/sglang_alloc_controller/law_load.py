@@ -101,6 +101,8 @@ def changed_window(
     for window in windows[:-1]:
         if min(window.seconds, whole.seconds - window.seconds) < _SIDE_SECONDS_MIN:
             continue
+        if _evidence_bound(window, whole) <= asked:
+            continue
         evidence = _rate_evidence(window, whole) + _size_evidence(window, whole)
         enough = asked * (_FALL_FACTOR if evidence < 0 else 1.0)
         evidence = abs(evidence) - enough
@@ -149,6 +151,27 @@ def trend_nats(windows: Sequence[LoadWindow]) -> float:
         spread += seconds * from_middle**2
         newer = older
     return moment**2 / spread / (2.0 * mean) if spread > 0 else 0.0
+
+
+def _evidence_bound(window: LoadWindow, whole: LoadWindow) -> float:
+    """Return what the evidence cannot exceed, without a logarithm: ln x <= x - 1.
+
+    Most windows of a load that lasts fall short of it, and all of them are looked at each time.
+    """
+    seconds, arrivals, requests, tokens, _ = window
+    share, all_arrivals = seconds / whole.seconds, max(arrivals, whole.arrivals)
+    expected, expected_before = all_arrivals * share, all_arrivals * (1.0 - share)
+    if expected <= 0.0:
+        return math.inf
+    more = (arrivals - expected) ** 2
+    bound = more / expected + more / expected_before
+    before, tokens_before = whole.requests - requests, whole.prefill_tokens - tokens
+    if min(before, requests) >= _REQUESTS_MIN and min(tokens, tokens_before) > 0:
+        mean = whole.prefill_tokens / whole.requests
+        of_sizes = requests * (mean * requests / tokens - 1.0)
+        of_sizes += before * (mean * before / tokens_before - 1.0)
+        bound += _SIZE_SHAPE * of_sizes
+    return bound
 
 
 def _rate_evidence(window: LoadWindow, whole: LoadWindow) -> float:

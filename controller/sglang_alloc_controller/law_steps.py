@@ -7,8 +7,8 @@ chunks, a mean size does: that of one prompt, and more the busier the engine is 
 """
 
 import math
-from collections.abc import Sequence
 
+from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.law_capacity import Levels, step_tokens
 from sglang_alloc_controller.law_gain import Gain, seen_steps
 from sglang_alloc_controller.law_load import Load
@@ -17,11 +17,10 @@ from sglang_alloc_controller.law_state import (
     LawConstants,
     LawState,
     Seen,
-    calm_levels_of,
     changed_at_seconds,
-    levels_of,
 )
 from sglang_alloc_controller.reading_history import Newest
+from sglang_alloc_controller.step_times import times_at
 
 # Fewer decode steps in a reading are no mean.
 _STEPS_MIN = 5.0
@@ -34,24 +33,39 @@ _DECODE_ERROR, _PREFILL_ERROR = 0.05, 0.25
 
 
 def with_step_times(
-    belief: ForwardState, load: Load, state: LawState, seen: Seen, constants: LawConstants
+    belief: ForwardState,
+    levels: tuple[Levels, Levels],
+    state: LawState,
+    seen: Seen,
+    constants: LawConstants,
 ) -> ForwardState:
-    """Return the belief after the steps since the reading before."""
-    newest = seen.newest
-    if newest is None:
+    """Return the belief after the steps since the reading before.
+
+    `levels` are in force, of busy and of calm steps.
+    """
+    newest, load = seen.newest, belief.load
+    if newest is None or load is None:
         return belief
     since_seconds = seen.reading_at_seconds - newest.seconds
     if since_seconds < changed_at_seconds(state) + constants.law.dead_time_seconds:
         return belief
-    levels = levels_of(state, constants), calm_levels_of(state, constants)
-    belief = belief._replace(decode_gain=_decode(belief, newest, levels, constants))
-    return belief._replace(prefill_gain=_prefill(belief, newest, load, levels, constants))
+    return belief._replace(
+        decode_gain=_decode(belief, newest, levels, constants),
+        prefill_gain=_prefill(belief, newest, load, levels, constants),
+    )
 
 
-def _mixed(bench: Sequence[float], belief: ForwardState, busy: int, calm: int) -> float:
-    """Return what the bench says of steps of which some are busy, over full."""
+def _bench(
+    budgets: BudgetRange, size: float, belief: ForwardState, busy: int, calm: int
+) -> tuple[float, float]:
+    """Return the bench's time of a step at full, and over it that of steps some of which are busy.
+
+    `size` is that of the step, `busy` and `calm` are the levels in force.
+    """
+    rows = budgets.step_times[busy], budgets.step_times[calm], budgets.step_times[-1]
+    in_busy, in_calm, full = times_at(budgets.sizes, rows, size)
     share = belief.busy_share
-    return (share * bench[busy] + (1.0 - share) * bench[calm]) / bench[-1]
+    return full, (share * in_busy + (1.0 - share) * in_calm) / full
 
 
 def _decode(
@@ -60,11 +74,14 @@ def _decode(
     done = newest.work
     if done.steps < _STEPS_MIN:
         return belief.decode_gain
-    bench = constants.ranges["decode"].steps_seconds(done.requests / done.steps)
+    size = done.requests / done.steps
+    full, ratio = _bench(
+        constants.ranges["decode"], size, belief, levels[0].decode, levels[1].decode
+    )
     return seen_steps(
         belief.decode_gain,
-        done.seconds / done.steps / bench[-1],
-        _mixed(bench, belief, levels[0].decode, levels[1].decode),
+        done.seconds / done.steps / full,
+        ratio,
         error=_DECODE_ERROR,
         seconds=newest.seconds,
         memory_seconds=constants.law.load_memory_seconds,
@@ -84,11 +101,11 @@ def _prefill(
     budgets, law = constants.ranges["prefill"], constants.law
     busy = min(1.0, done.prefill_seconds / newest.seconds)
     tokens = step_tokens(load, budgets, law, 1.0 + _PROMPTS_WHILE_BUSY * busy)
-    bench = budgets.steps_seconds(tokens)
+    full, ratio = _bench(budgets, tokens, belief, levels[0].prefill, levels[1].prefill)
     return seen_steps(
         belief.prefill_gain,
-        done.prefill_seconds / done.prefill_tokens * tokens / bench[-1],
-        _mixed(bench, belief, levels[0].prefill, levels[1].prefill),
+        done.prefill_seconds / done.prefill_tokens * tokens / full,
+        ratio,
         error=_PREFILL_ERROR * math.sqrt(tokens / done.prefill_tokens),
         seconds=newest.seconds,
         memory_seconds=law.load_memory_seconds,

@@ -5,6 +5,7 @@ the longer it is counted; a few numbers of each reading are enough for that.
 """
 
 import math
+from array import array
 from bisect import bisect_left
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ _PIECE_SECONDS, _PIECES_MAX, _PIECES_MIN = 10.0, 90, 18
 _ARRIVALS_MIN = 50.0
 # A window that is not much longer than the one before it says nothing new.
 _LONGER_RATIO = 1.15
+_WINDOWS_BACK = np.array(WINDOWS_SECONDS)
+_PIECES_BACK = _PIECE_SECONDS * np.arange(1, _PIECES_MAX + 1)
 
 
 class LoadWindow(NamedTuple):
@@ -57,14 +60,16 @@ class LoadHistory:
     def __init__(self) -> None:
         """Begin without readings."""
         self._totals: list[_Totals] = []
-        self._times: list[float] = []
-        self._arrived: list[float] = []  # requests that came, those that wait included
+        # Arrays, which numpy reads without a copy: every reading looks through all of them.
+        self._times = array("d")
+        self._arrived = array("d")  # requests that came, those that wait included
         self._windows: tuple[LoadWindow, ...] | None = None
         self._engines = 1
 
     def clear(self) -> None:
         """Forget everything: the engine began anew."""
-        self._totals, self._times, self._arrived, self._windows = [], [], [], None
+        self._totals, self._times, self._arrived = [], array("d"), array("d")
+        self._windows = None
 
     def add(self, reading: Reading, queue_requests: float) -> None:
         """Take a reading in, with its queue; one that tells no prompt tokens is left out."""
@@ -106,31 +111,36 @@ class LoadHistory:
         if len(self._totals) < 2:
             return 1.0
         counts = self._counts_by_piece()
-        if len(counts) < _PIECES_MIN or counts.sum() < _ARRIVALS_MIN:
+        arrivals = float(counts.sum())
+        if len(counts) < _PIECES_MIN or arrivals < _ARRIVALS_MIN:
             return 1.0
-        dispersion = float((np.diff(counts) ** 2).mean() / 2.0 / counts.mean()) * self._engines
+        differences = counts[1:] - counts[:-1]
+        squares = float((differences * differences).sum()) / len(differences)
+        dispersion = squares / 2.0 / (arrivals / len(counts)) * self._engines
         return min(1.0, dispersion * (1.0 + 2.0 * math.sqrt(3.0 / len(counts))))
 
     def _counts_by_piece(self) -> npt.NDArray[np.float64]:
         """Return the arrivals of successive pieces, the newest first, up to the first gap."""
-        times = np.array(self._times)
-        back = _PIECE_SECONDS * np.arange(1, _PIECES_MAX + 1)
-        begins = np.searchsorted(times, times[-1] - back - 0.5)
+        times = np.asarray(self._times)
+        begins = np.searchsorted(times, times[-1] - _PIECES_BACK - 0.5)
         ends = np.concatenate(([len(times) - 1], begins[:-1]))
         lengths = (times[ends] - times[begins]) / _PIECE_SECONDS
         whole = np.logical_and.accumulate((lengths > 0.5) & (lengths < 1.5))
-        arrived = np.array(self._arrived)
+        arrived = np.asarray(self._arrived)
         counts: npt.NDArray[np.float64] = np.maximum(0.0, arrived[ends] - arrived[begins])[whole]
         return counts
 
     def _found(self) -> tuple[LoadWindow, ...]:
         newest, found = self._totals[-1], list[LoadWindow]()
-        for seconds in WINDOWS_SECONDS:
-            start = bisect_left(self._times, newest.at_seconds - seconds - 0.5)
-            older = self._totals[min(start, len(self._totals) - 2)]
+        last = len(self._totals) - 2
+        starts = np.searchsorted(np.asarray(self._times), newest.at_seconds - _WINDOWS_BACK - 0.5)
+        longer_than = -math.inf
+        for start in starts.tolist():
+            older = self._totals[min(start, last)]
             span = newest.at_seconds - older.at_seconds
-            if not found or span > _LONGER_RATIO * found[-1].seconds:
+            if span > longer_than:
                 found.append(_between(older, newest))
+                longer_than = _LONGER_RATIO * span
         return tuple(found)
 
 

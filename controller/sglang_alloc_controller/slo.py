@@ -90,6 +90,8 @@ def pressures(state: LawState, seen: Seen, constants: LawConstants) -> dict[Phas
     """
     own = {phase: latency_pressure(phase, state, seen, constants) for phase in state.phases}
     queue = queue_pressure(state, constants)
+    if not any(one.excess > 0 for one in (queue, *own.values())):
+        return {"prefill": Pressure(0.0, Reason.TTFT_SLO), "decode": own["decode"]}
     first = first_down(state, seen, constants)
     asks: dict[Phase, list[Pressure]] = {
         "prefill": [Pressure(0.0, Reason.TTFT_SLO)],

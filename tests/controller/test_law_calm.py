@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from law_views import make_constants, make_seen, make_state, positions_of
 
@@ -10,8 +11,8 @@ from sglang_alloc.shared_table import CalmBudgets
 from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.control_core import ControlCore
 from sglang_alloc_controller.control_law import decide, frozen, not_taken
-from sglang_alloc_controller.law_calm import Plan, cheapest, plan_of, running_limit
-from sglang_alloc_controller.law_capacity import Choice, Demand, Levels
+from sglang_alloc_controller.law_calm import Plan, Plans, plans_of, running_limit
+from sglang_alloc_controller.law_capacity import Choice, Choices, Demand, Levels
 from sglang_alloc_controller.law_settings import LawSettings
 from sglang_alloc_controller.law_state import (
     Calm,
@@ -21,6 +22,7 @@ from sglang_alloc_controller.law_state import (
     Seen,
     calm_levels_of,
     changed_at_seconds,
+    levels_of,
 )
 from sglang_alloc_controller.law_steps import with_step_times
 from sglang_alloc_controller.load_history import LoadWindow
@@ -44,10 +46,28 @@ CONSTANTS = make_constants(LEVELS, calm_budgets=True)
 SETTINGS = {"table": "/t", "slo": {"ttft_seconds": 1.0, "itl_seconds": 0.05}}
 
 
-def _wanted(rate: float, law: LawSettings = LAW, **demand: float) -> tuple[Plan, float]:
-    wanted = Demand(rate, **demand)
-    now = plan_of(FULL, FULL, wanted)
-    return cheapest(now, [FULL, HALF, DEEP], wanted, critical=0.85, objective_ratio=0.95, law=law)
+def _plans(
+    found: list[Choice], in_force: tuple[Choice, Choice], demand: Demand, law: LawSettings = LAW
+) -> Plans:
+    prefill, decode = (
+        np.array(column) for column in zip(*(one.levels for one in found), strict=True)
+    )
+    losses, works = (
+        np.array([getattr(one, name) for one in found]) for name in ("loss", "work_seconds")
+    )
+    return plans_of(Choices(prefill, decode, losses, works), in_force, demand, law)
+
+
+def _plan(busy: Choice, calm: Choice, demand: Demand) -> Plan:
+    return _plans([FULL], (busy, calm), demand).in_force
+
+
+def _wanted(
+    rate: float, law: LawSettings = LAW, found: tuple[Choice, ...] = (FULL, HALF, DEEP)
+) -> tuple[Plan, float]:
+    demand = Demand(rate)
+    plans = _plans([*found], (FULL, FULL), demand, law)
+    return plans.cheapest(demand, critical=0.85, objective_ratio=0.95, law=law)
 
 
 def _seen(now_seconds: float, rate: float, **fields: object) -> Seen:
@@ -58,7 +78,7 @@ def _seen(now_seconds: float, rate: float, **fields: object) -> Seen:
 
 
 def test_what_two_pairs_cost_follows_the_share_of_busy_steps() -> None:
-    plan = plan_of(DEEP, FULL, Demand(10.0))
+    plan = _plan(DEEP, FULL, Demand(10.0))
     # 0.4 * 0.05 + 0.6 * 0.1 = 0.08 s of work: a utilisation of 0.8.
     share = 1 / (1 + math.exp(8.5 * 0.2))
     assert plan.busy_share == pytest.approx(share)
@@ -66,12 +86,12 @@ def test_what_two_pairs_cost_follows_the_share_of_busy_steps() -> None:
     assert plan.work_seconds == pytest.approx(0.6 * 0.05 + 0.4 * 0.1)
     assert (plan.levels, plan.calm) == (Levels(0, 0), Levels(1, 1))
     # 1250 / s are beyond any number that an exponential can hold.
-    assert plan_of(DEEP, FULL, Demand(12500.0)).busy_share == pytest.approx(1.0)
-    assert plan_of(DEEP, FULL, Demand(0.0)).busy_share == pytest.approx(0.0, abs=1e-3)
+    assert _plan(DEEP, FULL, Demand(12500.0)).busy_share == pytest.approx(1.0)
+    assert _plan(DEEP, FULL, Demand(0.0)).busy_share == pytest.approx(0.0, abs=1e-3)
 
 
 def test_the_same_pair_for_all_steps_costs_what_it_costs_alone() -> None:
-    plan = plan_of(HALF, HALF, Demand(7.0))
+    plan = _plan(HALF, HALF, Demand(7.0))
     assert (plan.loss, plan.work_seconds) == (HALF.loss, pytest.approx(HALF.work_seconds))
 
 
@@ -92,11 +112,8 @@ def test_calm_steps_keep_their_quality_as_long_as_busy_ones_carry_the_load() -> 
 
 def test_calm_steps_never_have_the_smaller_budget_of_a_phase() -> None:
     slow_decode = Choice(Levels(1, 0), 0.01, 0.09)
-    found = [FULL, slow_decode, HALF, DEEP]
     for tenth in range(200):
-        demand = Demand(tenth / 10)
-        now = plan_of(FULL, FULL, demand)
-        plan, gain = cheapest(now, found, demand, critical=0.85, objective_ratio=0.95, law=LAW)
+        plan, gain = _wanted(tenth / 10, found=(FULL, slow_decode, HALF, DEEP))
         assert plan.calm.prefill >= plan.levels.prefill
         assert plan.calm.decode >= plan.levels.decode
         assert gain >= -1e-12
@@ -162,12 +179,12 @@ def test_step_times_are_compared_with_the_mixture_of_both_pairs() -> None:
     """Half of the steps at full, half at the floor of decode: what the bench says of the two."""
     state, _ = _pair_of_pairs()
     assert state.forward is not None
-    load = state.forward.load
-    assert load is not None
+    assert state.forward.load is not None
+    levels = levels_of(state, CONSTANTS), calm_levels_of(state, CONSTANTS)
     belief: ForwardState = state.forward._replace(busy_share=0.5)
     done = RankTime(100.0, 100 * 0.75 * 0.04, requests=1600.0)
     view = _seen(200.0, 5.8, newest=Newest(1.0, 100.0, 0.0, done))
-    learned = with_step_times(belief, load, state, view, CONSTANTS)
+    learned = with_step_times(belief, levels, state, view, CONSTANTS)
     assert learned.decode_gain.factor() == pytest.approx(1.0)
-    all_busy = with_step_times(belief._replace(busy_share=1.0), load, state, view, CONSTANTS)
+    all_busy = with_step_times(belief._replace(busy_share=1.0), levels, state, view, CONSTANTS)
     assert all_busy.decode_gain.factor() < 0.9

@@ -8,7 +8,7 @@ from law_views import make_constants, make_seen, make_state, positions_of
 
 from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.control_law import decide
-from sglang_alloc_controller.law_capacity import with_gain
+from sglang_alloc_controller.law_capacity import Levels, with_gain
 from sglang_alloc_controller.law_forward import first_belief
 from sglang_alloc_controller.law_gain import Gain, seen_steps
 from sglang_alloc_controller.law_load import Load
@@ -92,7 +92,8 @@ def _after_reading(work: RankTime, now_seconds: float = 10.0) -> ForwardState:
     """The belief after a second with this work at the floor, where the budgets are since 5 s."""
     state = initial_state({"prefill": 0.0, "decode": 0.0}, CONSTANTS.law, 5.0)
     seen = make_seen(now_seconds)._replace(newest=Newest(1.0, 5.0, 0.0, work))
-    return with_step_times(first_belief(CONSTANTS), LOAD, state, seen, CONSTANTS)
+    belief = first_belief(CONSTANTS)._replace(load=LOAD)
+    return with_step_times(belief, (Levels(0, 0), Levels(0, 0)), state, seen, CONSTANTS)
 
 
 def test_decode_steps_count_at_their_mean_batch_and_prefill_steps_at_their_tokens() -> None:
@@ -109,7 +110,7 @@ def test_decode_steps_count_at_their_mean_batch_and_prefill_steps_at_their_token
 
 def test_steps_at_other_levels_too_few_and_none_teach_nothing() -> None:
     work = RankTime(20.0, 0.24, 240.0, 550.0, 0.53)
-    first = first_belief(CONSTANTS)
+    first = first_belief(CONSTANTS)._replace(load=LOAD)
     assert _after_reading(work, now_seconds=6.5) == first  # began before the change and dead time
     assert _after_reading(RankTime(4.0, 0.1, 48.0)) == first
     assert _after_reading(RankTime()) == first

@@ -1,23 +1,27 @@
 """What arrives and what a server carries, computed by hand."""
 
 import math
+import random
 from collections.abc import Iterable
 
+import numpy as np
 import pytest
 from law_views import make_constants
 
+from sglang_alloc_controller import law_load
 from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.law_capacity import (
     Demand,
     Engine,
     Levels,
     choices,
-    cost,
     felt,
+    late_price,
     late_share,
     learned_from,
     prior,
     work_of,
+    works_of,
 )
 from sglang_alloc_controller.law_load import (
     Load,
@@ -137,6 +141,27 @@ def test_more_requests_with_shorter_prompts_are_no_other_load() -> None:
     assert not found(71.0)
 
 
+def test_the_bound_without_logarithms_passes_over_no_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draws = random.Random(5)
+    cases = []
+    for _ in range(400):
+        windows = [_window(4.0, draws.uniform(0.0, 9.0), draws.uniform(60.0, 180.0))]
+        for seconds in (6.0, 20.0, 90.0, 300.0):
+            added = _window(seconds, draws.uniform(3.0, 5.5), draws.uniform(80.0, 130.0))
+            windows.append(LoadWindow(*(map(sum, zip(windows[-1], added, strict=True)))))
+        cases.append(windows)
+
+    def found() -> list[LoadWindow | None]:
+        return [changed_window(windows, 420.0, LAW) for windows in cases]
+
+    bounded = found()
+    monkeypatch.setattr(law_load, "_evidence_bound", lambda window, whole: math.inf)
+    assert bounded == found()
+    assert 20 < bounded.count(None) < 380
+
+
 def test_too_few_requests_say_nothing_of_the_sizes() -> None:
     assert load_of([_window(3, 0.5)], None, None) is None
     load = load_of([_window(3, 0.5)], None, LOAD)
@@ -241,27 +266,37 @@ def test_a_queue_may_have_grown_long_while_nobody_looked() -> None:
 
 
 def test_the_work_of_a_request_is_its_prompt_and_its_share_of_decode_steps() -> None:
-    found = list(choices(LOAD, RANGES, BUSY, LAW))
-    assert found[0].levels == Levels(1, 1)
-    assert found[0].work_seconds == pytest.approx(0.1 + 0.025)
-    assert [one.loss for one in found] == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    found = choices(works_of(LOAD, RANGES, BUSY, LAW), RANGES)
+    assert (found.prefill[0], found.decode[0]) == (1, 1)
+    assert found.work_seconds[0] == pytest.approx(0.1 + 0.025)
+    assert found.losses == pytest.approx([0.0, 0.1, 0.2, 0.3])
+
+
+def test_a_pair_that_loses_more_and_is_no_faster_is_not_worth_taking() -> None:
+    # With decode at its floor a step takes as long as at full.
+    slow = RANGES["decode"]._replace(step_times=((0.02, 0.04), (0.02, 0.04)))
+    ranges = RANGES | {"decode": slow}
+    found = choices(works_of(LOAD, ranges, BUSY, LAW), ranges)
+    assert list(zip(found.prefill, found.decode, strict=True)) == [(1, 1), (0, 1)]
+    assert found.losses == pytest.approx([0.0, 0.2])
+    assert found.work_seconds == pytest.approx([0.125, 0.075])
 
 
 def test_long_prompts_and_few_running_requests_change_what_work_counts() -> None:
-    full = Levels(1, 1)
-    assert work_of(full, LOAD, RANGES, Engine(16.0, 16.0, slack=0.5), LAW).work_seconds == (
-        pytest.approx(2 * 0.125)
-    )
+    def work_seconds(engine: Engine) -> float:
+        works = works_of(LOAD, RANGES, engine, LAW)
+        return work_of(Levels(1, 1), works, RANGES).work_seconds
+
+    assert work_seconds(Engine(16.0, 16.0, slack=0.5)) == pytest.approx(2 * 0.125)
     # 1.6 of 16 run, half of the fifth under which they are few: a quarter of decode counts.
-    assert work_of(full, LOAD, RANGES, Engine(16.0, 1.6), LAW).work_seconds == (
-        pytest.approx(0.1 + 0.025 / 4)
-    )
+    assert work_seconds(Engine(16.0, 1.6)) == pytest.approx(0.1 + 0.025 / 4)
 
 
 def _best(rate: float, **demand: float) -> Levels:
-    found = choices(LOAD, RANGES, BUSY, LAW)
-    wanted = Demand(rate, **demand)
-    return min(found, key=lambda one: cost(one, wanted, 0.7, 0.95, LAW)).levels
+    found = choices(works_of(LOAD, RANGES, BUSY, LAW), RANGES)
+    price = late_price(found.work_seconds, Demand(rate, **demand), 0.7, 0.95, LAW)
+    best = (found.losses + price).argmin()
+    return Levels(int(found.prefill[best]), int(found.decode[best]))
 
 
 def test_the_smallest_loss_is_kept_while_it_carries_the_load_and_late_answers_have_a_price() -> (
@@ -299,9 +334,10 @@ def test_requests_that_come_evenly_need_less_speed() -> None:
 
 def test_the_share_of_late_answers_grows_for_ever_and_without_a_jump() -> None:
     odds = [-50.0, -3.0, -1e-9, 1e-9, 0.999, 1.001, 5.0, 100.0]
-    shares = [late_share(one) for one in odds]
+    shares = [float(late_share(np.array([one]))[0]) for one in odds]
     assert shares == sorted(shares)
-    assert late_share(math.log(0.05 / 0.95)) == pytest.approx(0.05)
+    assert shares == pytest.approx(late_share(np.array(odds)))
+    assert late_share(np.array([math.log(0.05 / 0.95)])) == pytest.approx(0.05)
     assert max(shares[3] - shares[2], shares[5] - shares[4]) < 1e-3
 
 

@@ -306,11 +306,13 @@ class Engine:
             self.itl.observe(seconds, batch * (steps - 1))
         self._fresh.clear()
         self.now_seconds = self._token_at = self.now_seconds + steps * seconds
+        tokens, work = batch * steps, self._work
         self._steps += steps
-        for field, done in enumerate((steps, steps * seconds, steps * batch)):
-            self._work[field] += done
-        self.generated_tokens += batch * steps
-        self.loss_sum += self._decode_loss * batch * steps
+        work[0] += steps
+        work[1] += steps * seconds
+        work[2] += tokens
+        self.generated_tokens += tokens
+        self.loss_sum += self._decode_loss * tokens
         while self._running and self._running[0][0] == self._steps:
             self._finish_request(heappop(self._running)[1])
 

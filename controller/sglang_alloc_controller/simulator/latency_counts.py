@@ -22,7 +22,7 @@ class LatencyCounts:
 
     def histogram(self) -> Histogram:
         """Return what /metrics would show."""
-        counts = tuple(float(count) for count in accumulate(self._counts))
+        counts = tuple(map(float, accumulate(self._counts)))
         return Histogram(self.edges, counts, self._sum_seconds)
 
     @property

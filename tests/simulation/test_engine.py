@@ -9,7 +9,7 @@ from small_worlds import FLOOR, FULL, make_plant, make_workload
 
 from sglang_alloc.shared_table import CalmBudgets
 from sglang_alloc_controller.samples import RankTime
-from sglang_alloc_controller.simulator.engine import Engine, Outcome
+from sglang_alloc_controller.simulator.engine import Engine, Obeyed, Outcome
 from sglang_alloc_controller.simulator.plant import Plant
 from sglang_alloc_controller.simulator.workload import Workload
 
@@ -239,6 +239,21 @@ def test_steps_that_leave_nobody_waiting_have_the_calm_budgets() -> None:
     # Prefill's nat weighs on the answers by the share of their prompts: all of one, a third of
     # another. Decode is calm.
     assert engine.loss_sum == pytest.approx(3 * 1.0 + 3 * 50 / 150)
+    prefill, decode = engine.obeyed
+    assert prefill == Obeyed(450, 200 * FLOOR + 250 * FULL, 250)
+    assert prefill.mean_budget == pytest.approx((200 * FLOOR + 250 * FULL) / 450)
+    assert prefill.calm_ratio == pytest.approx(250 / 450)
+    assert decode == Obeyed(6, 6 * FULL, 6)
+
+
+def test_what_tokens_were_computed_with_is_counted_apart_in_a_clone() -> None:
+    engine = Engine(make_workload((0.0, 100, 5)), make_plant(), (FULL, FLOOR))
+    ahead = engine.clone()
+    ahead.advance(5.0)
+    assert ahead.obeyed == (Obeyed(100, 100 * FULL), Obeyed(4, 4 * FLOOR))
+    assert engine.obeyed == (Obeyed(), Obeyed())
+    assert math.isnan(engine.obeyed[0].mean_budget)
+    assert math.isnan(engine.obeyed[0].calm_ratio)
 
 
 def test_steps_of_many_running_requests_are_not_calm() -> None:

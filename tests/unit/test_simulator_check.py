@@ -8,13 +8,16 @@ from typing import Any
 
 import httpx2
 import pytest
+from demo_runs import make_record, make_run
 
 from sglang_alloc.bench.simulator_check.__main__ import main
 from sglang_alloc.bench.simulator_check.compare import compare_folder, simulate_all
 from sglang_alloc.bench.simulator_check.errors import WHOLE, Error, compare, waiting_at
 from sglang_alloc.bench.simulator_check.felt import (
-    CONTROLLED,
+    AHEAD,
+    BY_LATENCIES,
     BudgetsFrom,
+    Computed,
     Felt,
     Request,
     Run,
@@ -22,6 +25,7 @@ from sglang_alloc.bench.simulator_check.felt import (
 )
 from sglang_alloc.bench.simulator_check.files import read_served, write_served
 from sglang_alloc.bench.simulator_check.fit import Case, StepBench, write_bench
+from sglang_alloc.bench.simulator_check.serve import run_of
 from sglang_alloc.bench.simulator_check.service import (
     durations,
     fitted_times,
@@ -42,12 +46,12 @@ FULL, FLOOR = 40, 13
 
 def _make_run(name: str = "full", ttft: float = 0.2, budget: int = FULL, **fields: Any) -> Run:
     felt = tuple(Felt(ttft * (1 + index % 2), 0.02) for index in range(4))
-    run = Run(name, felt, ((0.0, 0.0), (1.0, 4.0)), (BudgetsFrom(0.0, budget, budget),))
-    return run._replace(**fields)
+    budgets, computed = (BudgetsFrom(0.0, *[budget] * 4),), Computed(float(budget), 0.0)
+    return Run(name, felt, ((0.0, 0.0), (1.0, 4.0)), budgets, computed, computed)._replace(**fields)
 
 
 def _make_served(*runs: Run, apart_seconds: float = 5.0) -> Served:
-    settings = controller_settings(
+    by_latencies = controller_settings(
         table=Path("t.tbl"),
         server_url="http://127.0.0.1:1",
         slo=Slo(0.5, 0.05),
@@ -55,6 +59,8 @@ def _make_served(*runs: Run, apart_seconds: float = 5.0) -> Served:
         decision_log=Path("d.jsonl"),
         port=9464,
     )
+    quality = {**by_latencies["quality"], "cost_model": "bench.csv"}
+    settings = {BY_LATENCIES: by_latencies, AHEAD: {**by_latencies, "quality": quality}}
     requests = tuple(
         Request("calm" if index < 2 else "busy", apart_seconds * index, 896, 3)
         for index in range(4)
@@ -77,6 +83,31 @@ def _write_bench(path: Path) -> Path:
             seconds[Case("decode", batch, budget)] = [(0.020 + 0.002 * batch) * factor]
     write_bench(path, seconds, 896, {"cores": 2})
     return path
+
+
+def test_a_served_run_has_the_budgets_of_both_kinds_of_steps_and_what_tokens_got() -> None:
+    steps = (
+        Step(0.1, "prefill", 40, 100, is_calm=True),
+        Step(0.2, "prefill", 20, 300),
+        Step(0.3, "decode", 30, 2, is_calm=True),
+    )
+    record = make_run(
+        make_record(0, due=0.0, ttft=0.5, gaps=(0.05, 0.15)),
+        make_record(1, due=1.0, ttft=None),
+        budgets=((0.0, 40, 40), (2.0, 20, 40), (4.0, 20, 30)),
+        calm_budgets=((0.0, 40, 40), (4.0, 30, 40)),
+        steps=steps,
+    )
+    run = run_of("one", record)
+    assert run.felt[0] == Felt(0.5, pytest.approx(0.1))
+    assert all(math.isnan(one) for one in run.felt[1])
+    assert run.budgets[:3] == (
+        BudgetsFrom(0.0, 40, 40, 40, 40),
+        BudgetsFrom(2.0, 20, 40, 40, 40),
+        BudgetsFrom(4.0, 20, 30, 30, 40),
+    )
+    assert run.prefill == Computed(pytest.approx((4000 + 6000) / 400), pytest.approx(0.25))
+    assert run.decode == Computed(30.0, 1.0)
 
 
 def test_errors_are_simulated_over_served_by_phase_and_in_whole() -> None:
@@ -119,12 +150,15 @@ def test_requests_that_are_due_and_have_no_first_token_are_counted_each_second()
     assert whole["unanswered_mean_requests"].simulated == pytest.approx(4 / 20)
 
 
-def test_mean_budgets_are_over_the_time_that_each_was_in_force() -> None:
-    # 40 for 15 of 20 seconds, then 20; the first entry counts from the start of the trace.
-    run = _make_run(budgets=(BudgetsFrom(0.05, 40, 40), BudgetsFrom(15.0, 20, 40)))
-    whole = _by_name(compare(_make_served(), run, run))
-    assert whole["prefill_budget_mean_activations"].served == pytest.approx(35.0)
-    assert whole["decode_budget_mean_activations"].served == pytest.approx(40.0)
+def test_budgets_and_calm_steps_are_compared_by_the_tokens_computed() -> None:
+    run = _make_run(prefill=Computed(35.0, 0.9), decode=Computed(39.0, math.nan))
+    twin = _make_run(prefill=Computed(28.0, 0.6), decode=Computed(40.0, 1.0))
+    whole = _by_name(compare(_make_served(), run, twin))
+    budget = whole["prefill_budget_mean_activations"]
+    assert (budget.served, budget.error_ratio) == (35.0, pytest.approx(-0.2))
+    assert whole["prefill_calm_tokens_ratio"].difference == pytest.approx(-0.3)
+    assert whole["decode_budget_mean_activations"].difference == pytest.approx(1.0)
+    assert math.isnan(whole["decode_calm_tokens_ratio"].served)
 
 
 def test_an_unanswered_request_is_left_out_of_the_percentiles() -> None:
@@ -139,12 +173,19 @@ def test_runs_of_different_length_are_refused() -> None:
 
 
 def test_a_measurement_comes_back_from_its_file(tmp_path: Path) -> None:
-    served = _make_served(_make_run(felt=(*_make_run().felt[:3], Felt(math.nan, 0.5))))
+    felt = (*_make_run().felt[:3], Felt(math.nan, 0.5))
+    served = _make_served(_make_run(felt=felt, decode=Computed(40.0, math.nan)))
     write_served(tmp_path / "served.json", served)
     found = read_served(tmp_path / "served.json")
     assert found._replace(runs=()) == served._replace(runs=())
     assert math.isnan(found.runs[0].felt[3].ttft_seconds)
     assert found.runs[0].felt[:3] == served.runs[0].felt[:3]
+    assert (found.runs[0].budgets, found.runs[0].prefill) == (
+        served.runs[0].budgets,
+        served.runs[0].prefill,
+    )
+    assert found.runs[0].decode.mean_budget == 40.0
+    assert math.isnan(found.runs[0].decode.calm_ratio)
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:
@@ -219,23 +260,30 @@ def test_the_twin_takes_as_long_as_the_bench_says(tmp_path: Path) -> None:
     full, reduced = simulate_all(_make_served(*runs), TABLES, bench)
     assert full.felt[0] == pytest.approx((0.100, 0.022))
     assert reduced.felt[0] == pytest.approx((0.050, 0.011))
-    assert reduced.budgets[-1][1:] == (FLOOR, FLOOR)
+    assert reduced.budgets[-1][1:] == (FLOOR,) * 4
+    assert (reduced.prefill, reduced.decode) == (Computed(FLOOR, 0.0), Computed(FLOOR, 0.0))
 
 
-def test_the_controlled_twin_is_run_by_the_controllers_own_law(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [BY_LATENCIES, AHEAD])
+def test_the_controlled_twin_is_run_by_the_controllers_own_law(name: str, tmp_path: Path) -> None:
     # Ten requests a second are too many at 40: the law has to go down, and no lower than 13.
-    served = _make_served(_make_run(CONTROLLED), apart_seconds=0.1)
-    requests = tuple(Request("busy", 0.1 * index, 896, 3) for index in range(200))
-    (twin,) = simulate_all(served._replace(requests=requests), TABLES, _write_bench(tmp_path / "b"))
+    served = _make_served(_make_run(name), apart_seconds=0.1)
+    requests = tuple(Request("busy", 0.1 * index, 896, 3) for index in range(600))
+    phases = (("busy", 0.0, 60.0),)
+    served = served._replace(requests=requests, phases=phases)
+    (twin,) = simulate_all(served, TABLES, _write_bench(tmp_path / "b"))
     lowest = min(one.prefill_budget for one in twin.budgets)
     assert FLOOR <= lowest < FULL
-    assert len(twin.felt) == 200
+    assert len(twin.felt) == 600
+    assert FLOOR <= lowest < twin.prefill.mean_budget < FULL
+    assert 0 < twin.prefill.calm_ratio < 1
+    assert any(one.calm_prefill_budget > one.prefill_budget for one in twin.budgets)
 
 
 def test_the_command_compares_what_lies_in_a_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_served(tmp_path / "served.json", _make_served(_make_run(), _make_run(CONTROLLED)))
+    write_served(tmp_path / "served.json", _make_served(_make_run(), _make_run(AHEAD)))
     for name in ("bench", "service"):
         _write_bench(tmp_path / f"{name}.csv")
     assert main(["compare", "--out", str(tmp_path)]) == 0
@@ -243,7 +291,7 @@ def test_the_command_compares_what_lies_in_a_folder(
     assert printed.count("| ttft_p50_seconds | 0.2 | 0.1 | -50% |") == 2
     with (tmp_path / "errors.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert {row["run"] for row in rows} == {"full", CONTROLLED}
+    assert {row["run"] for row in rows} == {"full", AHEAD}
     assert float(rows[0]["error_ratio"]) == -0.5
     assert {row["plant"] for row in rows} == {"bench", "service"}
     assert (tmp_path / "runs-service.png").stat().st_size > 10_000

@@ -45,6 +45,26 @@ class _Started(NamedTuple):
     first_token_seconds: float
 
 
+class Obeyed(NamedTuple):
+    """What the tokens of one phase were computed with."""
+
+    tokens: int = 0
+    budget_tokens: int = 0
+    """Sum over them of the budget in force."""
+    calm_tokens: int = 0
+    """Those of calm steps."""
+
+    @property
+    def mean_budget(self) -> float:
+        """Activations per token; NaN without tokens."""
+        return self.budget_tokens / self.tokens if self.tokens else math.nan
+
+    @property
+    def calm_ratio(self) -> float:
+        """Share of the tokens in calm steps; NaN without tokens."""
+        return self.calm_tokens / self.tokens if self.tokens else math.nan
+
+
 class Engine:
     """One server in simulated time, which begins at second 0."""
 
@@ -80,18 +100,28 @@ class Engine:
         self._work = [0.0] * len(RankTime._fields)  # since the start
         self._step_seconds = 0.0  # of the prefill step under way
         self._step_tokens = 0  # of the prefill step under way
+        self._prefill_obeyed, self._decode_obeyed = [0, 0, 0], [0, 0, 0]  # fields of Obeyed
+        self._decode_budget, self._decode_calm = 0, False  # of the decode step under way
         self.set_budgets(*budgets)
 
     def set_budgets(self, prefill: int, decode: int, calm: CalmBudgets | None = None) -> None:
         """Put budgets in force from the next step on; `calm`: others while the engine is calm."""
         self.prefill_budget, self.decode_budget, self.calm = prefill, decode, calm
 
-    def _in_force(self) -> tuple[int, int]:
-        """Return the budgets of the step that begins now, behind which head to tail wait."""
+    def _in_force(self) -> tuple[int, int, bool]:
+        """Return both budgets of the step that begins now and whether it is calm.
+
+        Behind it head to tail wait.
+        """
         calm = self.calm
         if calm is None or self._head < self._tail or len(self._running) >= calm.running_requests:
-            return self.prefill_budget, self.decode_budget
-        return calm.prefill_budget, calm.decode_budget
+            return self.prefill_budget, self.decode_budget, False
+        return calm.prefill_budget, calm.decode_budget, True
+
+    @property
+    def obeyed(self) -> tuple[Obeyed, Obeyed]:
+        """What prefill and decode tokens were computed with; a restart does not end the count."""
+        return Obeyed(*self._prefill_obeyed), Obeyed(*self._decode_obeyed)
 
     @property
     def waiting_requests(self) -> int:
@@ -163,6 +193,8 @@ class Engine:
         other._fresh = list(self._fresh)
         other.ttft, other.itl = self.ttft.copy(), self.itl.copy()
         other._work = list(self._work)
+        other._prefill_obeyed = list(self._prefill_obeyed)
+        other._decode_obeyed = list(self._decode_obeyed)
         other.outcomes = []
         return other
 
@@ -224,8 +256,9 @@ class Engine:
             else:
                 completed.append(request)
         self._prefilled, self._cut, self._step_tokens = tuple(completed), cut, tokens
-        budget, _ = self._in_force()
+        budget, _, is_calm = self._in_force()
         self._charge(shares, budget)
+        _count(self._prefill_obeyed, tokens, budget, is_calm)
         line = self._prefill_line.get(budget)
         if line is None:
             line = self._prefill_line[budget] = self._plant.times.prefill.line(budget)
@@ -244,7 +277,8 @@ class Engine:
             self.loss_sum += tokens / self._prompts[request] * loss * self._outputs[request]
 
     def _begin_decode(self, until_seconds: float) -> None:
-        batch, (_, budget) = len(self._running), self._in_force()
+        batch, (_, budget, is_calm) = len(self._running), self._in_force()
+        self._decode_budget, self._decode_calm = budget, is_calm
         seconds = self._decode_step.get((batch, budget), 0.0)
         if not seconds:
             seconds = self._plant.times.decode.at(batch, budget)
@@ -311,6 +345,7 @@ class Engine:
         work[0] += steps
         work[1] += steps * seconds
         work[2] += tokens
+        _count(self._decode_obeyed, tokens, self._decode_budget, self._decode_calm)
         self.generated_tokens += tokens
         self.loss_sum += self._decode_loss * tokens
         while self._running and self._running[0][0] == self._steps:
@@ -328,3 +363,10 @@ class Engine:
         ttft = math.nan if started is None else started.ttft_seconds
         self.outcomes.append(Outcome(request, self.now_seconds, ttft, math.nan, True))
         self.lost_requests += 1
+
+
+def _count(obeyed: list[int], tokens: int, budget: int, is_calm: bool) -> None:
+    obeyed[0] += tokens
+    obeyed[1] += tokens * budget
+    if is_calm:
+        obeyed[2] += tokens

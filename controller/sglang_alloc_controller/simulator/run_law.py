@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from sglang_alloc.shared_table import CalmBudgets
 from sglang_alloc_controller.samples import Reading
-from sglang_alloc_controller.simulator.engine import Engine, Outcome
+from sglang_alloc_controller.simulator.engine import Engine, Obeyed, Outcome
 from sglang_alloc_controller.simulator.laws import Budgets, Law, Order, Scrape
 from sglang_alloc_controller.simulator.plant import Plant
 from sglang_alloc_controller.simulator.scenarios import Faults, Scenario
@@ -39,6 +39,8 @@ class Run:
     """(seconds, waiting requests), once a second."""
     mean_loss: float
     """Nats per generated token."""
+    obeyed: tuple[Obeyed, Obeyed]
+    """What prefill and decode tokens were computed with, to the end of the scenario."""
     end_seconds: float
 
 
@@ -66,11 +68,12 @@ def run_law(law: Law, scenario: Scenario, workload: Workload, plant: Plant, seed
             queue.append((now, engine.waiting_requests))
         tick += 1
     mean_loss = engine.loss_sum / max(1, engine.generated_tokens)
+    obeyed = engine.obeyed
     while not engine.done:
         engine.advance(engine.now_seconds + 60.0)
     return Run(
         scenario, workload, tuple(engine.outcomes), tuple(changes), tuple(queue), mean_loss,
-        end_seconds,
+        obeyed, end_seconds,
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def compare_folder(folder: Path, tables: Path, bench_csv: Path | None = None) ->
     for plant, path in zip(
         PLANTS, (bench_csv or folder / "bench.csv", folder / "service.csv"), strict=True
     ):
-        simulated = simulate_all(served, tables, path)
+        simulated = simulate_all(served, tables, path, bench_csv or folder / "bench.csv")
         write_figure(folder / f"runs-{plant}.png", served, simulated)
         errors[plant] = [
             error
@@ -40,14 +40,20 @@ def compare_folder(folder: Path, tables: Path, bench_csv: Path | None = None) ->
     return "\n\n".join(f"plant: {name}\n\n{markdown(found)}" for name, found in errors.items())
 
 
-def simulate_all(served: Served, tables: Path, bench_csv: Path) -> list[Run]:
-    """Return the simulated twin of every served run."""
+def simulate_all(
+    served: Served, tables: Path, plant_csv: Path, bench_csv: Path | None = None
+) -> list[Run]:
+    """Return the simulated twin of every served run, on the plant of one CSV.
+
+    A controller with a cost model had `bench_csv`, by default the plant's own.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "twin.tbl"
         publish_shared_table(path, load_budget_tables(tables))
         with SharedTable.open(path) as table:
-            plant = plant_of(served, table, bench_csv)
-            return [simulate(served, run, plant, table) for run in served.runs]
+            plant = plant_of(served, table, plant_csv)
+            told = bench_csv or plant_csv
+            return [simulate(served, run, plant, table, told) for run in served.runs]
 
 
 def write_errors(path: Path, errors: Mapping[str, list[Error]]) -> None:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from sglang_alloc.allocation_mode import PHASES
 from sglang_alloc.bench.simulator_check.felt import Felt, Run, Served
 from sglang_alloc.demo.outcome import percentile
 
@@ -40,6 +41,8 @@ class Error(NamedTuple):
 def compare(served: Served, run: Run, simulated: Run) -> list[Error]:
     """Return the errors of p50 and p95 of TTFT and ITL by phase, of the queue and the budgets.
 
+    Budgets are means over the tokens that were computed with them.
+
     Raises ValueError when the two runs are not of the same requests.
     """
     phases = [WHOLE, *(name for name, _, _ in served.phases)]
@@ -47,7 +50,7 @@ def compare(served: Served, run: Run, simulated: Run) -> list[Error]:
     end = served.phases[-1][2]
     errors += _queue(run, simulated, len(served.requests), end)
     errors += _without_token(served, run, simulated, end)
-    errors += _budgets(run, simulated, len(served.requests), end)
+    errors += _computed(run, simulated, len(served.requests))
     return errors
 
 
@@ -108,18 +111,17 @@ def waiting_at(served: Served, run: Run, second: float) -> int:
     )
 
 
-def _budgets(run: Run, simulated: Run, requests: int, end: float) -> Iterator[Error]:
-    for position, phase in ((1, "prefill"), (2, "decode")):
-        real, model = (_mean_over_time(one, position, end) for one in (run, simulated))
-        yield Error(run.name, WHOLE, f"{phase}_budget_mean_activations", requests, real, model)
-
-
-def _mean_over_time(run: Run, position: int, end: float) -> float:
-    starts = [max(0.0, min(end, one.second)) for one in run.budgets]
-    starts[:1] = [0.0]
-    lengths = [after - before for before, after in zip(starts, [*starts[1:], end], strict=True)]
-    weighted = zip(run.budgets, lengths, strict=True)
-    return sum(float(one[position]) * length for one, length in weighted) / end
+def _computed(run: Run, simulated: Run, requests: int) -> Iterator[Error]:
+    """Yield what tokens were computed with, in steps of both kinds."""
+    for phase in PHASES:
+        real, model = (
+            one.prefill if phase == "prefill" else one.decode for one in (run, simulated)
+        )
+        for name, served, twin in (
+            ("budget_mean_activations", real.mean_budget, model.mean_budget),
+            ("calm_tokens_ratio", real.calm_ratio, model.calm_ratio),
+        ):
+            yield Error(run.name, WHOLE, f"{phase}_{name}", requests, served, twin)
 
 
 def _mean(values: Sequence[float]) -> float:

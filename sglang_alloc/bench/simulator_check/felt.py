@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Request(NamedTuple):
@@ -24,11 +24,22 @@ class Felt(NamedTuple):
 
 
 class BudgetsFrom(NamedTuple):
-    """Budgets in force from `second` on, activations per token."""
+    """Budgets in force from `second` on in busy and in calm steps, activations per token."""
 
     second: float
     prefill_budget: int
     decode_budget: int
+    calm_prefill_budget: int
+    calm_decode_budget: int
+
+
+class Computed(NamedTuple):
+    """What the tokens of one phase were computed with; NaN without tokens."""
+
+    mean_budget: float
+    """Activations per token, over the tokens."""
+    calm_ratio: float
+    """Share of the tokens in calm steps."""
 
 
 class Run(NamedTuple):
@@ -39,6 +50,8 @@ class Run(NamedTuple):
     queue: tuple[tuple[float, float], ...]
     """(second, waiting requests), about once a second."""
     budgets: tuple[BudgetsFrom, ...]
+    prefill: Computed
+    decode: Computed
 
 
 class Served(NamedTuple):
@@ -49,11 +62,11 @@ class Served(NamedTuple):
     requests: tuple[Request, ...]
     phases: tuple[tuple[str, float, float], ...]
     """(name, first second, last second)."""
-    settings: dict[str, object]
-    """The controller's, for the run named CONTROLLED."""
+    settings: dict[str, dict[str, Any]]
+    """The controller's, by the names of the runs that it controlled."""
     max_running_requests: int
     chunk_tokens: int
     runs: tuple[Run, ...]
 
 
-CONTROLLED = "controlled"
+BY_LATENCIES, AHEAD = "by latencies", "looking ahead"

@@ -63,9 +63,11 @@ def _draw_ttft(axes: Axes, served: Served, run: Run, colour: str, name: str) -> 
 
 def _draw_budgets(axes: Axes, run: Run, colour: str, end: float) -> None:
     seconds = [*(max(0.0, one.second) for one in run.budgets), end]
-    for style, phase in (("-", "prefill_budget"), (":", "decode_budget")):
-        values = [getattr(one, phase) for one in run.budgets]
-        axes.step(seconds, [*values, values[-1]], style, where="post", color=colour, lw=1.4)
+    for style, phase in (("-", "prefill"), (":", "decode")):
+        for steps, alpha in ((phase, 1.0), (f"calm_{phase}", 0.4)):
+            values = [getattr(one, f"{steps}_budget") for one in run.budgets]
+            values.append(values[-1])
+            axes.step(seconds, values, style, where="post", color=colour, lw=1.4, alpha=alpha)
     axes.set_ylim(bottom=0)
 
 
@@ -75,7 +77,7 @@ def _label(grid: Sequence[Sequence[Axes]], served: Served) -> None:
         (
             "TTFT, seconds",
             "without a first token,\nrequests",
-            "budget, activations\n(decode dotted)",
+            "budget, activations\n(decode dotted, calm steps pale)",
         ),
         strict=True,
     ):

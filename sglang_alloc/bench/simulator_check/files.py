@@ -7,7 +7,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sglang_alloc.bench.simulator_check.felt import BudgetsFrom, Felt, Request, Run, Served
+from sglang_alloc.bench.simulator_check.felt import (
+    BudgetsFrom,
+    Computed,
+    Felt,
+    Request,
+    Run,
+    Served,
+)
 from sglang_alloc.server_runs.errors import ServerRunError
 
 _DIGITS = 5  # of a second: 10 microseconds
@@ -49,6 +56,8 @@ def _run_to_json(run: Run) -> dict[str, Any]:
         "felt": [[_rounded(one.ttft_seconds), _rounded(one.itl_seconds)] for one in run.felt],
         "queue": [[_rounded(second), waiting] for second, waiting in run.queue],
         "budgets": [[_rounded(one.second), *one[1:]] for one in run.budgets],
+        "prefill": [_rounded(one) for one in run.prefill],
+        "decode": [_rounded(one) for one in run.decode],
     }
 
 
@@ -58,6 +67,8 @@ def _run_from_json(content: dict[str, Any]) -> Run:
         tuple(Felt(_or_nan(ttft), _or_nan(itl)) for ttft, itl in content["felt"]),
         tuple((second, waiting) for second, waiting in content["queue"]),
         tuple(BudgetsFrom(*one) for one in content["budgets"]),
+        Computed(*(_or_nan(one) for one in content["prefill"])),
+        Computed(*(_or_nan(one) for one in content["decode"])),
     )
 
 

@@ -1,7 +1,9 @@
-"""Simulator check, first two steps: a real server is benched, then serves the trace three times.
+"""Simulator check, first two steps: a real server is benched, then serves the trace four times.
 
-At full budget, at a reduced fixed one, and under the real controller. The trace's rates are shares
-of what the server carries at full budget, measured just before, up to beyond it.
+At full budget, at a reduced fixed one, and under the real controller: by latencies alone with the
+demo's short times, and looking ahead by the bench with the constants that production has. The
+trace's rates are shares of what the server carries at full budget, measured just before, up to
+beyond it.
 """
 
 from __future__ import annotations
@@ -16,9 +18,13 @@ from typing import Any
 
 import httpx2
 
+from sglang_alloc import allocation_mode
+from sglang_alloc.allocation_mode import Phase
 from sglang_alloc.bench.simulator_check.felt import (
-    CONTROLLED,
+    AHEAD,
+    BY_LATENCIES,
     BudgetsFrom,
+    Computed,
     Felt,
     Request,
     Run,
@@ -39,6 +45,7 @@ from sglang_alloc.demo.load_plan import (
     next_edge,
 )
 from sglang_alloc.demo.observation import RunRecord
+from sglang_alloc.demo.served import budget_timeline, mean_budget, summarise_steps
 from sglang_alloc.demo.stages import Session, run_trace
 from sglang_alloc.demo.trace import LoadPhase, Trace, make_trace
 from sglang_alloc.server_runs.budget_override import BudgetOverride, flush_cache
@@ -57,15 +64,16 @@ SERVER_ARGUMENTS = (
 FLOOR_RATIO = 1 / 3
 BENCH_ROUNDS = 3
 # (name, seconds, share of the capacity at full budget)
-PHASES = (("calm", 15.0, 0.5), ("busy", 20.0, 0.8), ("over", 12.0, 1.15), ("after", 13.0, 0.5))
+PHASES = (("calm", 20.0, 0.5), ("busy", 20.0, 0.8), ("over", 25.0, 1.15), ("after", 15.0, 0.5))
 TRACE_SECONDS = sum(seconds for _, seconds, _ in PHASES)
+BENCH_FILE = "bench.csv"
 START, BENCH, CAPACITY = "starting SGLang", "timing steps", "measuring the capacity"
 FULL, REDUCED = "full", "reduced"
 STAGES = (
     Stage(START, 40.0),
     Stage(BENCH, 75.0),
     Stage(CAPACITY, 13.0),
-    *(Stage(name, TRACE_SECONDS + 5.0) for name in (FULL, REDUCED, CONTROLLED)),
+    *(Stage(name, TRACE_SECONDS + 5.0) for name in (FULL, REDUCED, BY_LATENCIES, AHEAD)),
 )
 
 
@@ -83,7 +91,7 @@ class Options:
 
 
 def measure(options: Options, facts: dict[str, object], progress: StageProgress) -> Served:
-    """Bench the server, serve the trace three times, write bench.csv, return what was felt.
+    """Bench the server, serve the trace four times, write bench.csv, return what was felt.
 
     Raises an AllocError with a sentence for the terminal when a step cannot be done.
     """
@@ -98,13 +106,17 @@ def measure(options: Options, facts: dict[str, object], progress: StageProgress)
             for name, seconds, share in PHASES
         ]
         trace = make_trace(session.texts, phases, **options.shape._asdict(), seed=options.seed)
-        settings = _settings(session, capacity, budgets[-1], options.out)
+        settings = {
+            name: _settings(session, capacity, budgets[-1], options.out, name)
+            for name in (BY_LATENCIES, AHEAD)
+        }
         records, begun_seconds = {}, time.monotonic()
         for name, budget in ((FULL, budgets[0]), (REDUCED, budgets[-1])):
             with progress.stage(name):
                 records[name] = _at_fixed(session, trace, options.out / f"{name}.jsonl", budget)
-        with progress.stage(CONTROLLED):
-            records[CONTROLLED] = _controlled(session, trace, settings, options.out)
+        for name, of_run in settings.items():
+            with progress.stage(name):
+                records[name] = _controlled(session, trace, of_run, options.out, name)
     steps = read_steps(session.step_record)
     in_service = [step for step in steps if step.begun_seconds >= begun_seconds]
     write_times(options.out / "service.csv", fitted_times(in_service, (budgets[-1], budgets[0])))
@@ -113,7 +125,7 @@ def measure(options: Options, facts: dict[str, object], progress: StageProgress)
         requests=_requests(trace, records[FULL]),
         phases=tuple(trace.phase_bounds()),
         # Without the paths of this machine.
-        settings={**settings, "table": "", "decision_log": {}},
+        settings={name: _without_paths(of_run) for name, of_run in settings.items()},
         max_running_requests=CLIENTS,
         chunk_tokens=CHUNK_TOKENS,
         runs=tuple(run_of(name, record) for name, record in records.items()),
@@ -161,7 +173,7 @@ def _bench(
             flush_cache(client)
             bench.run_round(budgets, seed=1000 * options.seed + number)
     override.clear()
-    write_bench(options.out / "bench.csv", bench.seconds, options.shape.prompt_bytes, facts)
+    write_bench(options.out / BENCH_FILE, bench.seconds, options.shape.prompt_bytes, facts)
 
 
 def _capacity(session: Session, options: Options) -> ClosedLoop:
@@ -189,28 +201,50 @@ def _at_fixed(session: Session, trace: Trace, keep: Path, budget: int) -> RunRec
     return record
 
 
-def _controlled(session: Session, trace: Trace, settings: dict[str, Any], out: Path) -> RunRecord:
-    config, log = out / "controller.yaml", out / "controller.log"
+def _controlled(
+    session: Session, trace: Trace, settings: dict[str, Any], out: Path, name: str
+) -> RunRecord:
+    stem = _stem(name)
+    config, log = out / f"{stem}.yaml", out / f"{stem}.log"
     with controller(settings, config_path=config, log_path=log):
-        return run_trace(session, trace, out / f"{CONTROLLED}.jsonl")
+        return run_trace(session, trace, out / f"{stem}.jsonl")
 
 
 def _settings(
-    session: Session, capacity: ClosedLoop, floor_budget: int, out: Path
+    session: Session, capacity: ClosedLoop, floor_budget: int, out: Path, name: str
 ) -> dict[str, Any]:
-    """Return the demo's settings, with SLOs of the same rule."""
+    """Return the demo's settings, with SLOs of the same rule.
+
+    The law that looks ahead is told the bench and keeps the constants that production has.
+    """
     slo = Slo(
         next_edge(TTFT_SLACK_RATIO * capacity.median_ttft_seconds, TTFT_EDGES_SECONDS),
         next_edge(ITL_SLACK_RATIO * capacity.mean_itl_seconds, ITL_EDGES_SECONDS),
     )
-    return controller_settings(
+    settings = controller_settings(
         table=session.table.path,
         server_url=session.server.url,
         slo=slo,
         floor_budget=floor_budget,
-        decision_log=out / "decisions.jsonl",
+        decision_log=out / f"decisions-{_stem(name)}.jsonl",
         port=free_port(),
     )
+    if name == AHEAD:
+        settings["law"] = {}
+        settings["quality"]["cost_model"] = str(out / BENCH_FILE)
+    return settings
+
+
+def _stem(name: str) -> str:
+    return name.replace(" ", "-")
+
+
+def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings without the paths of this machine, which other ones do not have."""
+    quality = dict(settings["quality"])
+    if "cost_model" in quality:
+        quality["cost_model"] = BENCH_FILE
+    return {**settings, "table": "", "decision_log": {}, "quality": quality}
 
 
 def run_of(name: str, record: RunRecord) -> Run:
@@ -226,8 +260,27 @@ def run_of(name: str, record: RunRecord) -> Run:
         name,
         felt,
         tuple((sample.second, sample.queue_requests) for sample in record.gauges),
-        tuple(BudgetsFrom(*entry) for entry in record.budgets),
+        tuple(_budgets_from(record)),
+        *(_computed(record, phase) for phase in allocation_mode.PHASES),
     )
+
+
+def _budgets_from(record: RunRecord) -> Iterator[BudgetsFrom]:
+    """Yield the budgets of both kinds of steps at each change of any of them."""
+    lines = [
+        {one.second: (one.busy, one.calm) for one in budget_timeline(record, phase, record.seconds)}
+        for phase in allocation_mode.PHASES
+    ]
+    (prefill, prefill_calm), (decode, decode_calm) = (next(iter(line.values())) for line in lines)
+    for second in sorted({second for line in lines for second in line}):
+        prefill, prefill_calm = lines[0].get(second, (prefill, prefill_calm))
+        decode, decode_calm = lines[1].get(second, (decode, decode_calm))
+        yield BudgetsFrom(second, prefill, decode, prefill_calm, decode_calm)
+
+
+def _computed(record: RunRecord, phase: Phase) -> Computed:
+    steps = [step for step in record.steps if step.phase == phase]
+    return Computed(mean_budget(steps), summarise_steps(steps)["calm_tokens_ratio"][phase])
 
 
 def _requests(trace: Trace, record: RunRecord) -> tuple[Request, ...]:

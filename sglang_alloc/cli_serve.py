@@ -81,6 +81,17 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    priority_floors: Annotated[
+        str,
+        typer.Option(
+            metavar="P:N,P:N,...",
+            help="Requests of priority P, or a more urgent one, are not served below N activations "
+            "per token, or below full quality (P:full); from the least urgent to the most urgent.",
+            envvar="SGLANG_ALLOC_PRIORITY_FLOORS",
+            show_envvar=False,
+            show_default=False,
+        ),
+    ] = "",
     correct_drift: Annotated[
         bool,
         typer.Option(
@@ -113,8 +124,8 @@ def serve(
 
     Options left out come from the environment where it has them: SGLANG_ALLOC_TABLE,
     SGLANG_ALLOC_MODE, SGLANG_ALLOC_FALLBACK, SGLANG_ALLOC_STALE_AFTER_SECONDS,
-    SGLANG_ALLOC_REQUEST_BUDGETS, SGLANG_ALLOC_PROTECTED_PRIORITY, SGLANG_ALLOC_CORRECT_DRIFT and
-    SGLANG_ALLOC_ROUTING.
+    SGLANG_ALLOC_REQUEST_BUDGETS, SGLANG_ALLOC_PROTECTED_PRIORITY, SGLANG_ALLOC_PRIORITY_FLOORS,
+    SGLANG_ALLOC_CORRECT_DRIFT and SGLANG_ALLOC_ROUTING.
     """
     # Imported here because help must not wait for numpy.
     from sglang_alloc import launch_checks, serve_table
@@ -129,6 +140,7 @@ def serve(
         stale_after_seconds,
         request_budgets,
         protected_priority,
+        priority_floors,
         correct_drift,
         routing,
     )

@@ -15,8 +15,8 @@ GRAPH_ROWS = 32_768
 class DeviceBounds:
     """Slots that each row keeps at least and at most in every layer, at fixed addresses.
 
-    A row of full quality keeps all K. A ceiling below the budget in force becomes the whole number
-    of slots per layer that it affords.
+    A row of full quality keeps all K. A budget above the one in force becomes the whole number of
+    slots per layer that holds it, one below the number that it affords.
     """
 
     def __init__(self, tables: EnforcementTables, device: torch.device) -> None:
@@ -66,8 +66,9 @@ class DeviceBounds:
         floors = np.zeros(num_rows, np.int32)
         ceilings = np.full(num_rows, self._top_k, np.int32)
         tokens = slice(num_tokens)
+        higher, lower = token_budgets > in_force, token_budgets < in_force
+        floors[tokens][higher] = -(-token_budgets[higher] // self._num_layers)
         floors[tokens][token_budgets == self._full] = self._top_k
-        lower = token_budgets < in_force
         ceilings[tokens][lower] = np.maximum(token_budgets[lower] // self._num_layers, 1)
         for target, values in zip(targets, (floors, ceilings), strict=True):
             source = torch.from_numpy(values)

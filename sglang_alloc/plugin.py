@@ -60,6 +60,7 @@ from sglang_alloc.plugin_proof import (
 from sglang_alloc.plugin_queue import tell_worker
 from sglang_alloc.plugin_records import probe_recorders, record_lexi
 from sglang_alloc.plugin_requests import RequestBudgets
+from sglang_alloc.priority_floors import require_order
 from sglang_alloc.request_budget import RequestRules, asked_budget
 from sglang_alloc.server_check import check_server
 from sglang_alloc.serving_rules import facts_of, mode_to_serve
@@ -122,9 +123,8 @@ def _check_before_hooks(settings: WorkerSettings) -> RequestRules:
         mode_to_serve(settings, facts_of(table))
         return RequestRules(
             settings.request_budgets,
-            table.shape.budget_min,
-            table.shape.budget_max,
-            settings.protected_priority,
+            *(table.shape.budget_min, table.shape.budget_max),
+            settings.priority_floors,
         )
 
 
@@ -161,6 +161,7 @@ def _around_load_model(
     """
     if model_runner.is_draft_worker:
         return original(model_runner, *args, **kwargs)
+    _or_refuse(lambda: _order_priorities(model_runner.server_args))
     config = model_runner.model_config.hf_config.to_dict()
     result = original(model_runner, *args, **kwargs)
     _or_refuse(lambda: _bind(model_runner, config))
@@ -203,18 +204,18 @@ def _bind(model_runner: Any, config: dict[str, Any]) -> None:
     }
     if _process.settings.routing == "fused":
         plugin_routing.start(worker, _process.layer_index_of)
-    _process.request_budgets = RequestBudgets(
-        _request_rules(model_runner.server_args), worker.count_ignored_budget
-    )
+    assert _process.request_rules is not None
+    _process.request_budgets = RequestBudgets(_process.request_rules, worker.count_ignored_budget)
     _process.worker = worker
 
 
-def _request_rules(server_args: Any) -> RequestRules:
-    """Return what requests may ask for, with the engine's order of priorities."""
-    assert _process.request_rules is not None
-    options = resolved_options(server_args)
-    smaller_is_urgent = bool(options.get("schedule_low_priority_values_first"))
-    return _process.request_rules._replace(smaller_is_urgent=smaller_is_urgent)
+def _order_priorities(server_args: Any) -> None:
+    """Take the engine's order of priorities, or refuse floors that go against it."""
+    rules = _process.request_rules
+    assert rules is not None
+    smaller = bool(resolved_options(server_args).get("schedule_low_priority_values_first"))
+    require_order(rules.priority_floors, smaller_is_urgent=smaller)
+    _process.request_rules = rules._replace(smaller_is_urgent=smaller)
 
 
 def _prove(model_runner: Any) -> None:

@@ -13,7 +13,7 @@ from sglang_alloc.request_budget import (
     OwnBudgets,
     RequestRules,
     asked_budget,
-    is_urgent,
+    with_floor,
 )
 
 logger = logging.getLogger("sglang_alloc")
@@ -31,7 +31,9 @@ class RequestBudgets:
         self._of: WeakKeyDictionary[Any, OwnBudget] = WeakKeyDictionary()
 
     def admit(self, request: Any) -> None:
-        """Note what a new request asks for. What cannot be granted is counted and left out.
+        """Note what a new request asks for, and what its priority has at least.
+
+        What cannot be granted is counted and left out.
 
         Servers refuse such a request before it comes here, unless it came on a way of its own.
         """
@@ -41,9 +43,8 @@ class RequestBudgets:
             self._on_ignored()
             logger.warning("sglang-alloc serves a request without its own budget: %s", error)
             own = None
-        if is_urgent(request.priority, self.rules):
-            own = OwnBudget(self.rules.budget_max, protected=True)
-        if own is not None:
+        own = with_floor(own, request.priority, self.rules)
+        if own is not None and own != (self.rules.budget_min, self.rules.budget_max):
             self._of[request] = own
 
     def attach(self, forward_batch: Any, requests: list[Any]) -> None:

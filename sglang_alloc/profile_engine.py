@@ -16,6 +16,7 @@ import httpx2
 from sglang_alloc.budget_tables import BudgetTables
 from sglang_alloc.errors import AllocError
 from sglang_alloc.plugin_entry import TABLE_VARIABLE
+from sglang_alloc.priority_floors import PRIORITY_FLOORS_VARIABLE
 from sglang_alloc.profile_windows import Window
 from sglang_alloc.server_runs.budget_override import BudgetOverride
 from sglang_alloc.server_runs.engine_device import serves_on_cpu
@@ -205,6 +206,7 @@ def profiled_server(
         TABLE_VARIABLE: str(table_path.absolute()),
         PROFILE_VARIABLE: str(folder.absolute()),
         ROUTING_VARIABLE: "",  # probes look at SGLang's slots
+        PRIORITY_FLOORS_VARIABLE: "",  # they are budgets, and a table of probes has none
     }
     log_path = folder / "server.log"
     with owned_process("SGLang", command, log_path=log_path, env=environment) as process:

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from sglang_alloc.errors import RequestBudgetError
+from sglang_alloc.priority_floors import FULL, PriorityFloors
 
 # In `custom_params`, which SGLang carries from every endpoint to the scheduler without reading it.
 PARAMETER = "sglang_alloc_budget"
-FULL = "full"
 
 # off: requests have no say. lower: they may ask for less. any: they may ask for full quality too.
 RequestPolicy = Literal["off", "lower", "any"]
@@ -20,23 +20,26 @@ REQUEST_POLICIES: tuple[str, ...] = get_args(RequestPolicy)
 
 
 class OwnBudget(NamedTuple):
-    """A request's own budget in activations per token: full quality, or a ceiling."""
+    """What a request has of its own: the budget in force, but within these bounds.
 
-    budget: int
-    protected: bool
+    Both in activations per token, floor <= ceiling; full quality is a floor of the full budget.
+    """
+
+    floor: int
+    ceiling: int
 
 
 class RequestRules(NamedTuple):
     """What this server grants: the policy, and the budgets that its table has rows for.
 
-    Requests of `protected_priority`, or more urgent ones, get full quality without asking; None
-    protects no priority. `smaller_is_urgent` is the engine's order of priorities.
+    `priority_floors` hold for requests that do not ask, from the least urgent to the most urgent.
+    `smaller_is_urgent` is the engine's order of priorities.
     """
 
     policy: RequestPolicy
     budget_min: int
     budget_max: int
-    protected_priority: int | None = None
+    priority_floors: PriorityFloors = ()
     smaller_is_urgent: bool = False
 
 
@@ -70,7 +73,7 @@ def asked_budget(custom_params: object, rules: RequestRules) -> OwnBudget | None
             f"{PARAMETER}={value} is out of range: this model is served with "
             f"{rules.budget_min} to {rules.budget_max} activations per token."
         )
-    return OwnBudget(value, protected=False)
+    return OwnBudget(rules.budget_min, value)
 
 
 def _full(rules: RequestRules) -> OwnBudget:
@@ -79,16 +82,29 @@ def _full(rules: RequestRules) -> OwnBudget:
             f"{PARAMETER}={FULL!r} is not granted by this server, which allows lower budgets only. "
             "Leave it out."
         )
-    return OwnBudget(rules.budget_max, protected=True)
+    return OwnBudget(rules.budget_max, rules.budget_max)
 
 
-def is_urgent(priority: int | None, rules: RequestRules) -> bool:
-    """Return whether a request of this priority is protected."""
-    if priority is None or rules.protected_priority is None:
-        return False
-    if rules.smaller_is_urgent:
-        return priority <= rules.protected_priority
-    return priority >= rules.protected_priority
+def with_floor(
+    own: OwnBudget | None, priority: int | None, rules: RequestRules
+) -> OwnBudget | None:
+    """Return a request's own budget with its priority's floor, which holds whatever it asks."""
+    floor = floor_of(priority, rules)
+    if floor is None:
+        return own
+    if own is None:
+        return OwnBudget(floor, rules.budget_max)
+    return OwnBudget(max(own.floor, floor), max(own.ceiling, floor))
+
+
+def floor_of(priority: int | None, rules: RequestRules) -> int | None:
+    """Return the floor of requests of this priority, or None where it has none."""
+    if priority is None:
+        return None
+    for named, budget in reversed(rules.priority_floors):
+        if priority <= named if rules.smaller_is_urgent else priority >= named:
+            return rules.budget_max if budget is None else budget
+    return None
 
 
 def budgets_of_tokens(
@@ -96,9 +112,9 @@ def budgets_of_tokens(
 ) -> npt.NDArray[np.int32] | None:
     """Return the budget of each of a forward's tokens (T,), or None where all have the same.
 
-    A protected request's is the full one, a ceiling is obeyed where it is below the budget in
-    force. Rows beyond the requests' tokens are padding. Raises RequestBudgetError when the
-    requests have more tokens than the forward: then nobody knows whose tokens these are.
+    A floor counts where it is above the budget in force, a ceiling where it is below. Rows beyond
+    the requests' tokens are padding. Raises RequestBudgetError when the requests have more tokens
+    than the forward: then nobody knows whose tokens these are.
     """
     budgets = np.array([_granted(budget, in_force) for budget in own.of_requests], np.int32)
     if (budgets == in_force).all():
@@ -114,4 +130,4 @@ def budgets_of_tokens(
 def _granted(own: OwnBudget | None, in_force: int) -> int:
     if own is None:
         return in_force
-    return own.budget if own.protected else min(own.budget, in_force)
+    return min(max(in_force, own.floor), own.ceiling)

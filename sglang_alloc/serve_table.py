@@ -8,6 +8,7 @@ from sglang_alloc.allocation_mode import default_mode
 from sglang_alloc.budget_tables import ARRAYS, BudgetTables, load_budget_tables
 from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.plugin_entry import TABLE_VARIABLE
+from sglang_alloc.priority_floors import PRIORITY_FLOORS_VARIABLE
 from sglang_alloc.serving_rules import TableFacts, mode_to_serve
 from sglang_alloc.shared_table import SharedTable, TableShape, publish_shared_table
 from sglang_alloc.table_path import default_shared_path
@@ -95,6 +96,7 @@ class WorkerOptions(NamedTuple):
     stale_after_seconds: float
     request_budgets: str
     protected_priority: int | None
+    priority_floors: str
     correct_drift: bool
     routing: str
 
@@ -113,6 +115,7 @@ def worker_environment(source: TableSource, options: WorkerOptions) -> dict[str,
         STALE_AFTER_VARIABLE: f"{options.stale_after_seconds:g}",
         REQUEST_BUDGETS_VARIABLE: options.request_budgets,
         PROTECTED_PRIORITY_VARIABLE: "" if priority is None else str(priority),
+        PRIORITY_FLOORS_VARIABLE: options.priority_floors,
         **({CORRECT_DRIFT_VARIABLE: "1"} if options.correct_drift else {}),
         ROUTING_VARIABLE: "" if options.routing == "engine" else options.routing,
     }

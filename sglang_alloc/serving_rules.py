@@ -18,6 +18,7 @@ from sglang_alloc.allocation_mode import (
     require_support,
 )
 from sglang_alloc.errors import ConfigurationError
+from sglang_alloc.priority_floors import PRIORITY_FLOORS_VARIABLE, require_rising
 from sglang_alloc.shared_table import SharedTable
 from sglang_alloc.worker_settings import (
     CORRECT_DRIFT_VARIABLE,
@@ -35,6 +36,16 @@ class TableFacts(NamedTuple):
     has_section: Callable[[str], bool]
     budget_min: int
     budget_max: int
+
+
+class _Asked(NamedTuple):
+    """What a setting gives a budget for, and the words that it may be given instead."""
+
+    what: str
+    words: str
+
+
+_FALLBACK = _Asked(f"fallback ({FALLBACK_VARIABLE})", "full, hold")
 
 
 def facts_of(table: SharedTable) -> TableFacts:
@@ -61,8 +72,13 @@ def mode_to_serve(settings: WorkerSettings, table: TableFacts) -> Mode:
     if settings.correct_drift:
         _require_calibrated_thresholds(mode, table)
     if settings.fallback.kind == "budget":
-        _require_row(settings.fallback.prefill_budget, table)
-        _require_row(settings.fallback.decode_budget, table)
+        _require_row(settings.fallback.prefill_budget, table, _FALLBACK)
+        _require_row(settings.fallback.decode_budget, table, _FALLBACK)
+    for floor in settings.priority_floors:
+        if floor.budget is not None:
+            asked = f"floor of priority {floor.priority} ({PRIORITY_FLOORS_VARIABLE})"
+            _require_row(floor.budget, table, _Asked(asked, "full"))
+    require_rising(settings.priority_floors, table.budget_max)
     return mode
 
 
@@ -103,10 +119,10 @@ def _require_calibrated_thresholds(mode: Mode, table: TableFacts) -> None:
         )
 
 
-def _require_row(budget: int, table: TableFacts) -> None:
+def _require_row(budget: int, table: TableFacts, asked: _Asked) -> None:
     if not table.budget_min <= budget <= table.budget_max:
         raise ConfigurationError(
-            f"The fallback ({FALLBACK_VARIABLE}) of {budget} activations per token has no row in "
-            f"the table of {table.model_id}, which covers {table.budget_min} to "
-            f"{table.budget_max}. Use full, hold or such a budget."
+            f"The {asked.what} of {budget} activations per token has no row in the table of "
+            f"{table.model_id}, which covers {table.budget_min} to {table.budget_max}. Use "
+            f"{asked.words} or such a budget."
         )

@@ -24,6 +24,7 @@ from sglang_alloc.errors import (
     RequestBudgetError,
     UnsupportedServerError,
 )
+from sglang_alloc.priority_floors import floors_text
 from sglang_alloc.request_budget import OwnBudgets, budgets_of_tokens
 from sglang_alloc.serving_rules import facts_of, mode_to_serve
 from sglang_alloc.shared_table import Selection, SharedTable, WorkerCounters
@@ -72,7 +73,8 @@ class Worker:
         rule = ":".join(
             (
                 *(self.mode, self.table.payload_digest),
-                *(settings.request_budgets, str(settings.protected_priority), settings.routing),
+                *(settings.request_budgets, floors_text(settings.priority_floors)),
+                settings.routing,
             )
         )
         self._follower = BudgetFollower(
@@ -94,7 +96,7 @@ class Worker:
         self.fallbacks = 0
         # Tokens that were served above and below the budget in force, because their request has
         # one of its own; and requests whose wish could not be granted.
-        self.own_budget_tokens = {"full": 0, "lower": 0}
+        self.own_budget_tokens = {"full": 0, "floor": 0, "lower": 0}
         self.own_budgets_ignored = 0
         self._controlled = False  # whether a controller was in charge last, overrides aside
         self._reported_ns = 0
@@ -160,8 +162,8 @@ class Worker:
         if change.rule != self.rule:
             raise UnsupportedServerError(
                 f"rank {self.model.rank} follows {self.rule} and the leading rank {change.rule} "
-                f"(mode:contents of {self.settings.table_path}:request budgets:protected "
-                "priority:routing:layers that our kernel routes): give all ranks the same table "
+                f"(mode:contents of {self.settings.table_path}:request budgets:floors of "
+                "priorities:routing:layers that our kernel routes): give all ranks the same table "
                 "and settings, and publish no other table while the server starts"
             )
         selection = change.selection
@@ -231,7 +233,10 @@ class Worker:
             self.count_ignored_budget()
             return None
         if budgets is not None:
-            self.own_budget_tokens["full"] += int((budgets > in_force).sum())
+            is_full = budgets == self.table.shape.budget_max
+            is_above = budgets > in_force
+            self.own_budget_tokens["full"] += int((is_above & is_full).sum())
+            self.own_budget_tokens["floor"] += int((is_above & ~is_full).sum())
             self.own_budget_tokens["lower"] += int((budgets < in_force).sum())
         return budgets
 

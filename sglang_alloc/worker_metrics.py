@@ -76,7 +76,8 @@ class WorkerMetrics:
         )
         self._own_tokens = Counter(
             "sglang_alloc_own_budget_tokens",
-            "Tokens of requests that were served at full quality, or lower, by their own budget.",
+            "Tokens whose request's own budget had them served at full quality, at its floor, or "
+            "lower.",
             ("tp_rank", "budget"),
         )
         self._own_ignored = Counter(
@@ -86,7 +87,7 @@ class WorkerMetrics:
         )
         self._own_ignored.labels(self._rank)
         self._counted_tokens: dict[tuple[Phase, str], int] = {}
-        self._counted_own = {"full": 0, "lower": 0}
+        self._counted_own = {"full": 0, "floor": 0, "lower": 0}
         self._counted_ignored = 0
         self._counted_fallbacks = 0
         self._budgets_shown: tuple[int, int] | None = None

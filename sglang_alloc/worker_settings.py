@@ -11,6 +11,12 @@ from typing import Literal, cast, get_args
 from sglang_alloc.allocation_mode import MODES, Mode
 from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.plugin_entry import TABLE_VARIABLE
+from sglang_alloc.priority_floors import (
+    PRIORITY_FLOORS_VARIABLE,
+    PriorityFloor,
+    PriorityFloors,
+    parse_floors,
+)
 from sglang_alloc.request_budget import REQUEST_POLICIES, RequestPolicy
 from sglang_alloc.shared_table import Fallback
 
@@ -38,8 +44,8 @@ class WorkerSettings:
     `mode` None means the best the table supports: `threshold` where it holds thresholds, else
     `layer`. `stale_after_seconds` is the heartbeat age after which `fallback` replaces the
     controller.
-    `request_budgets` says whether requests may ask for a budget of their own; those of
-    `protected_priority`, or more urgent, are served at full quality.
+    `request_budgets` says whether requests may ask for a budget of their own; `priority_floors`
+    what they have at least without asking, from the least urgent to the most urgent ones.
     `step_record` is a folder that receives one (step, generation) log per rank, or None.
     `profile_folder` is set by `sglang-alloc profile` alone: a table of probes may then be used, and
     what they record goes there. `correct_drift` lets thresholds follow what they keep of the
@@ -53,7 +59,7 @@ class WorkerSettings:
     stale_after_seconds: float = DEFAULT_STALE_AFTER_SECONDS
     fallback: Fallback = FULL_QUALITY
     request_budgets: RequestPolicy = "lower"
-    protected_priority: int | None = None
+    priority_floors: PriorityFloors = ()
     step_record: Path | None = None
     profile_folder: Path | None = None
     correct_drift: bool = False
@@ -76,7 +82,10 @@ def settings_from_environment(environment: Mapping[str, str] = os.environ) -> Wo
         stale_after_seconds=_seconds(environment.get(STALE_AFTER_VARIABLE)),
         fallback=parse_fallback(environment.get(FALLBACK_VARIABLE, "full")),
         request_budgets=_policy(environment.get(REQUEST_BUDGETS_VARIABLE, "").strip()),
-        protected_priority=_priority(environment.get(PROTECTED_PRIORITY_VARIABLE, "").strip()),
+        priority_floors=_floors(
+            environment.get(PRIORITY_FLOORS_VARIABLE, "").strip(),
+            environment.get(PROTECTED_PRIORITY_VARIABLE, "").strip(),
+        ),
         step_record=Path(record) if record else None,
         profile_folder=Path(profile) if profile else None,
         correct_drift=_switch(CORRECT_DRIFT_VARIABLE, environment.get(CORRECT_DRIFT_VARIABLE, "")),
@@ -129,9 +138,22 @@ def _routing(text: str) -> Routing:
     return cast(Routing, text or "engine")
 
 
-def _priority(text: str) -> int | None:
-    if not text:
-        return None
+def _floors(text: str, protected: str) -> PriorityFloors:
+    """Return the floors that two variables tell, of which one may be set."""
+    floors = parse_floors(text)
+    if not protected:
+        return floors
+    protected_floor = PriorityFloor(_priority(protected), None)
+    if floors:
+        raise ConfigurationError(
+            f"{PROTECTED_PRIORITY_VARIABLE}={protected!r} and {PRIORITY_FLOORS_VARIABLE}={text!r} "
+            "both say what a priority has at least: unset the first and let the floors end with "
+            f"{protected_floor}"
+        )
+    return (protected_floor,)
+
+
+def _priority(text: str) -> int:
     try:
         return int(text)
     except ValueError as error:

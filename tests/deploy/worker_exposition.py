@@ -51,7 +51,7 @@ def main() -> None:
         calm=calm_selection(selection),
         tokens=_tokens(),
         fallbacks=1,
-        own_budget_tokens={"full": 30, "lower": 10},
+        own_budget_tokens={"full": 30, "floor": 20, "lower": 10},
         own_budgets_ignored=1,
         model=SimpleNamespace(layer_ids=LAYER_IDS),
         quotas=lambda _phase, budget: [budget // len(LAYER_IDS)] * len(LAYER_IDS),

@@ -18,22 +18,27 @@ import pytest
 from generation import GREEDY, Generated, generate
 
 from sglang_alloc.budget_tables import load_budget_tables
+from sglang_alloc.priority_floors import PRIORITY_FLOORS_VARIABLE
 from sglang_alloc.request_budget import PARAMETER
 from sglang_alloc.server_runs.budget_override import BudgetOverride
 from sglang_alloc.server_runs.reference_files import MODEL, REFERENCE
 from sglang_alloc.server_runs.server_process import serve
 from sglang_alloc.shared_table import SharedTable, WorkerCounters, publish_shared_table
-from sglang_alloc.worker_settings import PROTECTED_PRIORITY_VARIABLE, REQUEST_BUDGETS_VARIABLE
+from sglang_alloc.worker_settings import REQUEST_BUDGETS_VARIABLE
 
 pytestmark = pytest.mark.server
 
-BUDGET, CEILING, URGENT = 15, 8, 10
+BUDGET, CEILING, FLOOR = 15, 8, 24
+PREFERRED, URGENT = 5, 10  # priorities from which on requests have the floor, and full quality
 FULL = {PARAMETER: "full"}
 ARGUMENTS = (
     *("--dtype", "float32", "--skip-server-warmup", "--disable-radix-cache"),
     *("--chunked-prefill-size", "64", "--enable-mixed-chunk", "--enable-priority-scheduling"),
 )
-ENVIRONMENT = {REQUEST_BUDGETS_VARIABLE: "any", PROTECTED_PRIORITY_VARIABLE: str(URGENT)}
+ENVIRONMENT = {
+    REQUEST_BUDGETS_VARIABLE: "any",
+    PRIORITY_FLOORS_VARIABLE: f"{PREFERRED}:{FLOOR},{URGENT}:full",
+}
 
 
 @dataclass
@@ -94,28 +99,36 @@ def test_a_protected_request_is_served_as_at_full_budget_bit_for_bit(
 def test_beside_a_protected_request_the_others_stay_at_their_budget(
     served: Served, prompts: list[list[int]], at_full: Generated
 ) -> None:
-    protected: list[Generated] = []
-
-    def together() -> None:
-        with ThreadPoolExecutor(4) as pool:
-            first = pool.submit(generate, served.url, prompts[0], 32, custom_params=FULL)
-            others = [pool.submit(generate, served.url, p, 96) for p in prompts[1:]]
-            protected.append(first.result())
-            assert all(len(other.result().tokens) == 96 for other in others)
-        for wish in (FULL, {}):  # one prefill in four is measured: of each kind four in a row
-            for _ in range(4):
-                generate(served.url, prompts[0], 1, custom_params=wish)
-
-    counted = served.counted(together)
+    protected, counted = _beside_others(served, prompts, custom_params=FULL)
     # A batch adds up in another order than a request alone, so the last bits may differ.
-    assert protected[0].tokens == at_full.tokens
-    np.testing.assert_allclose(protected[0].logprobs, at_full.logprobs, atol=2e-3)
-    for phase in ("prefill", "decode"):
-        tokens = getattr(counted, f"sampled_{phase}_tokens")
-        activations = getattr(counted, f"sampled_{phase}_activations")
-        of_protected = (activations - BUDGET * tokens) / (served.table.shape.budget_max - BUDGET)
-        assert of_protected == int(of_protected), "somebody was served at another budget"
-        assert 0 < of_protected < tokens
+    assert protected.tokens == at_full.tokens
+    np.testing.assert_allclose(protected.logprobs, at_full.logprobs, atol=2e-3)
+    _require_two_budgets(counted, served.table.shape.budget_max)
+
+
+def test_a_class_has_its_floor_while_its_neighbours_are_reduced(
+    served: Served, prompts: list[list[int]]
+) -> None:
+    served.override.set(FLOOR, FLOOR)
+    at_floor = generate(served.url, prompts[0], 32)
+    served.override.set(BUDGET, BUDGET)
+    assert generate(served.url, prompts[0], 32, priority=PREFERRED) == at_floor
+    floored, counted = _beside_others(served, prompts, priority=PREFERRED)
+    assert floored.tokens == at_floor.tokens
+    np.testing.assert_allclose(floored.logprobs, at_floor.logprobs, atol=2e-3)
+    _require_two_budgets(counted, FLOOR)
+
+
+@pytest.mark.parametrize("wish", [{}, {PARAMETER: CEILING}])
+def test_a_class_has_its_floor_whatever_its_requests_ask(
+    served: Served, prompts: list[list[int]], wish: dict[str, Any]
+) -> None:
+    def of_class() -> None:
+        generate(served.url, prompts[0], 48, priority=URGENT - 1, custom_params=wish)
+
+    counted = served.counted(of_class)
+    assert counted.sampled_decode_activations == FLOOR * counted.sampled_decode_tokens > 0
+    assert counted.sampled_prefill_activations == FLOOR * counted.sampled_prefill_tokens
 
 
 def test_a_ceiling_lowers_its_request_alone(served: Served, prompts: list[list[int]]) -> None:
@@ -164,7 +177,7 @@ def test_the_openai_endpoint_passes_the_wish_on(served: Served) -> None:
 
 def test_tokens_above_and_below_the_budget_are_counted_in_sglangs_metrics(served: Served) -> None:
     metrics = httpx2.get(f"{served.url}/metrics", timeout=10.0, trust_env=False).text
-    for budget in ("full", "lower"):
+    for budget in ("full", "floor", "lower"):
         label = f'sglang_alloc_own_budget_tokens_total{{budget="{budget}"'
         (line,) = [line for line in metrics.splitlines() if line.startswith(label)]
         assert float(line.split()[-1]) > 0
@@ -206,6 +219,36 @@ def test_weights_are_replaced_under_a_reduced_budget(
     assert changed.prompt_logprobs != before.prompt_logprobs
     assert counted.sampled_decode_activations == BUDGET * counted.sampled_decode_tokens > 0
     assert generate(served.url, prompts[0], 8) == before
+
+
+def _beside_others(
+    served: Served, prompts: list[list[int]], **kind: Any
+) -> tuple[Generated, WorkerCounters]:
+    """Serve the first prompt, as a request of this kind, beside the others; count meanwhile."""
+    found: list[Generated] = []
+
+    def together() -> None:
+        with ThreadPoolExecutor(4) as pool:
+            first = pool.submit(generate, served.url, prompts[0], 32, **kind)
+            others = [pool.submit(generate, served.url, p, 96) for p in prompts[1:]]
+            found.append(first.result())
+            assert all(len(other.result().tokens) == 96 for other in others)
+        for of_kind in (kind, {}):  # one prefill in four is measured: of each kind four in a row
+            for _ in range(4):
+                generate(served.url, prompts[0], 1, **of_kind)
+
+    counted = served.counted(together)
+    return found[0], counted
+
+
+def _require_two_budgets(counted: WorkerCounters, higher: int) -> None:
+    """Some tokens had `higher` activations and all others the budget in force, in both phases."""
+    for phase in ("prefill", "decode"):
+        tokens = getattr(counted, f"sampled_{phase}_tokens")
+        activations = getattr(counted, f"sampled_{phase}_activations")
+        of_higher = (activations - BUDGET * tokens) / (higher - BUDGET)
+        assert of_higher == int(of_higher), "somebody was served at another budget"
+        assert 0 < of_higher < tokens
 
 
 def _scaled_model(folder: Path) -> Path:

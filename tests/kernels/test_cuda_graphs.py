@@ -98,8 +98,9 @@ def test_a_replayed_graph_obeys_the_own_budgets_of_each_later_forward(mode: str)
     graph, kept = _captured(ours, on_gpu, "decode")
     addresses = ours.addresses()
     forwards: tuple[dict[int, int], ...] = (
-        *({}, {3: FULL}, {0: FULL, 5: BUDGET_MIN}, {6: BUDGET_MIN}, {}),
+        *({}, {3: FULL}, {0: FULL, 5: BUDGET_MIN}, {6: BUDGET_MIN}, {4: 8, 6: FULL}, {}),
     )
+    slots_of = {FULL: (TOP_K, TOP_K), 8: (8 // LAYERS, TOP_K), BUDGET_MIN: (1, 1)}
     for own in forwards:
         budgets = np.array([own.get(token, 5) for token in range(7)], np.int32) if own else None
         for enforcement in (ours, twin):
@@ -112,7 +113,8 @@ def test_a_replayed_graph_obeys_the_own_budgets_of_each_later_forward(mode: str)
             torch.testing.assert_close(kept[layer].weights.cpu(), expected.weights)
             for token, budget in own.items():
                 mine = int((kept[layer].ids[token, :TOP_K] >= 0).sum())
-                assert mine == (TOP_K if budget == FULL else 1)
+                least, most = slots_of[budget]
+                assert least <= mine <= most
     assert ours.addresses() == addresses
 
 

@@ -175,6 +175,31 @@ def test_a_protected_request_keeps_every_bit_and_the_others_their_budget(
     assert int((ours.drop(1, slots).ids < 0).sum()) > int((kept.ids < 0).sum())
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_floor_adds_its_requests_best_slots_and_takes_none_from_the_others(
+    mode: str, phase: Phase, device: str
+) -> None:
+    """Seven activations of two layers: four slots in each, beside what the rule keeps."""
+    ours, slots = _make_device(mode, device), _on(device, make_slots(num_shared=1))
+    budgets = np.full(TOKENS, 5, np.int32)
+    budgets[3:5] = 7
+    ours.set_budgets(5, 5)
+    ours.begin_forward(phase, TOKENS)
+    plain = [ours.drop(layer, slots).ids >= 0 for layer in range(LAYERS)]
+    ours.begin_forward(phase, TOKENS, budgets)
+    kept = [ours.drop(layer, slots).ids >= 0 for layer in range(LAYERS)]
+    others = np.flatnonzero(budgets == 5)
+    rides = mode.startswith("union") and phase == "decode"
+    for before, after in zip(plain, kept, strict=True):
+        assert bool((after | ~before).all())
+        assert rides or torch.equal(after[others], before[others])
+        raised = after[3:5, :TOP_K].sum(dim=1)
+        assert bool((raised >= 4).all())
+        if mode == "layer":
+            assert raised.tolist() == [4, 4]
+
+
 @pytest.mark.parametrize("mode", ["layer", "threshold", "token"])
 def test_a_ceiling_leaves_the_others_what_the_host_gives_them(mode: str, device: str) -> None:
     """Its request scores highest, so it would win slots of which its ceiling then takes most."""

@@ -159,13 +159,23 @@ def test_with_thresholds_corrected_every_step_obeys_the_same_budgets(
 
 def test_own_budgets_are_counted_against_what_the_step_obeys(worker: Worker) -> None:
     _put_in_force(worker)
-    own = OwnBudgets([OwnBudget(8, protected=False), OwnBudget(FULL, protected=True)], [1, 1])
+    own = OwnBudgets([OwnBudget(LAYERS, 8), OwnBudget(FULL, FULL)], [1, 1])
     kept = _step(worker, "prefill", 1, 2, own)
     assert kept.tolist() == [LOW, FULL]
-    assert worker.own_budget_tokens == {"full": 1, "lower": 0}
+    assert worker.own_budget_tokens == {"full": 1, "floor": 0, "lower": 0}
     kept = _step(worker, "prefill", 0, 2, own)
     assert kept.tolist() == [8, FULL]
-    assert worker.own_budget_tokens == {"full": 1, "lower": 1}
+    assert worker.own_budget_tokens == {"full": 1, "floor": 0, "lower": 1}
+
+
+def test_a_floor_holds_in_calm_steps_and_in_others(worker: Worker) -> None:
+    """In both, beside a request that has what the step obeys: low budgets, and the calm ones."""
+    _put_in_force(worker)
+    own = OwnBudgets([OwnBudget(6, FULL), None], [1, 1])
+    assert _step(worker, "prefill", 1, 2, own).tolist() == [6, LOW]
+    assert worker.own_budget_tokens == {"full": 0, "floor": 1, "lower": 0}
+    assert _step(worker, "prefill", 0, 2, own).tolist() == [FULL, FULL]
+    assert worker.own_budget_tokens == {"full": 0, "floor": 1, "lower": 0}
 
 
 def test_the_step_record_and_the_acknowledged_budgets(

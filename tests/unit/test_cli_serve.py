@@ -112,6 +112,7 @@ def test_serve_publishes_the_tables_and_becomes_sglang(launch: Launch) -> None:
         "SGLANG_ALLOC_STALE_AFTER_SECONDS": "10",
         "SGLANG_ALLOC_REQUEST_BUDGETS": "lower",
         "SGLANG_ALLOC_PROTECTED_PRIORITY": "",
+        "SGLANG_ALLOC_PRIORITY_FLOORS": "",
         "SGLANG_ALLOC_ROUTING": "",
     }
     assert launch.environment["PATH"] == os.environ["PATH"]
@@ -290,6 +291,9 @@ def test_a_plugin_that_sglang_would_not_find_is_refused(
         (["--fallback", "2"], "covers 3 to 12"),
         (["--fallback", "some"], "not a fallback"),
         (["--correct-drift"], "moves calibrated thresholds"),
+        (["--priority-floors", "5:13"], "floor of priority 5"),
+        (["--priority-floors", "high"], "which is no floor"),
+        (["--priority-floors", "0:9", "--protected-priority", "5"], "end with 5:full"),
         (["--stale-after-seconds", "-1"], "not a positive number of seconds"),
     ],
 )
@@ -309,3 +313,13 @@ def test_what_requests_may_ask_for_reaches_the_worker(launch: Launch) -> None:
     launch.serve("--request-budgets", "any", "--protected-priority", "5")
     assert launch.environment["SGLANG_ALLOC_REQUEST_BUDGETS"] == "any"
     assert launch.environment["SGLANG_ALLOC_PROTECTED_PRIORITY"] == "5"
+
+
+def test_floors_of_priorities_reach_the_worker(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_ALLOC_PRIORITY_FLOORS", "5:9")
+    launch.serve()
+    assert launch.environment["SGLANG_ALLOC_PRIORITY_FLOORS"] == "5:9"
+    launch.serve("--priority-floors", "0:4,5:9,10:full")
+    assert launch.environment["SGLANG_ALLOC_PRIORITY_FLOORS"] == "0:4,5:9,10:full"

@@ -33,6 +33,14 @@ def test_full_is_a_floor_and_less_is_a_ceiling_in_slots_per_layer(bounds: Device
     assert ceilings == [4, 4, 2, 1, *[4] * 4]
 
 
+def test_a_budget_above_the_one_in_force_is_a_floor_rounded_up_to_whole_slots(
+    bounds: DeviceBounds,
+) -> None:
+    """Two layers of top-4: 3 activations take 2 slots in each of them, 7 take all 4."""
+    bounds.load(np.array([2, 3, 4, 5, 6, 7, 8], np.int32), in_force=2)
+    assert _values(bounds, 7) == ([0, 2, 2, 3, 3, 4, 4, 0], [4] * ROWS)
+
+
 def test_bounds_are_forgotten_with_their_forward(bounds: DeviceBounds) -> None:
     before = [part.data_ptr() for part in bounds.of(1)]
     bounds.load(np.array([8, 2], np.int32), in_force=6)

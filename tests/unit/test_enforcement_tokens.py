@@ -17,13 +17,23 @@ from sglang_alloc.worker_tables import enforcement_tables
 
 LAYERS, TOP_K, EXPERTS, TOKENS = 3, 4, 16, 12
 BUDGET_MIN, BUDGET_MAX = LAYERS, LAYERS * TOP_K
-IN_FORCE, CEILING = 7, 4
-PROTECTED, CEILED = slice(2, 5), slice(9, 11)
+IN_FORCE, CEILING, FLOOR = 7, 4, 10
+PROTECTED, CEILED, FLOORED = slice(2, 5), slice(9, 11), slice(0, 2)
 MODES: tuple[Mode, ...] = ("layer", "threshold", "token", "union")
 
 
 def _opening_by_quotas(tables: EnforcementTables) -> EnforcementTables:
     return tables._replace(decode=tables.decode._replace(thresholds=None))
+
+
+def _with_falling_thresholds(tables: EnforcementTables) -> EnforcementTables:
+    """As those of a calibrated table are: the larger the budget, the more passes."""
+    of_budgets = np.linspace(0.2, 0.0, BUDGET_MAX - BUDGET_MIN + 1, dtype=np.float32)
+    thresholds = np.repeat(of_budgets[:, None], LAYERS, axis=1)
+    return tables._replace(
+        decode=tables.decode._replace(thresholds=thresholds),
+        prefill=tables.prefill._replace(thresholds=thresholds),
+    )
 
 
 def _tables(folder: Path, mode: Mode) -> EnforcementTables:
@@ -41,7 +51,7 @@ def _make_slots(num_shared: int = 0) -> RoutedSlots:
 
 def _token_budgets() -> np.ndarray:
     budgets = np.full(TOKENS, IN_FORCE, np.int32)
-    budgets[PROTECTED], budgets[CEILED] = BUDGET_MAX, CEILING
+    budgets[PROTECTED], budgets[CEILED], budgets[FLOORED] = BUDGET_MAX, CEILING, FLOOR
     return budgets
 
 
@@ -82,7 +92,7 @@ def test_a_protected_request_keeps_every_bit_of_its_routing(
 def test_the_others_get_what_they_would_get_without_it(tmp_path: Path, mode: Mode) -> None:
     tables, slots, budgets = _tables(tmp_path, mode), _make_slots(1), _token_budgets()
     found = _dropped(tables, slots, budgets)
-    for budget in (IN_FORCE, CEILING):
+    for budget in (IN_FORCE, CEILING, FLOOR):
         group = np.flatnonzero(budgets == budget)
         alone = _dropped(tables, _rows(slots, group), None, in_force=budget)
         torch.testing.assert_close(_rows(found, group).weights, alone.weights)
@@ -125,6 +135,29 @@ def test_a_ceiling_below_a_full_budget_lowers_that_request_alone(
     assert _same(_rows(found, others), _rows(slots, others))
     if mode in ("layer", "token"):
         assert int((found.ids[CEILED, :TOP_K] >= 0).sum()) == 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_floor_raises_its_requests_and_takes_nothing_from_the_others(
+    tmp_path: Path, mode: Mode, phase: Phase
+) -> None:
+    tables, slots = _with_falling_thresholds(_tables(tmp_path, mode)), _make_slots(1)
+    budgets = np.full(TOKENS, IN_FORCE, np.int32)
+    budgets[:6] = FLOOR
+    found = _dropped(tables, slots, budgets, phase=phase)
+    others = np.flatnonzero(budgets == IN_FORCE)
+    alone = _dropped(tables, _rows(slots, others), None, phase=phase)
+    kept, kept_alone = _rows(found, others).ids >= 0, alone.ids >= 0
+    if tables.mode_of(phase) == "union":
+        assert bool((kept | ~kept_alone).all()), "they may ride, and lose nothing"
+    else:
+        assert torch.equal(kept, kept_alone)
+    raised = int((_rows(found, slice(6)).ids >= 0).sum())
+    plain = _dropped(tables, slots, None, phase=phase)
+    assert raised > int((_rows(plain, slice(6)).ids >= 0).sum())
+    if tables.mode_of(phase) in ("layer", "token"):
+        assert raised == 6 + 6 * int(tables.quotas_of(phase)[FLOOR - BUDGET_MIN, 1])
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -22,6 +22,8 @@ from sglang_alloc.compatibility_seams import DOWN_USES_TMA, SEAMS, TRITON_EXPERT
 from sglang_alloc.errors import ConfigurationError, UnsupportedServerError
 from sglang_alloc.plugin_facts import num_shared_columns
 from sglang_alloc.plugin_proof import prove_routing
+from sglang_alloc.priority_floors import PriorityFloor
+from sglang_alloc.request_budget import RequestRules
 from sglang_alloc.shared_table import Fallback, Selection, publish_shared_table
 from sglang_alloc.worker import ServedModel, Worker, make_enforcement
 from sglang_alloc.worker_settings import Mode, WorkerSettings
@@ -132,6 +134,41 @@ def test_a_scheduler_without_a_bound_model_refuses_its_first_iteration(
     runner = SimpleNamespace(is_draft_worker=False)
     with pytest.raises(RuntimeError, match="no model was bound"):
         plugin._before_forward(runner, SimpleNamespace(forward_mode=None))
+
+
+@pytest.mark.parametrize(
+    ("priorities", "smaller_is_urgent", "urgent"),
+    [((0, 5), True, "smaller"), ((5, 0), False, "larger")],
+)
+def test_floors_against_the_engines_order_are_refused_before_the_load(
+    process: Any, priorities: tuple[int, ...], smaller_is_urgent: bool, urgent: str
+) -> None:
+    floors = tuple(map(PriorityFloor, priorities, (4, None)))
+    process.request_rules = RequestRules("lower", 3, 12, floors)
+    options = SimpleNamespace(schedule_low_priority_values_first=smaller_is_urgent)
+    runner = SimpleNamespace(is_draft_worker=False, server_args=options)
+    loads: list[object] = []
+    with pytest.raises(RuntimeError, match=f"priorities are the {urgent} ones"):
+        plugin._around_load_model(loads.append, runner)
+    assert loads == []
+
+
+@pytest.mark.parametrize(
+    ("floors", "smaller_is_urgent"),
+    [
+        ((), True),
+        ((PriorityFloor(5, None),), True),
+        ((PriorityFloor(5, None),), False),
+        ((PriorityFloor(0, 4), PriorityFloor(5, None)), False),
+        ((PriorityFloor(5, 4), PriorityFloor(0, None)), True),
+    ],
+)
+def test_floors_take_the_engines_order_of_priorities(
+    process: Any, floors: tuple[PriorityFloor, ...], smaller_is_urgent: bool
+) -> None:
+    process.request_rules = RequestRules("lower", 3, 12, floors)
+    plugin._order_priorities(SimpleNamespace(schedule_low_priority_values_first=smaller_is_urgent))
+    assert process.request_rules == RequestRules("lower", 3, 12, floors, smaller_is_urgent)
 
 
 def test_a_change_travels_with_the_requests_and_is_taken_out_again(worker: Worker) -> None:

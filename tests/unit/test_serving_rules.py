@@ -11,6 +11,7 @@ from table_factory import make_full_tables, make_tables
 from sglang_alloc.allocation_mode import Mode, Probe, note_of_probe, probe_of_note
 from sglang_alloc.budget_tables import BudgetTables
 from sglang_alloc.errors import ConfigurationError
+from sglang_alloc.priority_floors import PriorityFloor
 from sglang_alloc.serve_table import WorkerOptions, read_source, worker_environment
 from sglang_alloc.serving_rules import facts_of, mode_to_serve
 from sglang_alloc.shared_table import Fallback, SharedTable, publish_shared_table
@@ -74,6 +75,35 @@ def test_a_fallback_without_a_row_is_refused(choose: Choose, budgets: tuple[int,
         choose(PLAIN, fallback=Fallback("budget", *budgets))
 
 
+@pytest.mark.parametrize("budget", [2, 13])
+def test_a_floor_without_a_row_is_refused(choose: Choose, budget: int) -> None:
+    for served in (3, 12, None):
+        assert choose(PLAIN, priority_floors=(PriorityFloor(5, served),)) == "layer"
+    match = rf"floor of priority 5 .* of {budget} activations .* covers 3 to 12. Use full or such"
+    with pytest.raises(ConfigurationError, match=match):
+        choose(PLAIN, priority_floors=(PriorityFloor(5, budget),))
+
+
+@pytest.mark.parametrize("least", [4, 9])
+def test_floors_that_do_not_rise_are_refused(choose: Choose, least: int) -> None:
+    floors = (PriorityFloor(0, 9), PriorityFloor(5, least))
+    with pytest.raises(ConfigurationError, match=f"the floor 5:{least} .* is not above 0:9"):
+        choose(PLAIN, priority_floors=floors)
+
+
+@pytest.mark.parametrize("floors", [(12, None), (None, 12), (None, 5), (None, None)])
+def test_nothing_is_above_full_quality(choose: Choose, floors: tuple[int | None, ...]) -> None:
+    pair = tuple(map(PriorityFloor, (0, 5), floors))
+    with pytest.raises(ConfigurationError, match="full quality is 12"):
+        choose(PLAIN, priority_floors=pair)
+
+
+@pytest.mark.parametrize("mode", ["layer", "threshold", "token", "union"])
+def test_every_mode_can_serve_floors(choose: Choose, mode: Mode) -> None:
+    floors = (PriorityFloor(0, 4), PriorityFloor(5, 9), PriorityFloor(10, None))
+    assert choose(FULL, mode=mode, priority_floors=floors) == mode
+
+
 def test_thresholds_are_moved_only_where_it_is_known_what_they_keep(choose: Choose) -> None:
     assert choose(FULL, correct_drift=True) == "threshold"
     for refused in ({"mode": "layer"}, {"mode": "union"}):
@@ -85,7 +115,7 @@ def test_thresholds_are_moved_only_where_it_is_known_what_they_keep(choose: Choo
 
 def test_serve_refuses_a_table_that_its_processes_would_refuse(tmp_path: Path) -> None:
     publish_shared_table(tmp_path / "t.tbl", PLAIN, mode_note="threshold")
-    options = WorkerOptions(None, "full", 10.0, "lower", None, False, "engine")
+    options = WorkerOptions(None, "full", 10.0, "lower", None, "", False, "engine")
     with pytest.raises(ConfigurationError, match="holds no thresholds"):
         worker_environment(read_source(tmp_path / "t.tbl", None), options)
 

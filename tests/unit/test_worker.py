@@ -19,6 +19,7 @@ from sglang_alloc.enforcement import RoutedSlots
 from sglang_alloc.enforcement_device import DeviceEnforcement
 from sglang_alloc.enforcement_host import HostEnforcement
 from sglang_alloc.errors import ModelMismatchError, UnsupportedServerError
+from sglang_alloc.priority_floors import PriorityFloor
 from sglang_alloc.request_budget import OwnBudget, OwnBudgets
 from sglang_alloc.shared_table import (
     Fallback,
@@ -217,13 +218,24 @@ def test_a_broken_request_does_not_end_the_measuring_or_the_server(
 
 def test_own_budgets_that_fit_no_forward_leave_it_at_the_budget_in_force(worker: Worker) -> None:
     """Better than a server that ends: nobody knows which of its tokens they belong to."""
-    full = OwnBudget(worker.table.shape.budget_max, protected=True)
+    full = OwnBudget(FULL, FULL)
     worker.apply(BudgetChange(Selection("controller", 1, 3, 3), worker.rule))
     worker.begin_forward("decode", 2, OwnBudgets([full], [5]))
     kept = worker.route(0, RoutedSlots(torch.rand(2, 4), torch.zeros(2, 4).int(), 0))
     assert ((kept.ids >= 0).sum(dim=1) == 1).all()
     assert worker.own_budgets_ignored == 1
-    assert worker.own_budget_tokens == {"full": 0, "lower": 0}
+    assert worker.own_budget_tokens == {"full": 0, "floor": 0, "lower": 0}
+
+
+def test_ranks_with_other_floors_stop(table_path: Path, worker: Worker) -> None:
+    change = worker.poll(time.monotonic_ns())
+    assert change is not None
+    for floors in ((PriorityFloor(5, 7),), (PriorityFloor(5, None),)):
+        other = Worker(WorkerSettings(table_path, priority_floors=floors))
+        assert other.rule != worker.rule
+        other.table.close()
+        with pytest.raises(UnsupportedServerError, match=r"floors of priorities"):
+            worker.apply(dataclasses.replace(change, rule=other.rule))
 
 
 def test_only_a_sample_of_the_forwards_is_measured(worker: Worker) -> None:

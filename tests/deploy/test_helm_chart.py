@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -135,11 +136,18 @@ def test_sglang_is_told_how_to_follow_the_table() -> None:
         "SGLANG_ALLOC_STALE_AFTER_SECONDS": "7.5",
         "SGLANG_ALLOC_FALLBACK": "96",
         "SGLANG_ALLOC_REQUEST_BUDGETS": "any",
-        "SGLANG_ALLOC_PROTECTED_PRIORITY": "0",
+        "SGLANG_ALLOC_PRIORITY_FLOORS": "-1:64,0:full",
         "SGLANG_ALLOC_CORRECT_DRIFT": "1",
         "SGLANG_ALLOC_ROUTING": "fused",
     }
     assert "SGLANG_ALLOC_CORRECT_DRIFT" not in environment("default")
+    assert "SGLANG_ALLOC_PRIORITY_FLOORS" not in environment("default")
+
+
+def test_a_protected_priority_of_zero_is_one() -> None:
+    text = helm("template", "demo", str(CHART), "--set-json", "worker.protectedPriority=0").stdout
+    assert re.search(r'- name: SGLANG_ALLOC_PROTECTED_PRIORITY\n +value: "0"\n', text)
+    assert "SGLANG_ALLOC_PROTECTED_PRIORITY" not in helm("template", "demo", str(CHART)).stdout
 
 
 def test_a_controller_that_cannot_work_neither_delays_sglang_nor_takes_it_out_of_service() -> None:

@@ -9,6 +9,9 @@ anything is installed, rather than by a container that does not start.
 {{- if and .Values.worker.correctDrift (not (has .Values.worker.mode (list "" "threshold"))) }}
 {{- fail (printf "worker.correctDrift moves thresholds, but worker.mode is %s: use mode threshold, or leave it out" .Values.worker.mode) }}
 {{- end }}
+{{- if and .Values.worker.priorityFloors (ne .Values.worker.protectedPriority nil) }}
+{{- fail (printf "worker.protectedPriority and worker.priorityFloors both say what a priority has at least: let the floors end with %v:full, and leave the other out" .Values.worker.protectedPriority) }}
+{{- end }}
 {{- with .Values.keda }}
 {{- if .enabled }}
 {{- if not .prometheusAddress }}

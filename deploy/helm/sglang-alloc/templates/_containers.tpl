@@ -121,6 +121,10 @@ probe is enough. So it stays and retries when it refuses to work, and no probe r
     - name: SGLANG_ALLOC_PROTECTED_PRIORITY
       value: {{ .Values.worker.protectedPriority | quote }}
     {{- end }}
+    {{- with .Values.worker.priorityFloors }}
+    - name: SGLANG_ALLOC_PRIORITY_FLOORS
+      value: {{ . | quote }}
+    {{- end }}
     {{- if .Values.worker.correctDrift }}
     - name: SGLANG_ALLOC_CORRECT_DRIFT
       value: "1"

@@ -10,6 +10,7 @@ import pytest
 
 _REPOSITORY = Path(__file__).parents[2]
 _PAGES = sorted([*_REPOSITORY.glob("*.md"), *(_REPOSITORY / "docs").glob("*.md")])
+_BLOCK = re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
 
 
@@ -17,6 +18,17 @@ _LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
 def test_every_relative_link_leads_to_a_file(page: Path) -> None:
     targets = _LINK.findall(page.read_text())
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_every_curl_that_sends_data_says_that_it_is_json() -> None:
+    """Without the header curl says that it is a form, which SGLang and the controller refuse."""
+    blocks = [block for page in _PAGES for block in _BLOCK.findall(page.read_text())]
+    # A command goes on behind a backslash, and on lines that are indented.
+    commands = [one for block in blocks for one in re.split(r"(?<!\\)\n(?=\S)", block)]
+    sending = [one for one in commands if re.match(r"curl .*\s-d ", one, re.DOTALL)]
+    assert len(sending) >= 2
+    header = "-H 'Content-Type: application/json'"
+    assert [one for one in sending if header not in one] == []
 
 
 @pytest.mark.parametrize(

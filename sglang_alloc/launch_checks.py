@@ -117,7 +117,11 @@ def _identity(config_path: Path) -> ModelIdentity:
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"The model's {config_path} cannot be read: {error}.") from error
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigurationError(
+            f"The model's {config_path} cannot be read: {reason}. Give a folder with the model's "
+            "config.json as --model-path."
+        ) from error
     if not isinstance(config, dict):
         raise ConfigurationError(f"The model's {config_path} is not a JSON object.")
     return identity_from_config(config)

@@ -28,8 +28,10 @@ def read_text(paths: Sequence[Path]) -> list[str]:
         try:
             texts.append(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
             raise ConfigurationError(
-                f"The calibration text {path} cannot be read as UTF-8: {error}."
+                f"The calibration text {path} cannot be read as UTF-8: {reason}. Give a text file "
+                "with --text, or leave it out for the bundled text."
             ) from error
     return texts
 

@@ -46,7 +46,11 @@ def _read(path: Path) -> list[_Row]:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigurationError(f"The bench {path} cannot be read: {error}.") from error
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigurationError(
+            f"The bench {path} cannot be read: {reason}. Give the CSV that `sglang-alloc bench` or "
+            "`sglang-alloc-controller advise --output` wrote."
+        ) from error
     missing = [name for name in COLUMNS if not rows or name not in rows[0]]
     if missing:
         raise ConfigurationError(

@@ -40,7 +40,11 @@ def _records(logs: list[Path]) -> Iterator[dict[str, Any]]:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ReplayError(f"Cannot read the log {path}: {error}.") from error
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise ReplayError(
+                f"Cannot read the log {path}: {reason}. Give a file that the controller wrote to "
+                "decision_log.path."
+            ) from error
         for line in text.splitlines():
             try:
                 record = json.loads(line)

@@ -16,9 +16,10 @@ _ERROR_EXCERPT_CHARS = 120
 class StatusError(SourceError):
     """The other side answered, with another status than 200."""
 
-    def __init__(self, url: str, status: int, excerpt: str) -> None:
-        """Take what was asked and what came."""
-        super().__init__(f"{url} answered with status {status}: {excerpt!r}.")
+    def __init__(self, url: str, status: int, excerpt: str, remedy: str = "") -> None:
+        """Take what was asked, what came and, where it is known, what to do."""
+        sentence = f"{url} answered with status {status}: {excerpt!r}."
+        super().__init__(f"{sentence} {remedy}".rstrip())
         self.status = status
 
 
@@ -29,8 +30,18 @@ class HttpFetcher:
     one for ever, in its headers as in its body. A timer cuts the connection when the time is over.
     """
 
-    def __init__(self, timeout_seconds: float, max_bytes: int, clock: Callable[[], float]) -> None:
-        """Take the limits; `clock` is monotonic, in seconds."""
+    def __init__(
+        self,
+        timeout_seconds: float,
+        max_bytes: int,
+        clock: Callable[[], float],
+        remedy: str,
+    ) -> None:
+        """Take the limits; `clock` is monotonic, in seconds.
+
+        `remedy` is a sentence that tells what to do where nobody listens or nothing is found.
+        """
+        self._remedy = remedy
         self._timeout_seconds = timeout_seconds
         self._max_bytes = max_bytes
         self._clock = clock
@@ -61,7 +72,8 @@ class HttpFetcher:
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
             if isinstance(error, httpx2.TimeoutException) or self._clock() >= deadline_seconds:
                 raise self._too_slow(url) from error
-            raise SourceError(f"Cannot read {url}: {error or type(error).__name__}.") from error
+            reason = str(error) or type(error).__name__
+            raise SourceError(f"Cannot read {url}: {reason}. {self._remedy}") from error
         finally:
             timer.cancel()
         if self._clock() >= deadline_seconds:
@@ -70,7 +82,9 @@ class HttpFetcher:
         text = body.decode("utf-8", errors="replace")
         if response.status_code != httpx2.codes.OK:
             excerpt = " ".join(text[:_ERROR_EXCERPT_CHARS].split())
-            raise StatusError(url, response.status_code, excerpt)
+            not_there = response.status_code == httpx2.codes.NOT_FOUND
+            remedy = self._remedy if not_there else ""
+            raise StatusError(url, response.status_code, excerpt, remedy)
         return text
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from sglang_alloc_controller.settings import SourceSettings
 from sglang_alloc_controller.sglang_metrics import SERIES, TOKENS
 
 _ANSWER_MAX_BYTES = 64 * 1024 * 1024
+_REMEDY = "Start Prometheus, or correct source.url: its base address, without /api."
 
 
 class _Series(NamedTuple):
@@ -32,7 +33,7 @@ class PrometheusApi:
         """Take the address; `clock` is monotonic, in seconds."""
         self._settings = settings
         self._clock = clock
-        self._fetcher = HttpFetcher(settings.timeout_seconds, _ANSWER_MAX_BYTES, clock)
+        self._fetcher = HttpFetcher(settings.timeout_seconds, _ANSWER_MAX_BYTES, clock, _REMEDY)
         self.url = f"{settings.url}/api/v1/query"
         self.query = query(settings)
 

@@ -27,6 +27,7 @@ _LABELS = r"(?:[^\"}]|\"(?:[^\"\\]|\\.)*\")*"
 _LINE = re.compile(rf"\nsglang[:_]({'|'.join((*SERIES, TOKENS))})(?:\{{({_LABELS})\}})?[ \t]+(\S+)")
 _LABEL = re.compile(r"([A-Za-z_]\w*)\s*=\s*\"((?:[^\"\\]|\\.)*)\"")
 _METRICS_MAX_BYTES = 32 * 1024 * 1024
+_REMEDY = "Start SGLang with --enable-metrics, or correct source.url."
 # Not offered, or only with an API key: /metrics alone has to do.
 _NOT_FOR_US = range(400, 500)
 
@@ -44,7 +45,7 @@ class SGLangMetrics:
         """Take the address and the limits; `clock` is monotonic, in seconds."""
         self._settings = settings
         self._clock = clock
-        self._fetcher = HttpFetcher(settings.timeout_seconds, _METRICS_MAX_BYTES, clock)
+        self._fetcher = HttpFetcher(settings.timeout_seconds, _METRICS_MAX_BYTES, clock, _REMEDY)
         self.url = f"{settings.url}/metrics"
 
     def read(self) -> Reading:

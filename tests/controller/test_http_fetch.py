@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from stand_in_server import StandInServer, free_port, serving
 
-from sglang_alloc_controller.http_fetch import HttpFetcher
+from sglang_alloc_controller.http_fetch import HttpFetcher, StatusError
+from sglang_alloc_controller.prometheus_api import PrometheusApi
 from sglang_alloc_controller.samples import SourceError
 from sglang_alloc_controller.settings import SourceSettings
 from sglang_alloc_controller.sglang_metrics import SGLangMetrics
@@ -83,16 +84,35 @@ def test_a_broken_connection_is_an_error_and_the_next_read_works(
     assert source.read().queue_requests == 20
 
 
-def test_nobody_listening_is_an_error() -> None:
+@pytest.mark.parametrize(
+    ("source_class", "remedy"),
+    [
+        (SGLangMetrics, "Start SGLang with --enable-metrics, or correct source.url."),
+        (PrometheusApi, "Start Prometheus, or correct source.url"),
+    ],
+)
+def test_where_nobody_listens_the_error_says_what_to_start(
+    source_class: type[SGLangMetrics | PrometheusApi], remedy: str
+) -> None:
     settings = SourceSettings(url=f"http://127.0.0.1:{free_port()}")
-    source = SGLangMetrics(settings, time.monotonic)
-    with pytest.raises(SourceError, match="Connection refused"):
+    source = source_class(settings, time.monotonic)
+    with pytest.raises(SourceError, match="Connection refused") as refused:
         source.read()
+    assert remedy in str(refused.value)
     source.close()
 
 
+def test_a_page_that_is_not_there_is_told_with_what_to_do(server: StandInServer) -> None:
+    """So SGLang answers for /metrics without --enable-metrics."""
+    server.loads = None
+    fetcher = HttpFetcher(PATIENCE_SECONDS, 100_000, time.monotonic, "Look elsewhere.")
+    with pytest.raises(StatusError, match=r"status 404: .*\. Look elsewhere\.$"):
+        fetcher.get_text(f"{server.url}/v1/loads")
+    fetcher.close()
+
+
 def test_an_endless_page_is_given_up(server: StandInServer) -> None:
-    fetcher = HttpFetcher(PATIENCE_SECONDS, 1000, time.monotonic)
+    fetcher = HttpFetcher(PATIENCE_SECONDS, 1000, time.monotonic, "")
     with pytest.raises(SourceError, match="over 1000 bytes"):
         fetcher.get_text(f"{server.url}/metrics")
     fetcher.close()

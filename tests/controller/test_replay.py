@@ -175,6 +175,17 @@ def test_what_is_no_decision_log_is_refused(tmp_path: Path, text: str, sentence:
         replay_files([path], None, None)
 
 
+def test_a_log_that_is_not_there_is_refused_in_a_sentence_that_names_it_once(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(ReplayError) as refused:
+        replay_files([tmp_path / "none.jsonl"], None, None)
+    assert str(refused.value) == (
+        f"Cannot read the log {tmp_path / 'none.jsonl'}: No such file or directory. Give a file "
+        "that the controller wrote to decision_log.path."
+    )
+
+
 def test_a_reading_comes_back_bit_for_bit(tmp_path: Path) -> None:
     publish_table(tmp_path / "t.tbl")
     engine = Engine(VirtualController(make_settings(tmp_path / "t.tbl")))

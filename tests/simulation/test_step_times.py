@@ -94,5 +94,9 @@ def test_a_bench_that_cannot_be_used_is_refused(
 
 
 def test_a_bench_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="cannot be read"):
+    with pytest.raises(ConfigurationError) as refused:
         read_step_times(tmp_path / "none.csv")
+    assert str(refused.value) == (
+        f"The bench {tmp_path / 'none.csv'} cannot be read: No such file or directory. Give the "
+        "CSV that `sglang-alloc bench` or `sglang-alloc-controller advise --output` wrote."
+    )

@@ -59,3 +59,15 @@ def test_a_usage_line_puts_arguments_where_they_can_go(command: str, usage: str)
     shown = " ".join(CliRunner().invoke(serving, [command, "--help"]).output.split())
     # Releases differ in the brackets around an argument that is required.
     assert usage in shown or usage.replace("{", "").replace("}", "") in shown
+
+
+@pytest.mark.parametrize("app", [serving, controlling], ids=["sglang-alloc", "controller"])
+def test_h_asks_for_help_of_the_program_and_of_its_commands(app: typer.Typer) -> None:
+    # SGLang has a -h of its own, behind `serve`.
+    commands = [
+        info.name or info.callback.__name__ for info in app.registered_commands if info.callback
+    ]
+    for asked in ([], *([name] for name in commands if name != "serve")):
+        result = CliRunner().invoke(app, [*asked, "-h"])
+        assert (asked, result.exit_code) == (asked, 0)
+        assert "Usage:" in result.output

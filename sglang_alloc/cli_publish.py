@@ -12,7 +12,8 @@ SharedPathOption = Annotated[
     typer.Option(
         "--shared-path",
         metavar="PATH.tbl",
-        help="Where to publish. Default: MODEL.tbl in /dev/shm/sglang-alloc.",
+        help="Where to publish, in a folder that is there. Default: MODEL.tbl in "
+        "/dev/shm/sglang-alloc.",
         show_default=False,
     ),
 ]
@@ -43,13 +44,14 @@ def publish(
     from sglang_alloc.allocation_mode import default_mode, require_support
     from sglang_alloc.budget_tables import load_budget_tables
     from sglang_alloc.shared_table import publish_shared_table
-    from sglang_alloc.table_path import default_shared_path
+    from sglang_alloc.table_path import default_shared_path, require_folder
 
     loaded = load_budget_tables(tables)
     has_section = loaded.arrays().__contains__
     note = mode or default_mode(has_section)
     require_support(note, has_section, loaded.model_id)
     path = shared_path or default_shared_path(loaded.model_id)
+    require_folder(path)
     warn_of_running_servers(path)
     publish_shared_table(path, loaded, mode_note=note)
     typer.echo(

@@ -11,7 +11,7 @@ from sglang_alloc.plugin_entry import TABLE_VARIABLE
 from sglang_alloc.priority_floors import PRIORITY_FLOORS_VARIABLE
 from sglang_alloc.serving_rules import TableFacts, mode_to_serve
 from sglang_alloc.shared_table import SharedTable, TableShape, publish_shared_table
-from sglang_alloc.table_path import default_shared_path
+from sglang_alloc.table_path import default_shared_path, require_folder
 from sglang_alloc.worker_settings import (
     CORRECT_DRIFT_VARIABLE,
     FALLBACK_VARIABLE,
@@ -51,13 +51,16 @@ def read_source(table: Path, shared_path: Path | None) -> TableSource:
 
     Raises:
         TableFormatError: the budget tables are missing or damaged.
-        SharedTableError: the shared table is missing, foreign or damaged.
+        SharedTableError: the shared table is missing, foreign or damaged, or the folder to publish
+            in is missing.
         ConfigurationError: a path to publish at was given for a table that is published already.
     """
     if _is_npz(table):
         tables = load_budget_tables(table)
+        path = shared_path or default_shared_path(tables.model_id)
+        require_folder(path)
         return TableSource(
-            shared_path or default_shared_path(tables.model_id),
+            path,
             tables,
             tables.model_id,
             tables.fingerprint,

@@ -17,6 +17,20 @@ def default_shared_path(model_id: str, folder: Path = SHARED_FOLDER) -> Path:
     return folder / f"{name}.tbl"
 
 
+def require_folder(path: Path, default: Path = SHARED_FOLDER) -> None:
+    """Refuse to publish at `path` where its folder is missing, unless that is the default one.
+
+    Raises:
+        SharedTableError: a folder made for a misspelt path would be one that nobody else looks in.
+    """
+    if path.parent == default or path.parent.is_dir():
+        return
+    raise SharedTableError(
+        f"The shared table is to be published at {path}, and there is no folder {path.parent}. "
+        f"Make the folder, correct the path, or leave --shared-path out for {default}."
+    )
+
+
 def find_shared_path(
     asked: Path | None,
     environment: Mapping[str, str] = os.environ,

@@ -11,7 +11,12 @@ from sglang_alloc.budget_tables import save_budget_tables
 from sglang_alloc.cli import app
 from sglang_alloc.errors import SharedTableError, TableFormatError
 from sglang_alloc.shared_table import SharedTable, WorkerCounters
-from sglang_alloc.table_path import SHARED_FOLDER, default_shared_path, find_shared_path
+from sglang_alloc.table_path import (
+    SHARED_FOLDER,
+    default_shared_path,
+    find_shared_path,
+    require_folder,
+)
 
 
 @pytest.fixture
@@ -21,7 +26,7 @@ def npz(tmp_path: Path) -> Path:
 
 
 def test_publishing_says_what_was_published_and_where(npz: Path) -> None:
-    path = npz.parent / "shared" / "tiny.tbl"
+    path = npz.parent / "tiny.tbl"
     result = CliRunner().invoke(app, ["publish", str(npz), "--shared-path", str(path)])
     assert result.exit_code == 0
     assert result.stdout == (
@@ -29,6 +34,22 @@ def test_publishing_says_what_was_published_and_where(npz: Path) -> None:
     )
     with SharedTable.open(path) as table:
         assert table.model_id == "tiny-moe"
+
+
+def test_publishing_in_a_folder_that_is_not_there_is_refused_and_makes_none(npz: Path) -> None:
+    path = npz.parent / "absent" / "tiny.tbl"
+    result = CliRunner().invoke(app, ["publish", str(npz), "--shared-path", str(path)])
+    assert isinstance(result.exception, SharedTableError)
+    assert f"published at {path}, and there is no folder {path.parent}. Make" in str(
+        result.exception
+    )
+    assert not path.parent.exists()
+
+
+def test_the_default_folder_may_be_missing_because_publishing_makes_it(tmp_path: Path) -> None:
+    path = tmp_path / "default" / "tiny.tbl"
+    require_folder(path, path.parent)
+    publish_and_open(path).close()
     assert path.parent.stat().st_mode & 0o777 == 0o755
 
 

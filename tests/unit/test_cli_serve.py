@@ -212,6 +212,14 @@ def test_a_table_of_another_model_is_refused(launch: Launch) -> None:
     assert "hidden_size=128" in str(error)
 
 
+def test_a_folder_to_publish_in_must_be_there_before_anything_starts(launch: Launch) -> None:
+    launch.shared_path = launch.folder / "absent" / "tiny.tbl"
+    problem = launch.refusal()
+    assert isinstance(problem, SharedTableError)
+    assert f"there is no folder {launch.folder / 'absent'}" in str(problem)
+    assert not launch.shared_path.parent.exists()
+
+
 @pytest.mark.parametrize("content", ["{", "[]"])
 def test_a_damaged_model_configuration_is_refused(launch: Launch, content: str) -> None:
     (launch.model / "config.json").write_text(content)

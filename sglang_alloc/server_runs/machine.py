@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,8 +19,14 @@ def machine_facts() -> dict[str, object]:
         "cpu_model": cpu_model(Path("/proc/cpuinfo")),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "system": platform.platform(),
+        "system": system_name(platform.system(), platform.release(), platform.machine()),
     }
+
+
+def system_name(system: str, release: str, architecture: str) -> str:
+    """Return the kernel's name, version numbers and architecture, without the name of its build."""
+    version = re.match(r"[\d.]*\d", release)
+    return "-".join((system, version[0] if version else "unknown", architecture))
 
 
 def cpu_model(cpuinfo: Path) -> str:

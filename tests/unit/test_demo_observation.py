@@ -14,7 +14,12 @@ from sglang_alloc.demo.observation import calm_in_force, observe_run, sum_loads
 from sglang_alloc.demo.trace import LoadPhase, Trace, TracedRequest
 from sglang_alloc.server_runs.budget_override import BudgetOverride
 from sglang_alloc.server_runs.errors import ServerRunError
-from sglang_alloc.server_runs.machine import cpu_model, machine_facts, software_versions
+from sglang_alloc.server_runs.machine import (
+    cpu_model,
+    machine_facts,
+    software_versions,
+    system_name,
+)
 from sglang_alloc.server_runs.progress import Stage, StageProgress, time_left_text
 from sglang_alloc.server_runs.served_steps import record_of_leading_rank
 from sglang_alloc.shared_table import (
@@ -180,3 +185,18 @@ def test_the_machine_is_named(tmp_path: Path) -> None:
     assert cpu_model(tmp_path / "missing")
     assert {"cpu_model", "cores", "memory_gib"} <= set(machine_facts())
     assert "python" in software_versions()
+
+
+@pytest.mark.parametrize(
+    ("release", "version"),
+    [
+        ("6.12.3", "6.12.3"),
+        ("6.1.0-32-amd64", "6.1.0"),
+        ("5.15.167.4-microsoft-standard-WSL2", "5.15.167.4"),
+        ("rolling", "unknown"),
+    ],
+)
+def test_the_kernel_is_named_by_numbers_without_whose_build_it_is(
+    release: str, version: str
+) -> None:
+    assert system_name("Linux", release, "x86_64") == f"Linux-{version}-x86_64"

@@ -7,10 +7,12 @@ COPY pyproject.toml README.md LICENSE /tmp/sglang-alloc/
 COPY sglang_alloc /tmp/sglang-alloc/sglang_alloc
 COPY kernels /tmp/sglang-alloc/kernels
 COPY controller /tmp/sglang-alloc/controller
-# `pip freeze` before and after proves that the engine's own packages did not move.
-RUN python3 -m pip freeze | grep -iE '^(torch|triton|sglang|sgl-kernel)==' | sort > /tmp/before \
+# The versions of the engine's own packages, before and after, prove that they did not move. A package
+# that is not found fails the build, because nothing would be compared.
+RUN versions="from importlib.metadata import version; [print(n, version(n)) for n in ('torch', 'triton', 'sglang', 'sglang-kernel')]" \
+ && python3 -c "$versions" > /tmp/before \
  && python3 -m pip install --no-cache-dir /tmp/sglang-alloc \
- && python3 -m pip freeze | grep -iE '^(torch|triton|sglang|sgl-kernel)==' | sort > /tmp/after \
+ && python3 -c "$versions" > /tmp/after \
  && diff /tmp/before /tmp/after \
  && rm -r /tmp/sglang-alloc /tmp/before /tmp/after
 USER 10001:10001

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,8 @@ import yaml
 from chart_render import CHART, REPOSITORY
 
 FOLDER = REPOSITORY / "deploy" / "container"
+WORKER = FOLDER / "worker.Dockerfile"
+ENGINE = {"torch": "2.11.0", "triton": "3.6.0", "sglang": "0.5.23", "sglang-kernel": "0.4.10"}
 FILES = sorted(FOLDER.glob("*.Dockerfile"))
 EACH_FILE = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
@@ -64,11 +69,69 @@ def test_controllers_image_starts_from_plain_python_and_installs_nothing_but_the
 
 
 def test_workers_image_is_the_users_sglang_and_proves_that_it_is_unchanged() -> None:
-    path = FOLDER / "worker.Dockerfile"
-    assert _values(path, "FROM") == ["${SGLANG_IMAGE}"]
-    (run,) = _values(path, "RUN")
-    before, install, after = run.index("> /tmp/before"), run.index("pip install"), run.index("diff")
-    assert before < install < after
+    assert _values(WORKER, "FROM") == ["${SGLANG_IMAGE}"]
+    guard = _guard()
+    assert guard.index("> /tmp/before") < guard.index("pip install") < guard.index("diff")
+
+
+def _guard() -> str:
+    (run,) = [rest for rest in _values(WORKER, "RUN") if "pip install" in rest]
+    return run
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Path:
+    """A folder with an engine's metadata, which is all that an editable install has of it, too."""
+    for name, version in ENGINE.items():
+        path = _metadata(tmp_path, name)
+        path.parent.mkdir(parents=True)
+        path.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (tmp_path / "sglang-alloc").mkdir()
+    return tmp_path
+
+
+def _metadata(folder: Path, name: str) -> Path:
+    return folder / "packages" / f"{name.replace('-', '_')}-{ENGINE[name]}.dist-info" / "METADATA"
+
+
+def _build(folder: Path, pip: str = "true") -> subprocess.CompletedProcess[str]:
+    """Run the guard among the packages of `folder`, with a shell command in place of pip."""
+    python = folder / "bin" / "python3"
+    python.parent.mkdir()
+    # -S leaves out the packages of the machine that runs this test.
+    otherwise = f'exec {sys.executable} -S "$@"'
+    python.write_text(f'#!/bin/sh\ncase "$*" in "-m pip "*) {pip} ;; *) {otherwise} ;; esac\n')
+    python.chmod(0o755)
+    return subprocess.run(
+        ["sh", "-c", _guard().replace("/tmp/", f"{folder}/")],
+        env={"PATH": f"{python.parent}:{os.defpath}", "PYTHONPATH": str(folder / "packages")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_workers_build_passes_where_the_engine_stays_as_it_is(engine: Path) -> None:
+    assert _build(engine).returncode == 0
+    assert not (engine / "sglang-alloc").exists()
+
+
+@pytest.mark.parametrize("name", ENGINE)
+def test_workers_build_fails_where_a_package_of_the_engine_moves(engine: Path, name: str) -> None:
+    result = _build(engine, f"sed -i 's/^Version: .*/Version: 9.9.9/' {_metadata(engine, name)}")
+    assert result.returncode != 0
+    assert f"> {name} 9.9.9" in result.stdout
+
+
+@pytest.mark.parametrize("name", ENGINE)
+def test_workers_build_fails_where_a_package_of_the_engine_is_not_there(
+    engine: Path, name: str
+) -> None:
+    _metadata(engine, name).unlink()
+    _metadata(engine, name).parent.rmdir()
+    result = _build(engine)
+    assert result.returncode != 0
+    assert f"No package metadata was found for {name}" in result.stderr
 
 
 def test_controllers_default_command_reads_the_file_that_the_chart_mounts() -> None:

@@ -15,6 +15,14 @@ RUN versions="from importlib.metadata import version; [print(n, version(n)) for 
  && python3 -c "$versions" > /tmp/after \
  && diff /tmp/before /tmp/after \
  && rm -r /tmp/sglang-alloc /tmp/before /tmp/after
+# The user has no home folder: compiled kernels and other caches go here, as in the chart, and may be
+# written by any other user too.
+RUN install -d -m 1777 /cache
+ENV HOME=/cache \
+    USER=sglang \
+    XDG_CACHE_HOME=/cache \
+    TRITON_CACHE_DIR=/cache/triton \
+    TORCHINDUCTOR_CACHE_DIR=/cache/inductor
 USER 10001:10001
 EXPOSE 30000
 ENTRYPOINT []

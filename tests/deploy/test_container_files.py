@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from chart_render import CHART, REPOSITORY
+from chart_render import CHART, REPOSITORY, container, render
 
 FOLDER = REPOSITORY / "deploy" / "container"
 WORKER = FOLDER / "worker.Dockerfile"
@@ -132,6 +132,15 @@ def test_workers_build_fails_where_a_package_of_the_engine_is_not_there(
     result = _build(engine)
     assert result.returncode != 0
     assert f"No package metadata was found for {name}" in result.stderr
+
+
+def test_workers_user_has_the_home_and_the_caches_that_the_chart_gives_it() -> None:
+    (variables,) = _values(WORKER, "ENV")
+    caches = dict(pair.split("=") for pair in variables.split())
+    of_chart = {each["name"]: each.get("value") for each in container(render(), "sglang")["env"]}
+    assert caches.items() <= of_chart.items()
+    assert {"HOME", "USER", "TRITON_CACHE_DIR"} <= set(caches)
+    assert f"install -d -m 1777 {caches['HOME']}" in _values(WORKER, "RUN")
 
 
 def test_controllers_default_command_reads_the_file_that_the_chart_mounts() -> None:

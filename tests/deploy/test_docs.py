@@ -53,10 +53,21 @@ def test_deploy_page_names_only_values_that_exist() -> None:
             place = place.get(key, {})
 
 
+def _shown_values() -> list[str]:
+    return re.findall(r"```yaml\n(.*?)```", DEPLOY_PAGE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("text", _shown_values(), ids=lambda text: text.split(":")[0])
+def test_chart_takes_all_values_that_the_deploy_page_shows(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "values.yaml"
+    path.write_text(text, encoding="utf-8")
+    helm("lint", "--strict", str(CHART), "--values", str(path))
+
+
 @pytest.fixture
 def example(tmp_path: Path) -> list[Manifest]:
     """What the chart makes of the values that the deploy page shows."""
-    (text,) = re.findall(r"```yaml\n(.*?)```", DEPLOY_PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (text,) = [block for block in _shown_values() if "servedName" in block]
     path = tmp_path / "my-values.yaml"
     path.write_text(text, encoding="utf-8")
     helm("lint", "--strict", str(CHART), "--values", str(path))
@@ -75,6 +86,15 @@ def test_example_values_give_eight_gpus_and_the_bounds_that_they_say(
     )
     assert config["slo"]["itl_seconds"] == 0.06
     assert config["quality"] == {"max_predicted_loss": 0.01}
+
+
+def test_deploy_page_restarts_the_deployment_that_its_example_makes(
+    example: list[Manifest],
+) -> None:
+    name = only(example, "Deployment")["metadata"]["name"]
+    text = DEPLOY_PAGE.read_text(encoding="utf-8")
+    assert f"kubectl -n serving rollout restart deployment/{name}\n" in text
+    assert f"create configmap {name}-budget-tables " in text
 
 
 def test_example_values_turn_on_all_monitoring_under_one_release_label(

@@ -241,6 +241,17 @@ def test_controller_has_the_environment_and_the_volumes_that_it_is_given() -> No
     assert any(v["name"] == "decisions" for v in _pod(manifests)["volumes"])
 
 
+def test_sglang_has_the_environment_and_the_volumes_that_it_is_given() -> None:
+    manifests = render("everything")
+    sglang = container(manifests, "sglang")
+    assert {"name": "SGLANG_MOE_CONFIG_DIR", "value": "/launches"} in sglang["env"]
+    mount = {"name": "launches", "mountPath": "/launches", "readOnly": True}
+    assert mount in sglang["volumeMounts"]
+    volume = {"name": "launches", "configMap": {"name": "launches"}}
+    assert volume in _pod(manifests)["volumes"]
+    assert mount not in container(manifests, "controller")["volumeMounts"]
+
+
 def test_a_new_chart_version_alone_does_not_reload_the_model() -> None:
     labels = only(render(), "Deployment")["spec"]["template"]["metadata"]["labels"]
     assert not {"helm.sh/chart", "app.kubernetes.io/version"} & set(labels)

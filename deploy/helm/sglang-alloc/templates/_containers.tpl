@@ -188,4 +188,7 @@ probe is enough. So it stays and retries when it refuses to work, and no probe r
       mountPath: /cache
     - name: tmp
       mountPath: /tmp
+    {{- with .Values.sglang.extraVolumeMounts }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
 {{- end }}

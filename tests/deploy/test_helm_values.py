@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -127,10 +128,33 @@ def test_every_object_of_the_schema_with_named_keys_refuses_others() -> None:
     assert open_objects == []
 
 
-def test_every_value_of_the_chart_is_described_by_the_schema_and_by_a_comment() -> None:
+def test_every_value_of_the_chart_is_described_by_the_schema() -> None:
     schema = json.loads(values_schema.SCHEMA_PATH.read_text(encoding="utf-8"))
     values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
     assert set(values) == set(schema["properties"]) - {"global"}
+
+
+def test_every_value_of_the_chart_has_a_comment_or_shares_that_of_what_is_above_it() -> None:
+    lines = (CHART / "values.yaml").read_text(encoding="utf-8").splitlines()
+    keys = [number for number, line in enumerate(lines) if re.match(r" *\w+:", line)]
+    assert len(keys) > 80
+    assert [lines[number] for number in keys if not _is_commented(lines, number)] == []
+
+
+def _is_commented(lines: list[str], number: int) -> bool:
+    """Tell whether a comment comes before a gap, upwards through siblings and the block's key."""
+    indent = _indent(lines[number])
+    for above in range(number - 1, -1, -1):
+        line = lines[above].strip()
+        if not line or line.startswith("#"):
+            return bool(line)
+        if _indent(lines[above]) <= indent:
+            return _is_commented(lines, above)
+    return False
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
 
 
 def _is_open(node: dict[str, Any]) -> bool:

@@ -1,7 +1,9 @@
 """Orders by HTTP: who is named, whatever the container knows of its user."""
 
+import json
 import os
 import pwd
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,18 @@ def test_a_user_without_a_name_is_named_by_number(desk: Desk) -> None:
     override = desk.table.override(1)
     assert override is not None
     assert override.actor == f"http by uid {os.getuid()}"
+
+
+def test_every_order_of_the_deploy_page_is_obeyed_and_carries_the_token(desk: Desk) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text(encoding="utf-8")
+    sent = re.findall(r"^curl -s http://localhost:\d+(/\w+) (.*?)-d '(.*?)'$", page, re.M | re.S)
+    assert [path for path, _, _ in sent] == ["/killswitch", "/override", "/reload"]
+    for path, headers, body in sent:
+        assert '-H "Authorization: Bearer $TOKEN"' in headers
+        assert desk(path, json.loads(body)).status == 200
+    override = desk.table.override(1)
+    assert override is not None
+    assert (override.prefill_budget, override.decode_budget) == (30, 20)
 
 
 @pytest.mark.parametrize("actor", ["", 7, "a" * 65, "ä" * 33])

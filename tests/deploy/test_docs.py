@@ -34,6 +34,13 @@ def test_links_of_the_deploy_page_into_itself_and_the_runbook_lead_somewhere() -
     assert into_the_runbook <= _anchors(RUNBOOK.read_text(encoding="utf-8"))
 
 
+@pytest.mark.parametrize("page", [DEPLOY_PAGE, RUNBOOK], ids=lambda page: page.stem)
+def test_commands_to_a_cluster_say_in_which_namespace(page: Path) -> None:
+    without = re.findall(r"kubectl (?!-n serving )(.*?)[`\n]", page.read_text(encoding="utf-8"))
+    # The first makes the namespace; the manifest that the second reads says in which it is.
+    assert set(without) <= {"create namespace serving", "replace -f -"}
+
+
 def test_deploy_page_names_only_files_that_exist() -> None:
     text = DEPLOY_PAGE.read_text(encoding="utf-8")
     for path in re.findall(r"deploy/[\w./*-]*\w", text):
@@ -119,9 +126,9 @@ def test_first_aid_names_the_kill_switch_where_the_chart_has_it() -> None:
     text = RUNBOOK.read_text(encoding="utf-8")
     first_aid = text.split("## First aid")[1].split("\n## ")[0]
     left_on = text.split("## SglangAllocKillSwitchLeftOn")[1].split("\n## ")[0]
-    assert f"kubectl exec POD -c controller -- touch {table}.kill" in first_aid
+    assert f"kubectl -n serving exec POD -c controller -- touch {table}.kill" in first_aid
     for section in (first_aid, left_on):
-        assert f"kubectl exec POD -c controller -- rm {table}.kill" in section
+        assert f"kubectl -n serving exec POD -c controller -- rm {table}.kill" in section
 
 
 def _anchors(text: str) -> set[str]:

@@ -3,7 +3,8 @@
 An engine step is calm if it leaves no request waiting and if fewer than R requests ran before it,
 `calm_running_ratio` of the most that were ever seen. Late answers come from clumps of requests, so
 speed is needed in the other steps, the busy ones, and these are few: budgets that are small in busy
-steps alone lose half to a third of the quality that as many late answers cost if they always hold.
+steps alone lose about half to three quarters of the quality that as many late answers cost if they
+always hold, on a GPU's step times two thirds to four fifths (docs/simulator.md).
 
 In some 300 simulated pairs of pairs, under constant loads and on two plants (two CPU cores, an
 H200), late answers and the share of tokens in busy steps both follow utilisations, with root mean

@@ -20,6 +20,18 @@ def test_every_relative_link_leads_to_a_file(page: Path) -> None:
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
+@pytest.mark.parametrize("page", _PAGES, ids=lambda page: str(page.relative_to(_REPOSITORY)))
+def test_every_link_to_a_section_leads_to_its_heading(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?://)([^)#\s]*)#([^)\s]+)\)", page.read_text())
+    targets = [(page.parent / path if path else page, anchor) for path, anchor in links]
+    assert [(path, anchor) for path, anchor in targets if anchor not in _anchors(path)] == []
+
+
+def _anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", one).lower().replace(" ", "-") for one in headings}
+
+
 def test_every_curl_that_sends_data_says_that_it_is_json() -> None:
     """Without the header curl says that it is a form, which SGLang and the controller refuse."""
     blocks = [block for page in _PAGES for block in _BLOCK.findall(page.read_text())]

@@ -34,8 +34,9 @@ def read_model_folder(path: Path) -> ModelFolder:
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigurationError(
-            f"The model's {config_path} cannot be read: {error}. Give the folder of a downloaded "
+            f"The model's {config_path} cannot be read: {reason}. Give the folder of a downloaded "
             "checkpoint."
         ) from error
     if not isinstance(config, dict):

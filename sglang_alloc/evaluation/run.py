@@ -113,8 +113,9 @@ def _config(folder: Path) -> dict[str, object]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigurationError(
-            f"{path} was to say which model is evaluated and cannot be read: {error}. Give the "
+            f"{path} was to say which model is evaluated and cannot be read: {reason}. Give the "
             "folder of a reference model, such as sglang_alloc/reference/qwen3-moe-ref."
         ) from error
     if not isinstance(config, dict):

@@ -60,7 +60,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"config\.json cannot be read"):
+    with pytest.raises(
+        ConfigurationError, match=r"config\.json cannot be read: No such file or directory\. Give"
+    ):
         read_model_folder(tmp_path)
     _write(tmp_path, [], config=[])
     with pytest.raises(ConfigurationError, match="not a JSON object"):

@@ -2,8 +2,12 @@
 
 from typing import Any
 
+from sglang_alloc_controller.settings import parse_settings
+from sglang_alloc_controller.simulator.deployment import useful_ranges
 from sglang_alloc_controller.simulator.plant import Plant
-from sglang_alloc_controller.simulator.workload import Workload
+from sglang_alloc_controller.simulator.scenarios import Capacities
+from sglang_alloc_controller.simulator.workload import RequestMix, Workload
+from sglang_alloc_controller.simulator.world import World
 from sglang_alloc_controller.step_times import PhaseTimes, StepTimes
 
 FULL, FLOOR = 10, 5
@@ -32,5 +36,17 @@ def make_plant(**fields: Any) -> Plant:
 
 def make_workload(*requests: tuple[float, int, int]) -> Workload:
     """Requests of (arrival second, prompt tokens, output tokens)."""
-    arrivals, prompts, outputs = zip(*requests, strict=True)
+    arrivals, prompts, outputs = zip(*requests, strict=True) if requests else ((), (), ())
     return Workload(arrivals, prompts, outputs)
+
+
+def make_small_world(**plant: Any) -> World:
+    """That plant with prompts of 100 tokens and answers of 5; 0.5 s and 0.1 s are promised.
+
+    It would answer 9 requests a second at full quality if they came one after the other.
+    """
+    slo = {"ttft_seconds": 0.5, "itl_seconds": 0.1}
+    settings = parse_settings({"table": "made by hand", "slo": slo})
+    made = make_plant(**plant)
+    ranges = useful_ranges(made, settings)
+    return World(made, RequestMix(100, 5), settings, ranges, Capacities(full=4.0, floor=8.0))

@@ -101,7 +101,7 @@ class Engine:
         self._step_seconds = 0.0  # of the prefill step under way
         self._step_tokens = 0  # of the prefill step under way
         self._prefill_obeyed, self._decode_obeyed = [0, 0, 0], [0, 0, 0]  # fields of Obeyed
-        self._decode_budget, self._decode_calm = 0, False  # of the decode step under way
+        self._step_budget, self._step_is_calm = 0, False  # of the step under way
         self.set_budgets(*budgets)
 
     def set_budgets(self, prefill: int, decode: int, calm: CalmBudgets | None = None) -> None:
@@ -122,6 +122,12 @@ class Engine:
     def obeyed(self) -> tuple[Obeyed, Obeyed]:
         """What prefill and decode tokens were computed with; a restart does not end the count."""
         return Obeyed(*self._prefill_obeyed), Obeyed(*self._decode_obeyed)
+
+    @property
+    def busy_tokens(self) -> tuple[int, int]:
+        """Prefill and decode tokens of steps that were not calm."""
+        prefill, decode = self._prefill_obeyed, self._decode_obeyed
+        return prefill[0] - prefill[2], decode[0] - decode[2]
 
     @property
     def waiting_requests(self) -> int:
@@ -258,7 +264,7 @@ class Engine:
         self._prefilled, self._cut, self._step_tokens = tuple(completed), cut, tokens
         budget, _, is_calm = self._in_force()
         self._charge(shares, budget)
-        _count(self._prefill_obeyed, tokens, budget, is_calm)
+        self._step_budget, self._step_is_calm = budget, is_calm
         line = self._prefill_line.get(budget)
         if line is None:
             line = self._prefill_line[budget] = self._plant.times.prefill.line(budget)
@@ -278,7 +284,7 @@ class Engine:
 
     def _begin_decode(self, until_seconds: float) -> None:
         batch, (_, budget, is_calm) = len(self._running), self._in_force()
-        self._decode_budget, self._decode_calm = budget, is_calm
+        self._step_budget, self._step_is_calm = budget, is_calm
         seconds = self._decode_step.get((batch, budget), 0.0)
         if not seconds:
             seconds = self._plant.times.decode.at(batch, budget)
@@ -307,6 +313,7 @@ class Engine:
         self.now_seconds, self._step_end = self._step_end, _NEVER
         completed, self._prefilled = self._prefilled, None
         self.prefilled_tokens += self._step_tokens
+        _count(self._prefill_obeyed, self._step_tokens, self._step_budget, self._step_is_calm)
         self._work[3] += self._step_tokens
         self._work[4] += self._step_seconds
         for request in completed:
@@ -345,7 +352,7 @@ class Engine:
         work[0] += steps
         work[1] += steps * seconds
         work[2] += tokens
-        _count(self._decode_obeyed, tokens, self._decode_budget, self._decode_calm)
+        _count(self._decode_obeyed, tokens, self._step_budget, self._step_is_calm)
         self.generated_tokens += tokens
         self.loss_sum += self._decode_loss * tokens
         while self._running and self._running[0][0] == self._steps:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from sglang_alloc.shared_table import CalmBudgets
 from sglang_alloc_controller.samples import Reading
+from sglang_alloc_controller.simulator.below_full import BelowFull
 from sglang_alloc_controller.simulator.engine import Engine, Obeyed, Outcome
 from sglang_alloc_controller.simulator.laws import Budgets, Law, Order, Scrape
 from sglang_alloc_controller.simulator.plant import Plant
@@ -39,9 +40,11 @@ class Run:
     """(seconds, waiting requests), once a second."""
     mean_loss: float
     """Nats per generated token."""
-    obeyed: tuple[Obeyed, Obeyed]
-    """What prefill and decode tokens were computed with, to the end of the scenario."""
+    below_full_seconds: float
+    """Time in which somebody was served below full quality."""
     end_seconds: float
+    obeyed: tuple[Obeyed, Obeyed] = (Obeyed(), Obeyed())
+    """What prefill and decode tokens were computed with, to the end of the scenario."""
 
 
 def run_law(law: Law, scenario: Scenario, workload: Workload, plant: Plant, seed: int) -> Run:
@@ -50,7 +53,7 @@ def run_law(law: Law, scenario: Scenario, workload: Workload, plant: Plant, seed
     engine = Engine(workload, plant, order.budgets)
     scraper = Scraper(scenario.faults, seed)
     changes, queue = [Change(0.0, *order)], []
-    restarts = deque(scenario.restarts)
+    restarts, below_full = deque(scenario.restarts), BelowFull(plant.budget_max)
     tick, end_seconds = 0, scenario.seconds
     while tick * TICK_SECONDS < end_seconds:
         now = tick * TICK_SECONDS
@@ -58,6 +61,7 @@ def run_law(law: Law, scenario: Scenario, workload: Workload, plant: Plant, seed
             engine.restart(restarts.popleft()[1])
         engine.slowdown_ratio = scenario.slowdown(now)
         engine.advance(now)
+        below_full.add(now, engine, order)
         is_up = engine.now_seconds <= now
         chosen = law.tick(now, scraper.at(now, engine if is_up else None))
         if chosen != order:
@@ -69,11 +73,14 @@ def run_law(law: Law, scenario: Scenario, workload: Workload, plant: Plant, seed
         tick += 1
     mean_loss = engine.loss_sum / max(1, engine.generated_tokens)
     obeyed = engine.obeyed
+    last = engine.clone()
+    last.advance(end_seconds)
+    below_full.add(end_seconds, last, order)
     while not engine.done:
         engine.advance(engine.now_seconds + 60.0)
     return Run(
         scenario, workload, tuple(engine.outcomes), tuple(changes), tuple(queue), mean_loss,
-        obeyed, end_seconds,
+        below_full.seconds, end_seconds, obeyed,
     )  # fmt: skip
 
 

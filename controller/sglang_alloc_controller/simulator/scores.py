@@ -23,13 +23,17 @@ class Score(NamedTuple):
     mean_predicted_loss: float
     """Nats per generated token, prefill's and decode's added."""
     seconds_below_full: float
+    """As the controller counts them; calm steps at full quality are not below it."""
     changes_per_hour: float
     goodput_per_second: float
     """Requests within both SLOs per second."""
     worst_minute_ratio: float
     """Smallest attainment of the requests of one minute (of those with ten or more)."""
     overshoot_loss: float
-    """Largest predicted loss in force after the disturbance over its median then; NaN: none."""
+    """Largest predicted loss in force after the disturbance over its median then; NaN: none.
+
+    Of the budgets of busy steps, which is the most that anybody was served at.
+    """
     settling_seconds: float
     """From the disturbance until the objective is kept for good; NaN: no disturbance."""
 
@@ -50,17 +54,13 @@ def score(run: Run, plant: Plant, slo: SloSettings) -> Score:
     return Score(
         slo_attainment_ratio=kept / max(1, len(run.outcomes)),
         mean_predicted_loss=run.mean_loss,
-        seconds_below_full=_below_full_seconds(run, plant),
+        seconds_below_full=run.below_full_seconds,
         changes_per_hour=(len(run.changes) - 1) * _HOUR_SECONDS / run.end_seconds,
         goodput_per_second=kept / run.end_seconds,
         worst_minute_ratio=min(windows.values(), default=math.nan),
         overshoot_loss=overshoot,
         settling_seconds=settling,
     )
-
-
-def _below_full_seconds(run: Run, plant: Plant) -> float:
-    return sum(seconds for seconds, budgets in _spells(run, 0.0) if min(budgets) < plant.budget_max)
 
 
 def _spells(run: Run, since_seconds: float) -> Iterable[tuple[float, tuple[int, int]]]:

@@ -1,0 +1,67 @@
+"""What is promised of our law, on short runs of the shipped plant: it rests, and it is worth it."""
+
+import pytest
+
+from sglang_alloc_controller.simulator.deployment import read_deployment
+from sglang_alloc_controller.simulator.law_names import FLOOR, FULL, OURS, run_named
+from sglang_alloc_controller.simulator.run_law import Run
+from sglang_alloc_controller.simulator.scenarios import Scenario
+from sglang_alloc_controller.simulator.world import World
+
+MINUTE = 60.0
+CHANGES_PER_HOUR_MAX = 6
+# The law finds its budgets in these; the bar counts from then on.
+SETTLING_SECONDS = 10 * MINUTE
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return read_deployment().world
+
+
+def _overload(minutes: float) -> Scenario:
+    """The load of constant-over: what 40 % of the way from full to the floor can carry."""
+    share = 1.4
+    return Scenario(
+        "overload", minutes * MINUTE, lambda capacities, seed: lambda now: capacities.at(share),
+        share,
+    )  # fmt: skip
+
+
+def _step(minutes: float) -> Scenario:
+    """The burst of step, from the third minute to the third before the end."""
+    seconds = minutes * MINUTE
+
+    def share(now: float) -> float:
+        return 1.6 if 3 * MINUTE <= now < seconds - 3 * MINUTE else 0.5
+
+    return Scenario(
+        "short step", seconds, lambda capacities, seed: lambda now: capacities.at(share(now)), 1.6
+    )
+
+
+def _changes_after(run: Run, seconds: float) -> int:
+    return sum(change.seconds >= seconds for change in run.changes[1:])
+
+
+@pytest.mark.parametrize("gain", [0.5, 1.0, 2.0])
+def test_ours_changes_budgets_six_times_an_hour_at_most_under_a_constant_overload(
+    world: World, gain: float
+) -> None:
+    plant_world = world if gain == 1.0 else world.with_gain(gain)
+    run, score = run_named(OURS, plant_world, _overload(20), 1)
+    counted_hours = (run.end_seconds - SETTLING_SECONDS) / 3600
+    assert _changes_after(run, SETTLING_SECONDS) <= CHANGES_PER_HOUR_MAX * counted_hours
+    assert len(run.changes) > 1  # it did act
+    if gain == 1.0:
+        assert score.slo_attainment_ratio >= world.settings.slo.objective_ratio
+
+
+def test_ours_keeps_far_more_than_full_quality_in_a_burst_at_less_loss_than_the_floor(
+    world: World,
+) -> None:
+    ours, full, floor = (run_named(law, world, _step(16), 1).score for law in (OURS, FULL, FLOOR))
+    assert full.mean_predicted_loss == 0
+    assert ours.slo_attainment_ratio >= 1.5 * full.slo_attainment_ratio
+    assert ours.slo_attainment_ratio >= world.settings.slo.objective_ratio
+    assert ours.mean_predicted_loss < floor.mean_predicted_loss / 10

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from sglang_alloc_controller.http_fetch import HttpFetcher
 from sglang_alloc_controller.samples import Reading, SourceError
-from sglang_alloc_controller.series_fold import Labels, SeriesFold
+from sglang_alloc_controller.series_fold import TOKENS, Labels, SeriesFold
 from sglang_alloc_controller.settings import SourceSettings
-from sglang_alloc_controller.sglang_metrics import SERIES, TOKENS
+from sglang_alloc_controller.sglang_metrics import SERIES
 
 _ANSWER_MAX_BYTES = 64 * 1024 * 1024
 _REMEDY = "Start Prometheus, or correct source.url: its base address, without /api."

@@ -11,12 +11,12 @@ _SLO_OF_HISTOGRAM: Mapping[str, Slo] = {
     "time_to_first_token_seconds": "ttft",
     "inter_token_latency_seconds": "itl",
 }
-
-
+# Tokens by how they came about, and which of them are prompt tokens that were computed.
+TOKENS, COMPUTED_TOKENS = "realtime_tokens_total", "prefill_compute"
 _PRIORITY = frozenset({"priority"})
 # Tensor, pipeline and expert ranks compute every request of their engine together, and each of them
 # counts all of it; what differs in any other label has requests of its own.
-_SHARING_RANKS = frozenset({"tp_rank", "pp_rank", "moe_ep_rank"})
+SHARING_RANKS = frozenset({"tp_rank", "pp_rank", "moe_ep_rank"})
 
 
 class Labels(NamedTuple):
@@ -48,7 +48,7 @@ class Labels(NamedTuple):
         return cls(
             series=_written(rest, frozenset()),
             rank=_written(rest, _PRIORITY),
-            engine=_written(rest, _PRIORITY | _SHARING_RANKS),
+            engine=_written(rest, _PRIORITY | SHARING_RANKS),
             edge_seconds=edge,
             is_streaming=labels.get("is_streaming"),
             priority=labels.get("priority", ""),
@@ -92,8 +92,8 @@ class SeriesFold:
             return
         self._model_names.add(labels.model_name or "")
         self._priorities.add(labels.priority)
-        if name == "realtime_tokens_total":
-            if labels.mode == "prefill_compute" and math.isfinite(value):
+        if name == TOKENS:
+            if labels.mode == COMPUTED_TOKENS and math.isfinite(value):
                 self._prefill_tokens[labels] = value
             return
         base, _, part = name.rpartition("_")

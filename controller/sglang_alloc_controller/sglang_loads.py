@@ -24,11 +24,21 @@ FIELDS = (
     "token_usage",
 )
 MOMENTS = "decode_moments"
-# The sums are over decode steps: steps, batch, time in microseconds, batch², batch·time, tokens.
-_MOMENT_COUNT = 6
 # Not in every release: without them the law goes by the bench.
-_PREFILLED = ("total_prefill_uncached_tokens", "total_prefill_busy_us")
+PREFILLED = ("total_prefill_uncached_tokens", "total_prefill_busy_us")
 _MICROSECONDS = 1_000_000
+
+
+class DecodeMoments(NamedTuple):
+    """What `decode_moments` holds, in its order: sums over the decode steps since the start."""
+
+    steps: float
+    requests: float
+    """Of the batch of each step."""
+    microseconds: float
+    squared_requests: float
+    request_microseconds: float
+    tokens: float
 
 
 class _Rank(NamedTuple):
@@ -39,7 +49,8 @@ class _Rank(NamedTuple):
     waiting_tokens: float
     token_usage: float
     throughput: float
-    moments: tuple[float, ...]
+    moments: DecodeMoments | None
+    """None: no step yet, or a release that tells them otherwise or not at all."""
     prefilled: tuple[float, ...]
     """Prompt tokens, and the microseconds that they took."""
 
@@ -77,7 +88,8 @@ def missing_fields(text: str) -> list[str]:
     `decode_moments` is null until the first decode steps, so its name is enough.
     """
     loads = json.loads(text)["loads"]
-    return [name for name in (*FIELDS, MOMENTS) if not all(name in one for one in loads)]
+    read = (*FIELDS, MOMENTS, *PREFILLED)
+    return [name for name in read if not all(name in one for one in loads)]
 
 
 def decode_step_seconds(older: EngineLoad, newer: EngineLoad) -> float | None:
@@ -97,7 +109,7 @@ def _mean_between(before: RankTime, after: RankTime) -> float | None:
 def _rank(load: Mapping[str, Any], answered_at_seconds: float) -> _Rank:
     numbers = {name: float(load[name]) for name in FIELDS}
     moments = tuple(float(value) for value in load.get(MOMENTS) or ())
-    prefilled = tuple(float(load.get(name) or 0.0) for name in _PREFILLED)
+    prefilled = tuple(float(load.get(name) or 0.0) for name in PREFILLED)
     if not all(math.isfinite(value) for value in (*numbers.values(), *moments, *prefilled)):
         raise ValueError("a finite number in every field")
     return _Rank(
@@ -108,9 +120,13 @@ def _rank(load: Mapping[str, Any], answered_at_seconds: float) -> _Rank:
         waiting_tokens=numbers["num_waiting_uncached_tokens"],
         token_usage=numbers["token_usage"],
         throughput=numbers["gen_throughput"],
-        moments=moments,
+        moments=_decode_moments(moments),
         prefilled=prefilled,
     )
+
+
+def _decode_moments(values: tuple[float, ...]) -> DecodeMoments | None:
+    return DecodeMoments(*values) if len(values) == len(DecodeMoments._fields) else None
 
 
 def _folded(ranks: list[_Rank]) -> EngineLoad:
@@ -125,13 +141,13 @@ def _folded(ranks: list[_Rank]) -> EngineLoad:
         tokens_per_second=sum(rank.throughput for rank in ranks),
         rank_times={
             rank.dp_rank: RankTime(
-                steps=rank.moments[0],
-                seconds=rank.moments[2] / _MICROSECONDS,
-                requests=rank.moments[1],
+                steps=rank.moments.steps,
+                seconds=rank.moments.microseconds / _MICROSECONDS,
+                requests=rank.moments.requests,
                 prefill_tokens=rank.prefilled[0],
                 prefill_seconds=rank.prefilled[1] / _MICROSECONDS,
             )
             for rank in ranks
-            if len(rank.moments) == _MOMENT_COUNT
+            if rank.moments is not None
         },
     )

@@ -11,15 +11,14 @@ from typing import NamedTuple
 
 from sglang_alloc_controller.http_fetch import HttpFetcher, StatusError
 from sglang_alloc_controller.samples import EngineLoad, Reading, SourceError
-from sglang_alloc_controller.series_fold import Labels, SeriesFold
+from sglang_alloc_controller.series_fold import COMPUTED_TOKENS, TOKENS, Labels, SeriesFold
 from sglang_alloc_controller.settings import SourceSettings
 from sglang_alloc_controller.sglang_loads import LOADS_PATH, parse_loads
 
 # SGLang names its metrics with a colon; scrapers that speak OpenMetrics turn it into an underscore.
 HISTOGRAMS = ("time_to_first_token_seconds", "inter_token_latency_seconds")
 GAUGES = ("num_queue_reqs", "num_running_reqs")
-# Prompt tokens by how they were computed; the law looks ahead with it, and does without otherwise.
-TOKENS = "realtime_tokens_total"
+# The law looks ahead with TOKENS, and does without otherwise.
 SERIES = (*GAUGES, *(f"{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum")))
 
 _LABELS = r"(?:[^\"}]|\"(?:[^\"\\]|\\.)*\")*"
@@ -132,12 +131,20 @@ def with_load(reading: Reading, load: EngineLoad, settings: SourceSettings) -> R
 
 
 def missing_series(metrics_text: str) -> list[str]:
-    """Return the series that the controller needs and this page lacks, as `sglang:NAME`.
+    """Return the series that the controller reads and this page lacks, as `sglang:NAME`.
 
-    The latency histograms appear with the first streamed answer of two tokens or more.
+    The latency histograms appear with the first streamed answer of two tokens or more, the computed
+    prompt tokens with the first prompt.
     """
-    found = {name for name, _, _ in _lines(metrics_text)}
-    return [f"sglang:{name}" for name in SERIES if name not in found]
+    found = {
+        name
+        for name, labels, _ in _lines(metrics_text)
+        if name != TOKENS or labels.mode == COMPUTED_TOKENS
+    }
+    missing = [f"sglang:{name}" for name in SERIES if name not in found]
+    return (
+        missing if TOKENS in found else [*missing, f'sglang:{TOKENS}{{mode="{COMPUTED_TOKENS}"}}']
+    )
 
 
 def _lines(text: str) -> Iterable[_Line]:

@@ -23,6 +23,8 @@ def rank(dp_rank: int = 0, age_seconds: float = 0.1, **fields: Any) -> dict[str,
         "gen_throughput": 12.5,
         "cache_hit_rate": 0.0,
         "utilization": 0.1,
+        "total_prefill_uncached_tokens": 0,
+        "total_prefill_busy_us": 0,
         "decode_moments": None,
     }
     return {**load, **fields}

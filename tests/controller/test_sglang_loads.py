@@ -6,9 +6,16 @@ import pytest
 from loads_answers import answer, rank
 from stand_in_server import StandInServer, serving
 
-from sglang_alloc_controller.samples import RankTime, Reading, SourceError
-from sglang_alloc_controller.settings import SourceSettings
-from sglang_alloc_controller.sglang_loads import decode_step_seconds, missing_fields, parse_loads
+from sglang_alloc_controller.law_settings import LawSettings
+from sglang_alloc_controller.reading_history import ReadingHistory
+from sglang_alloc_controller.samples import InputState, RankTime, Reading, SourceError
+from sglang_alloc_controller.settings import FreshnessSettings, SourceSettings
+from sglang_alloc_controller.sglang_loads import (
+    PREFILLED,
+    decode_step_seconds,
+    missing_fields,
+    parse_loads,
+)
 from sglang_alloc_controller.sglang_metrics import SGLangMetrics, with_load
 
 PAGE = "sglang:num_queue_reqs 9\nsglang:num_running_reqs 9\n"
@@ -53,6 +60,29 @@ def test_a_clock_that_jumped_back_makes_no_negative_age() -> None:
     assert parse_loads(answer(rank(0, -50.0))).age_seconds == 0.0
 
 
+def test_a_clock_that_jumped_forward_makes_one_reading_look_old_and_none_new() -> None:
+    """The rank stepped by the old clock, the answer is by the new one; the next step is too."""
+    settings = SourceSettings()
+    history = ReadingHistory(LawSettings(), FreshnessSettings())
+    states = []
+    for asked_at, age in ((100.0, 0.1), (101.0, 3600.1), (102.0, 0.2)):
+        load = parse_loads(answer(rank(0, age)))
+        assert load.age_seconds == pytest.approx(age)
+        reading = with_load(replace(READING, taken_at_seconds=asked_at), load, settings)
+        assert not history.add(reading, after_failure=False)
+        assert history.newest is not None
+        states.append((history.newest.taken_at_seconds, history.input_state(asked_at)))
+    assert [state for _, state in states] == [InputState.VALID] * 3
+    assert [taken_at for taken_at, _ in states] == pytest.approx([99.9, 99.9, 101.8])
+
+
+def test_a_clock_that_jumped_forward_before_a_hang_leaves_the_input_stale() -> None:
+    load = parse_loads(answer(rank(0, 3600.0)))
+    history = ReadingHistory(LawSettings(), FreshnessSettings())
+    history.add(with_load(READING, load, SourceSettings()), after_failure=False)
+    assert history.input_state(READING.taken_at_seconds) is InputState.STALE
+
+
 def test_the_decode_step_is_that_of_the_slowest_rank_between_two_readings() -> None:
     older = parse_loads(answer(rank(0, decode_moments=_moments(10, 1.0)), rank(1)))
     newer = parse_loads(
@@ -85,6 +115,20 @@ def test_a_release_without_decode_moments_has_no_step_time() -> None:
     load = parse_loads(answer(old))
     assert load.rank_times == {}
     assert missing_fields(answer(old)) == ["decode_moments"]
+
+
+@pytest.mark.parametrize("name", PREFILLED)
+def test_a_prefill_sum_that_a_release_lacks_counts_as_nothing_and_is_named(name: str) -> None:
+    older = rank(decode_moments=_moments(10, 1.0), **dict.fromkeys(PREFILLED, 2_000_000))
+    del older[name]
+    times = parse_loads(answer(older)).rank_times[0]
+    told = (0.0, 2.0) if name == PREFILLED[0] else (2_000_000.0, 0.0)
+    assert (times.prefill_tokens, times.prefill_seconds) == told
+    assert missing_fields(answer(older)) == [name]
+
+
+def test_decode_moments_of_another_number_are_no_step_times() -> None:
+    assert parse_loads(answer(rank(decode_moments=[1.0, 2.0, 3.0]))).rank_times == {}
 
 
 def test_a_renamed_field_is_named() -> None:

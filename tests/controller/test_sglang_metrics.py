@@ -12,6 +12,7 @@ from sglang_alloc_controller.settings import SourceSettings
 from sglang_alloc_controller.sglang_metrics import missing_series, parse_metrics
 
 ALL = SourceSettings(streaming_only=False)
+COMPUTED = 'sglang:realtime_tokens_total{mode="prefill_compute",tp_rank="0"} 70\n'
 
 
 def _parse(text: str, settings: SourceSettings | None = None) -> Reading:
@@ -187,17 +188,24 @@ def test_a_page_cut_off_in_a_histogram_is_an_error(recorded: Path) -> None:
 
 
 def test_nothing_is_missing_from_a_server_that_has_answered(recorded: Path) -> None:
-    assert missing_series((recorded / "after.txt").read_text()) == []
+    assert missing_series((recorded / "after.txt").read_text() + COMPUTED) == []
 
 
 def test_what_a_renamed_metric_leaves_missing_is_named(recorded: Path) -> None:
-    text = (recorded / "after.txt").read_text().replace("num_queue_reqs", "num_waiting_reqs")
-    assert missing_series(text) == ["sglang:num_queue_reqs"]
-    assert len(missing_series("")) == 6
+    text = (recorded / "after.txt").read_text() + COMPUTED
+    assert missing_series(text.replace("num_queue_reqs", "num_waiting_reqs")) == [
+        "sglang:num_queue_reqs"
+    ]
+    assert len(missing_series("")) == 7
+
+
+def test_prompt_tokens_that_only_the_cache_gave_are_missing_computed_ones(recorded: Path) -> None:
+    text = (recorded / "after.txt").read_text() + COMPUTED.replace("compute", "cache")
+    assert missing_series(text) == ['sglang:realtime_tokens_total{mode="prefill_compute"}']
 
 
 def test_before_the_first_answer_the_inter_token_histogram_is_missing(recorded: Path) -> None:
-    missing = missing_series((recorded / "start.txt").read_text())
+    missing = missing_series((recorded / "start.txt").read_text() + COMPUTED)
     assert missing == [
         "sglang:inter_token_latency_seconds_bucket",
         "sglang:inter_token_latency_seconds_sum",
@@ -234,10 +242,9 @@ def test_prompt_tokens_of_data_parallel_ranks_add_up_and_those_of_tensor_ranks_d
 
 
 def test_prompt_tokens_count_from_the_first_answer_on(recorded: Path) -> None:
-    counters = 'sglang:realtime_tokens_total{mode="prefill_compute"} 70\n'
     gauges = "sglang:num_queue_reqs 0\nsglang:num_running_reqs 0\n"
-    assert _parse(gauges + counters).prefill_tokens is None
-    answered = _parse(_without_tokens((recorded / "start.txt").read_text()) + counters)
+    assert _parse(gauges + COMPUTED).prefill_tokens is None
+    answered = _parse(_without_tokens((recorded / "start.txt").read_text()) + COMPUTED)
     assert (answered.prefill_tokens, answered.engines) == (70.0, 1)
 
 

@@ -1,12 +1,14 @@
 """Control story, first step, by way of Prometheus: the same series from a server's query API.
 
 One range selector returns the raw scraped samples with their own timestamps, so that the age of a
-reading is true and all histograms stay apart by series, as in the direct source.
+reading is true and all histograms stay apart by series, as in the direct source. Where Prometheus'
+clock is set anew, samples that it has shown before do not count as new ones.
 """
 
 import json
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from sglang_alloc_controller.http_fetch import HttpFetcher
@@ -17,6 +19,8 @@ from sglang_alloc_controller.sglang_metrics import SERIES
 
 _ANSWER_MAX_BYTES = 64 * 1024 * 1024
 _REMEDY = "Start Prometheus, or correct source.url: its base address, without /api."
+# No clock gains so much during a reading: it was set meanwhile.
+_AHEAD_SECONDS = 1.0
 
 
 class _Series(NamedTuple):
@@ -24,6 +28,15 @@ class _Series(NamedTuple):
     labels: Labels
     taken_at_seconds: float
     value: float
+
+
+class _Scrape(NamedTuple):
+    """When the newest reading was scraped."""
+
+    scraped_at_seconds: float
+    """By Prometheus' clock."""
+    taken_at_seconds: float
+    """By ours."""
 
 
 class PrometheusApi:
@@ -36,6 +49,7 @@ class PrometheusApi:
         self._fetcher = HttpFetcher(settings.timeout_seconds, _ANSWER_MAX_BYTES, clock, _REMEDY)
         self.url = f"{settings.url}/api/v1/query"
         self.query = query(settings)
+        self._newest = _Scrape(-math.inf, -math.inf)
 
     def read(self) -> Reading:
         """Read once; see `MetricsSource.read`. The reading is as old as its last scrape.
@@ -45,7 +59,24 @@ class PrometheusApi:
         asked_at_seconds = self._clock()
         their_seconds = parse_time(self._fetcher.get_text(self.url, {"query": "time()"}))
         text = self._fetcher.get_text(self.url, {"query": self.query})
-        return parse_answer(text, asked_at_seconds - their_seconds, self._settings)
+        scraped = parse_answer(text, 0.0, self._settings)
+        return self._by_our_clock(scraped, asked_at_seconds - their_seconds)
+
+    def _by_our_clock(self, scraped: Reading, offset_seconds: float) -> Reading:
+        """Return a reading that was taken by Prometheus' clock; one scrape is never new twice.
+
+        A clock that was set back passes through times that it had before, and Prometheus shows what
+        it scraped then as if it were of now.
+        """
+        taken_at_seconds = scraped.taken_at_seconds + offset_seconds
+        if taken_at_seconds > self._clock() + _AHEAD_SECONDS:
+            raise SourceError(
+                "Prometheus' clock was set forward while it was asked, so the age of its samples "
+                "is not known. The next reading will do."
+            )
+        if scraped.taken_at_seconds > self._newest.scraped_at_seconds:
+            self._newest = _Scrape(scraped.taken_at_seconds, taken_at_seconds)
+        return replace(scraped, taken_at_seconds=self._newest.taken_at_seconds)
 
     def close(self) -> None:
         """Close the connection."""

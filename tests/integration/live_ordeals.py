@@ -34,7 +34,8 @@ LOST_SECONDS = 240.0
 WATCHED_SECONDS = 5.0
 # Long enough to be running when the scheduler is stopped, and after it goes on.
 _LONG = TracedRequest(0, "hang", 0.0, "A scheduler that is stopped", output_tokens=1000)
-_TICK_ERRORS = "sglang_alloc_controller_tick_errors_total "
+_OWN = "sglang_alloc_controller_"
+_TICK_ERRORS = "tick_errors_total"
 
 
 class Pair(NamedTuple):
@@ -49,10 +50,20 @@ class Pair(NamedTuple):
 
     def state(self) -> str:
         """Return the state of the controller's input."""
-        text = httpx2.get(f"{self.controller_url}/metrics", timeout=10.0, trust_env=False).text
-        prefix = 'sglang_alloc_controller_input_state{state="'
-        one_hot = [line for line in text.splitlines() if line.startswith(prefix)]
+        prefix = f'{_OWN}input_state{{state="'
+        one_hot = [line for line in self._metrics() if line.startswith(prefix)]
         return next(line[len(prefix) :].split('"')[0] for line in one_hot if line.endswith(" 1.0"))
+
+    def metric(self, name: str) -> float:
+        """Return one of the controller's own metrics that has no labels."""
+        prefix = f"{_OWN}{name} "
+        return next(
+            float(line[len(prefix) :]) for line in self._metrics() if line.startswith(prefix)
+        )
+
+    def _metrics(self) -> list[str]:
+        text = httpx2.get(f"{self.controller_url}/metrics", timeout=10.0, trust_env=False).text
+        return text.splitlines()
 
 
 @dataclass
@@ -66,11 +77,11 @@ class Ordeals:
     second_controller: subprocess.CompletedProcess[str] | None = None
     refused_reload: str = ""
     sources_after_deletion: set[int] = field(default_factory=set)
-    tick_errors: str = ""
+    tick_errors: float = -1.0
 
 
 def go_through(pair: Pair) -> Ordeals:
-    """Put the pair through all of them, the deletion of the shared file last."""
+    """Put the pair through all of them."""
     seen = Ordeals()
     with ThreadPoolExecutor(1) as pool:
         long_request = pool.submit(lambda: asyncio.run(_send(pair.server_url, _LONG)))
@@ -85,15 +96,14 @@ def go_through(pair: Pair) -> Ordeals:
         command, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS
     )
     seen.refused_reload = _reload_nonsense(pair)
-    pair.table.path.unlink()
-    ends = time.monotonic() + WATCHED_SECONDS
-    while time.monotonic() < ends:
-        seen.sources_after_deletion |= {
-            one.acknowledged_source for one in pair.table.worker_counters()
-        }
-        time.sleep(0.1)
-    metrics = httpx2.get(f"{pair.controller_url}/metrics", timeout=10.0, trust_env=False).text
-    seen.tick_errors = next(line for line in metrics.splitlines() if line.startswith(_TICK_ERRORS))
+    with _shared_file_deleted(pair.table.path):
+        ends = time.monotonic() + WATCHED_SECONDS
+        while time.monotonic() < ends:
+            seen.sources_after_deletion |= {
+                one.acknowledged_source for one in pair.table.worker_counters()
+            }
+            time.sleep(0.1)
+    seen.tick_errors = pair.metric(_TICK_ERRORS)
     return seen
 
 
@@ -132,6 +142,18 @@ def _hanging_scheduler(pair: Pair) -> Iterator[None]:
         yield
     finally:
         _signal(pids, signal.SIGCONT)
+
+
+@contextmanager
+def _shared_file_deleted(path: Path) -> Iterator[None]:
+    """Delete the file, and put the same one back at the end of the block."""
+    aside = path.with_suffix(".aside")
+    os.link(path, aside)
+    path.unlink()
+    try:
+        yield
+    finally:
+        aside.rename(path)
 
 
 def _signal(pids: list[int], number: int) -> None:

@@ -6,42 +6,35 @@ mid-load and starting it again are part of the story.
 
 from __future__ import annotations
 
-import asyncio
+import json
 import signal
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import yaml
-from live_ordeals import LOST_SECONDS, Ordeals, Pair, go_through
+from live_ordeals import Ordeals, Pair, go_through
+from live_parts import live_controller, live_load, live_server
 from panel_queries import PanelQuery, panel_queries
 from prometheus_files import DASHBOARD, RULE_FILES
 from prometheus_server import Prometheus, running_prometheus
 from waiting import PATIENCE_SECONDS, wait_until
 
-from sglang_alloc.budget_tables import load_budget_tables
-from sglang_alloc.demo.load import RequestRecord, offer_load
-from sglang_alloc.demo.trace import LoadPhase, make_trace
-from sglang_alloc.server_runs.owned_process import OwnedProcess, owned_process
-from sglang_alloc.server_runs.reference_files import MODEL, REFERENCE
-from sglang_alloc.server_runs.server_process import (
-    Server,
-    console_script,
-    free_port,
-    serve,
-    wait_until_ready,
-)
-from sglang_alloc.shared_table import Selector, SharedTable, publish_shared_table
+from sglang_alloc.demo.load import RequestRecord
+from sglang_alloc.demo.trace import LoadPhase
+from sglang_alloc.server_runs.server_process import free_port
+from sglang_alloc.shared_table import Selector, SharedTable
+from sglang_alloc_controller.decision_record import TICK
+from sglang_alloc_controller.samples import Reading
+from sglang_alloc_controller.settings import SourceSettings
 from sglang_alloc_controller.sglang_loads import LOADS_PATH
+from sglang_alloc_controller.source import open_source
 
 # 1 ms per token and 2 ms to the first one: broken by every request on every machine.
 IMPOSSIBLE_ITL_SECONDS, IMPOSSIBLE_TTFT_SECONDS = 0.001, 0.002
-STALE_AFTER_SECONDS = 3.0
 LOAD = LoadPhase("load", seconds=70.0, requests_per_second=2.0)
 
 
@@ -49,6 +42,7 @@ LOAD = LoadPhase("load", seconds=70.0, requests_per_second=2.0)
 class Evidence:
     """What was seen while the story ran."""
 
+    table: Path
     before: Selector | None = None
     lowered: Selector | None = None
     fallback_sources: set[int] = field(default_factory=set)
@@ -57,13 +51,18 @@ class Evidence:
     records: list[RequestRecord] = field(default_factory=list)
     server_metrics: str = ""
     server_loads: str = ""
+    by_prometheus: Reading | None = None
+    direct: Reading | None = None
+    """Of the same server's /metrics, a moment later."""
     ordeals: Ordeals | None = None
+    logged_budgets: set[int] = field(default_factory=set)
+    """Of both phases, from the decision log."""
     empty_queries: list[PanelQuery] = field(default_factory=list)
 
 
 def run_story(folder: Path, prometheus_binary: str) -> Evidence:
     """Run it all once; the tests look at the evidence."""
-    evidence, controller_port = Evidence(), free_port()
+    evidence, controller_port = Evidence(folder / "live.tbl"), free_port()
     with ExitStack() as stack:
         server = stack.enter_context(live_server(folder))
         table = stack.enter_context(SharedTable.open(folder / "live.tbl"))
@@ -88,6 +87,7 @@ def run_story(folder: Path, prometheus_binary: str) -> Evidence:
             process.popen.send_signal(signal.SIGTERM)
             process.popen.wait(timeout=20)
         evidence.released = table.selector()
+    evidence.logged_budgets = _logged_budgets(folder)
     return evidence
 
 
@@ -120,29 +120,12 @@ def _control_kill_resume(
 def _look(evidence: Evidence, server: str, prometheus: Prometheus) -> None:
     queries = panel_queries(DASHBOARD)
     evidence.empty_queries = prometheus.wait_until_none_is_empty(queries, PATIENCE_SECONDS)
+    evidence.by_prometheus = _read(
+        SourceSettings(kind="prometheus", url=prometheus.url, selector='job="serving"')
+    )
+    evidence.direct = _read(SourceSettings(url=server, loads=False))
     evidence.server_metrics = _get(f"{server}/metrics")
     evidence.server_loads = _get(f"{server}{LOADS_PATH}")
-
-
-@contextmanager
-def live_server(folder: Path) -> Iterator[Server]:
-    """Run SGLang with the reference model and the shared table `folder`/live.tbl."""
-    edges = ("0.001", "0.01", "0.05", "0.1", "1", "10")
-    arguments = (
-        *("--dtype", "float32", "--skip-server-warmup", "--decode-log-interval", "5"),
-        *("--bucket-inter-token-latency", *edges),
-        *("--bucket-time-to-first-token", "0.002", *edges[1:]),
-    )
-    environment = {"SGLANG_ALLOC_STALE_AFTER_SECONDS": str(STALE_AFTER_SECONDS)}
-    publish_shared_table(folder / "live.tbl", load_budget_tables(MODEL / "budget_tables.npz"))
-    with serve(
-        MODEL,
-        table=folder / "live.tbl",
-        log_path=folder / "server.log",
-        extra_args=arguments,
-        env=environment,
-    ) as server:
-        yield server
 
 
 def _write_config(folder: Path, server: str, port: int) -> Path:
@@ -159,25 +142,17 @@ def _write_config(folder: Path, server: str, port: int) -> Path:
     return path
 
 
-@contextmanager
-def live_controller(folder: Path, config: Path, port: int) -> Iterator[OwnedProcess]:
-    """Run the controller with this configuration until the block ends."""
-    command = [console_script("sglang-alloc-controller"), "run", "--config", str(config)]
-    log = folder / f"controller-{time.monotonic_ns()}.log"
-    with owned_process("the controller", command, log_path=log) as process:
-        wait_until_ready(process, f"http://127.0.0.1:{port}/livez", PATIENCE_SECONDS)
-        yield process
+def _read(settings: SourceSettings) -> Reading:
+    source = open_source(settings, time.monotonic)
+    try:
+        return source.read()
+    finally:
+        source.close()
 
 
-@contextmanager
-def live_load(server: str, load: LoadPhase) -> Iterator[Future[list[RequestRecord]]]:
-    """Offer this load while the block runs, of short prompts and answers of 24 tokens."""
-    texts = [path.read_text() for path in sorted((REFERENCE / "samples").glob("heldout_*.txt"))]
-    trace = make_trace(texts, [load], prompt_bytes=200, output_tokens=24, seed=3)
-    with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(
-            lambda: asyncio.run(offer_load(server, trace, timeout_seconds=LOST_SECONDS))
-        )
+def _logged_budgets(folder: Path) -> set[int]:
+    log = map(json.loads, (folder / "decisions.jsonl").read_text().splitlines())
+    return {budget for line in log if line["kind"] == TICK for budget in line["to"].values()}
 
 
 def _acknowledged(table: SharedTable) -> tuple[int, int]:

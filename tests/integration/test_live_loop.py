@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -10,9 +11,12 @@ import pytest
 from live_ordeals import Ordeals, in_control
 from live_pair import Evidence, run_story
 
+from sglang_alloc.shared_table import SharedTable
 from sglang_alloc.shared_table_words import source_code
 from sglang_alloc_controller.law_settings import LawSettings
-from sglang_alloc_controller.sglang_loads import missing_fields, parse_loads
+from sglang_alloc_controller.samples import SLOS
+from sglang_alloc_controller.series_fold import SHARING_RANKS, TOKENS
+from sglang_alloc_controller.sglang_loads import DecodeMoments, missing_fields, parse_loads
 from sglang_alloc_controller.sglang_metrics import missing_series
 
 pytestmark = pytest.mark.server
@@ -36,8 +40,9 @@ WORKER_METRICS = (
 LABELS = {
     "sglang:time_to_first_token_seconds_bucket": {"le", "is_streaming", "model_name"},
     "sglang:inter_token_latency_seconds_bucket": {"le", "model_name"},
-    "sglang:num_queue_reqs": {"model_name", "tp_rank"},
-    "sglang:num_running_reqs": {"model_name", "tp_rank"},
+    "sglang:num_queue_reqs": {"model_name", *SHARING_RANKS},
+    "sglang:num_running_reqs": {"model_name", *SHARING_RANKS},
+    f"sglang:{TOKENS}": {"model_name", "mode", *SHARING_RANKS},
 }
 
 
@@ -112,7 +117,14 @@ def test_a_configuration_with_a_mistake_is_refused_while_serving(ordeals: Ordeal
 
 def test_a_deleted_shared_file_stays_in_use_by_worker_and_controller(ordeals: Ordeals) -> None:
     assert ordeals.sources_after_deletion == in_control()
-    assert ordeals.tick_errors.endswith(" 0.0")
+    assert ordeals.tick_errors == 0.0
+
+
+def test_no_budget_of_the_whole_story_is_out_of_bounds(evidence: Evidence) -> None:
+    with SharedTable.open(evidence.table, writable=False) as table:
+        lowest, highest = table.shape.budget_min, table.shape.budget_max
+    assert len(evidence.logged_budgets) > 2
+    assert lowest <= min(evidence.logged_budgets) < max(evidence.logged_budgets) <= highest
 
 
 @pytest.mark.parametrize("metric", WORKER_METRICS)
@@ -129,7 +141,39 @@ def test_sglang_still_has_every_field_of_its_loads_that_the_controller_reads(
     evidence: Evidence,
 ) -> None:
     assert missing_fields(evidence.server_loads) == []
-    assert parse_loads(evidence.server_loads).rank_times[0].steps > 0
+    times = parse_loads(evidence.server_loads).rank_times[0]
+    assert times.prefill_tokens > 0
+    assert times.prefill_seconds > 0
+
+
+def test_sglang_still_sums_its_decode_steps_in_the_order_that_the_controller_reads(
+    evidence: Evidence,
+) -> None:
+    """Batches of one and of more requests, no speculation, and steps that take milliseconds."""
+    moments = DecodeMoments(*json.loads(evidence.server_loads)["loads"][0]["decode_moments"])
+    assert 0 < moments.steps < moments.requests == moments.tokens < moments.squared_requests
+    assert 1e-4 < moments.microseconds / 1e6 / moments.steps < 10.0
+    assert moments.microseconds < moments.request_microseconds
+
+
+def test_by_prometheus_the_controller_reads_what_the_server_says_itself(evidence: Evidence) -> None:
+    by_prometheus, direct = evidence.by_prometheus, evidence.direct
+    assert by_prometheus is not None
+    assert direct is not None
+    assert by_prometheus.taken_at_seconds < direct.taken_at_seconds
+    assert by_prometheus.edges == direct.edges
+    for slo in SLOS:
+        (earlier,) = by_prometheus.series(slo).values()
+        (later,) = direct.series(slo).values()
+        assert earlier.edges == later.edges
+        assert all(0 <= a <= b for a, b in zip(earlier.counts, later.counts, strict=True))
+        assert earlier.counts[-1] > 0
+        assert 0 < earlier.sum_seconds <= later.sum_seconds
+    assert by_prometheus.prefill_tokens is not None
+    assert direct.prefill_tokens is not None
+    assert 0 < by_prometheus.prefill_tokens <= direct.prefill_tokens
+    assert (by_prometheus.engines, by_prometheus.model_names) == (1, direct.model_names)
+    assert 0 <= by_prometheus.queue_requests <= len(evidence.records)
 
 
 @pytest.mark.parametrize(("series", "labels"), LABELS.items())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from live_pair import live_controller, live_load, live_server
+from live_parts import live_controller, live_load, live_server
 from waiting import PATIENCE_SECONDS, wait_until
 
 from sglang_alloc.demo.load import RequestRecord

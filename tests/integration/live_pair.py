@@ -18,6 +18,7 @@ import httpx2
 import yaml
 from live_ordeals import Ordeals, Pair, go_through
 from live_parts import live_controller, live_load, live_server
+from live_restart import Restart, restart
 from panel_queries import PanelQuery, panel_queries
 from prometheus_files import DASHBOARD, RULE_FILES
 from prometheus_server import Prometheus, running_prometheus
@@ -55,6 +56,7 @@ class Evidence:
     direct: Reading | None = None
     """Of the same server's /metrics, a moment later."""
     ordeals: Ordeals | None = None
+    restart: Restart | None = None
     logged_budgets: set[int] = field(default_factory=set)
     """Of both phases, from the decision log."""
     empty_queries: list[PanelQuery] = field(default_factory=list)
@@ -64,7 +66,8 @@ def run_story(folder: Path, prometheus_binary: str) -> Evidence:
     """Run it all once; the tests look at the evidence."""
     evidence, controller_port = Evidence(folder / "live.tbl"), free_port()
     with ExitStack() as stack:
-        server = stack.enter_context(live_server(folder))
+        serving = stack.enter_context(ExitStack())
+        server = serving.enter_context(live_server(folder))
         table = stack.enter_context(SharedTable.open(folder / "live.tbl"))
         config = _write_config(folder, server.url, controller_port)
         prometheus = stack.enter_context(
@@ -84,6 +87,7 @@ def run_story(folder: Path, prometheus_binary: str) -> Evidence:
             )
             evidence.ordeals = go_through(pair)
             evidence.records = load.result(timeout=LOAD.seconds + PATIENCE_SECONDS)
+            evidence.restart = restart(pair, folder, serving)
             process.popen.send_signal(signal.SIGTERM)
             process.popen.wait(timeout=20)
         evidence.released = table.selector()

@@ -29,8 +29,11 @@ STALE_AFTER_SECONDS = 3.0
 
 
 @contextmanager
-def live_server(folder: Path) -> Iterator[Server]:
-    """Run SGLang with the reference model and the shared table `folder`/live.tbl."""
+def live_server(folder: Path, port: int | None = None) -> Iterator[Server]:
+    """Run SGLang with the reference model and the shared table `folder`/live.tbl.
+
+    The table is published unless it is there; without a `port` one is chosen.
+    """
     edges = ("0.001", "0.01", "0.05", "0.1", "1", "10")
     arguments = (
         *("--dtype", "float32", "--skip-server-warmup", "--decode-log-interval", "5"),
@@ -39,11 +42,13 @@ def live_server(folder: Path) -> Iterator[Server]:
     )
     environment = {"SGLANG_ALLOC_STALE_AFTER_SECONDS": str(STALE_AFTER_SECONDS)}
     table = folder / "live.tbl"
-    publish_shared_table(table, load_budget_tables(MODEL / "budget_tables.npz"))
+    if not table.exists():
+        publish_shared_table(table, load_budget_tables(MODEL / "budget_tables.npz"))
     with serve(
         MODEL,
         table=table,
-        log_path=folder / "server.log",
+        port=port,
+        log_path=folder / f"server-{time.monotonic_ns()}.log",
         extra_args=arguments,
         env=environment,
     ) as server:

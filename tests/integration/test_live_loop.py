@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from live_ordeals import Ordeals, in_control
 from live_pair import Evidence, run_story
+from live_restart import Restart
 
 from sglang_alloc.shared_table import SharedTable
 from sglang_alloc.shared_table_words import source_code
@@ -118,6 +119,25 @@ def test_a_configuration_with_a_mistake_is_refused_while_serving(ordeals: Ordeal
 def test_a_deleted_shared_file_stays_in_use_by_worker_and_controller(ordeals: Ordeals) -> None:
     assert ordeals.sources_after_deletion == in_control()
     assert ordeals.tick_errors == 0.0
+
+
+@pytest.fixture(scope="module")
+def restart(evidence: Evidence) -> Restart:
+    assert evidence.restart is not None
+    return evidence.restart
+
+
+def test_a_server_that_ends_makes_the_input_stale_until_it_is_there_again(restart: Restart) -> None:
+    assert (restart.state_without_server, restart.state_after) == ("stale", "valid")
+    assert restart.starts_seen == 1.0
+    assert restart.errors == []
+
+
+def test_the_worker_of_a_restarted_server_obeys_the_controller_that_ran_on(
+    restart: Restart,
+) -> None:
+    assert restart.worker.pid != restart.pid_before
+    assert {restart.worker.acknowledged_source} == in_control()
 
 
 def test_no_budget_of_the_whole_story_is_out_of_bounds(evidence: Evidence) -> None:

@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-from controller_process import call, running, write_config
+from ahead import write_cost_model
+from busy_ranks import loads_page, metrics_page
+from controller_process import ControllerProcess, call, running, write_config
 from stand_in_server import StandInServer, free_port, serving
 from virtual_loop import publish_table
 
@@ -31,12 +33,37 @@ def test_a_running_controller_is_small(
 ) -> None:
     with running(write_config(tmp_path, server.url)) as controller:
         controller.wait_for(lambda: controller.is_in_state("valid"), "valid input")
-        maps = Path(f"/proc/{controller.process.pid}/maps").read_text()
-        status = Path(f"/proc/{controller.process.pid}/status").read_text()
+        _assert_small(controller)
+    assert _is_beating(table)
+
+
+def test_a_controller_that_looks_ahead_is_as_small(
+    tmp_path: Path, table: SharedTable, server: StandInServer
+) -> None:
+    """Eight ranks, which tell their step times; after 3 s comes a rush, and nothing is late."""
+
+    def gives_up_quality(began: float) -> bool:
+        seconds = time.monotonic() - began
+        requests = round(seconds + 100.0 * max(0.0, seconds - 3.0))
+        server.loads, server.page = loads_page(requests), metrics_page(requests)
+        return max(table.selector()[1:]) < 48
+
+    server.loads, server.page = loads_page(0), metrics_page(0)
+    quality = {"cost_model": write_cost_model(tmp_path / "cost.csv")}
+    with running(write_config(tmp_path, server.url, quality=quality)) as controller:
+        controller.wait_for(lambda: controller.is_in_state("valid"), "valid input")
+        began = time.monotonic()
+        controller.wait_for(lambda: gives_up_quality(began), "a lower budget")
+        controller.wait_for(lambda: "predicted_overload" in controller.log(), "the reason")
+        _assert_small(controller)
+
+
+def _assert_small(controller: ControllerProcess) -> None:
+    maps = Path(f"/proc/{controller.process.pid}/maps").read_text()
+    status = Path(f"/proc/{controller.process.pid}/status").read_text()
     assert "libtorch" not in maps
     (resident_kib,) = re.findall(r"VmRSS:\s+(\d+) kB", status)
     assert int(resident_kib) < 80 * 1024
-    assert _is_beating(table)
 
 
 def test_a_recorded_burst_lowers_the_budgets_and_sigterm_gives_them_back(

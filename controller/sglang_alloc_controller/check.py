@@ -74,6 +74,12 @@ def _table(settings: Settings) -> Iterator[Finding]:
             "quality.max_predicted_loss is not set: no predicted loss is too much, down to the "
             "smallest budget that the table and the floors in the settings allow.",
         )
+    else:
+        yield Finding(
+            "note",
+            "quality.max_predicted_loss bounds each phase by itself: with both at their floors "
+            f"{sum(losses.values()):.3g} nats per token may be lost together.",
+        )
     if settings.quality.cost_model is None and settings.mode != "fixed":
         yield Finding("note", NO_COST_MODEL)
 
@@ -88,12 +94,33 @@ def _source(settings: Settings) -> Iterator[Finding]:
     yield _freshness(settings, reading)
     if missing:
         yield Finding("unknown", f"{settings.source.url} does not show {', '.join(missing)} yet.")
+    yield from _loads(settings, reading)
     unseen = unseen_priorities(reading, settings.source)
     if unseen is not None:
         yield Finding("unknown", unseen)
     for finding in check_edges(reading, settings.slo):
         level = "ok" if finding.present else "failed" if finding.known else "unknown"
         yield Finding(level, finding.sentence)
+
+
+def _loads(settings: Settings, reading: Reading) -> Iterator[Finding]:
+    """Tell what /v1/loads leaves unknown, or knows of ranks that /metrics does not show."""
+    source, ranks = settings.source, len(reading.rank_times)
+    if source.kind == "sglang" and source.loads and reading.load is None:
+        yield Finding(
+            "note",
+            f"{source.url} does not offer /v1/loads, or not to us: the queue is the gauge of "
+            "/metrics, which moves every --decode-log-interval decode steps (40) and with each "
+            "prefill, and a scheduler that hangs is not told from an idle one.",
+        )
+    if reading.prefill_tokens is not None and ranks > reading.engines:
+        yield Finding(
+            "unknown",
+            f"/v1/loads names {ranks} data-parallel ranks, and /metrics counts the prompt tokens "
+            f"of {reading.engines} so far. If it stays like that they run on other nodes, and the "
+            "law takes the load of all for that of these: read every node's /metrics through "
+            "Prometheus (source.kind: prometheus).",
+        )
 
 
 def _orders(settings: Settings) -> Iterator[Finding]:

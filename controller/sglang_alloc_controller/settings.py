@@ -84,11 +84,12 @@ class QualitySettings(Section):
 
     max_predicted_loss: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """Nats per token above the full model that the table may predict; it becomes the smallest
-    budget, for each phase by its own prediction. null: no such bound."""
+    budget, for each phase by its own prediction, so that both at their floors may lose up to twice
+    as much. null: no such bound."""
     cost_model: str | None = None
     """CSV of step times by budget, as `sglang-alloc bench` writes it. With it the law uses only
     budgets that are faster than every larger one, and lowers first what saves most time per
-    predicted loss. null: all budgets, prefill first."""
+    predicted loss. null: all budgets, prefill first, and many more changes an hour."""
     prefill_floor_budget: Budget | None = None
     """Smallest prefill budget, activations per token over all MoE layers; null: the table's."""
     decode_floor_budget: Budget | None = None

@@ -299,7 +299,35 @@ def test_check_tells_what_the_bounds_cost_and_what_is_not_bounded(
     quality = {"max_predicted_loss": 0.1}
     checked = call("check", "--config", str(write_config(tmp_path, server.url, quality=quality)))
     assert "between 27 and 48, predicted loss up to 0.1 nats per token" in checked.stdout
+    assert "both at their floors 0.2 nats per token may be lost together" in checked.stdout
     assert "max_predicted_loss is not set" not in checked.stdout
+
+
+def test_check_tells_that_a_server_offers_no_loads(
+    tmp_path: Path, table: SharedTable, server: StandInServer
+) -> None:
+    sentence = "does not offer /v1/loads, or not to us"
+    checked = call("check", "--config", str(write_config(tmp_path, server.url)))
+    assert (checked.returncode, sentence in checked.stdout) == (0, True)
+    server.loads = loads_page(100)
+    checked = call("check", "--config", str(write_config(tmp_path, server.url)))
+    assert sentence not in checked.stdout
+
+
+def test_check_tells_of_ranks_whose_prompt_tokens_the_server_does_not_show(
+    tmp_path: Path, table: SharedTable, server: StandInServer
+) -> None:
+    """Eight data-parallel ranks on two nodes, of which the first answers."""
+    lines = metrics_page(100).splitlines(keepends=True)
+    server.page = "".join(line for line in lines if re.search(r'dp_rank="[0-3]"', line))
+    server.loads = loads_page(100)
+    checked = call("check", "--config", str(write_config(tmp_path, server.url)))
+    assert "names 8 data-parallel ranks, and /metrics counts the prompt tokens of 4" in (
+        checked.stdout
+    )
+    server.page = metrics_page(100)
+    checked = call("check", "--config", str(write_config(tmp_path, server.url)))
+    assert "data-parallel ranks" not in checked.stdout
 
 
 def test_check_names_a_priority_that_the_server_does_not_show(

@@ -1,19 +1,23 @@
 """What the controller costs: CPU time of a tick and of a reading, and resident memory.
 
-    python controller/bench/tick.py [--ranks 8] [--ticks 400]
+    python controller/bench/tick.py [--ranks 8] [--ticks 2000]
 
 A server process of its own shows /metrics and /v1/loads of an engine with `--ranks` ranks: 0.7 MB
 at 8, as SGLang 0.5.23 writes it with about 90 kB of other metrics per rank. Readings
 come over HTTP.
 The budget tables have 1,411 budgets of 94 layers. Each tick gets a new reading, twice what happens
-in service, keeps a point for the live page and writes a line of the decision log. Prints one JSON
-line.
+in service, keeps a point for the live page and writes a line of the decision log. The load rises
+and falls, between a third and five thirds of its mean, and 2,000 ticks fill the longest of the
+windows that it is counted over. Prints one JSON line for the law that goes by latencies, and one
+for the law that looks ahead with a cost model of 12 budgets and 12 sizes of each phase; each is
+measured in a process of its own.
 """
 
 import argparse
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import resource
 import statistics
@@ -24,8 +28,9 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import structlog
@@ -44,6 +49,10 @@ from sglang_alloc_controller.table_link import TableLink
 _LAYERS, _TOP_K, _EXPERTS = 94, 16, 128
 _EDGES = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0, float("inf"))
 _OTHER_BYTES_PER_RANK = 90_000
+# Of each rank. At its peak the load is more than full budget carries.
+_REQUESTS_PER_TICK, _PROMPT_TOKENS, _OUTPUT_TOKENS, _BATCH = 18, 512, 40, 32
+_LEVELS = 12
+_LAWS = _LATENCIES, _AHEAD = ("latencies", "looking ahead")
 _NANOSECONDS = 1_000_000_000
 _Result = TypeVar("_Result")
 
@@ -52,22 +61,35 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--ticks", type=int, default=400)
+    parser.add_argument("--ticks", type=int, default=2000)
     arguments = parser.parse_args()
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    for law in _LAWS:
+        server, port = _started(_serve, arguments.ranks)
+        measured, figures = _started(_measure, law, port, arguments.ranks, arguments.ticks)
+        print(json.dumps(figures))
+        measured.join()
+        server.kill()
+
+
+def _started(target: Callable[..., None], *arguments: object) -> tuple[SpawnProcess, Any]:
+    """Start a process that begins with a connection; return it and what it sends first."""
     ours, theirs = multiprocessing.Pipe()
-    server = multiprocessing.get_context("spawn").Process(
-        target=_serve, args=(theirs, arguments.ranks), daemon=True
-    )
-    server.start()
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
+    process.start()
+    theirs.close()  # else a process that fails would be waited for for ever
+    return process, ours.recv()
+
+
+def _measure(told: Connection, law: str, port: int, ranks: int, ticks: int) -> None:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(_measure(Path(folder), ours.recv(), arguments.ranks, arguments.ticks)))
-    server.kill()
+        settings = _settings(Path(folder), port, law)
+        _publish(Path(settings.table))
+        told.send({"law": law, "ranks": ranks, **_measured(settings, ranks, ticks)})
 
 
-def _measure(folder: Path, port: int, ranks: int, ticks: int) -> dict[str, float]:
-    settings = _settings(folder, port)
-    _publish(Path(settings.table))
+def _measured(settings: Settings, ranks: int, ticks: int) -> dict[str, float]:
     metrics = OwnMetrics(settings.mode, settings.slo)
     history = PageHistory(lambda: settings)
     source = SGLangMetrics(settings.source, time.monotonic)
@@ -76,9 +98,11 @@ def _measure(folder: Path, port: int, ranks: int, ticks: int) -> dict[str, float
     around = Surroundings(
         lambda: observation, lambda: next(now_ns), lambda seconds: False, show=history.add
     )
+    link = TableLink(Path(settings.table), lambda table: None)
+    first = link.selector().generation
     loop = ControlLoop(
         settings,
-        TableLink(Path(settings.table), lambda table: None),
+        link,
         metrics,
         DecisionLog(settings.decision_log, metrics.count_log_error),
         around,
@@ -93,7 +117,7 @@ def _measure(folder: Path, port: int, ranks: int, ticks: int) -> dict[str, float
     per_poll = settings.tick_seconds / settings.source.poll_seconds
     reading_ms, tick_ms = (1e3 * statistics.median(s) for s in (reading_seconds, tick_seconds))
     return {
-        "ranks": ranks,
+        "changes": link.selector().generation - first,
         "page_bytes": len(_page(ranks, ticks)),
         "tick_ms_median": tick_ms,
         "tick_ms_p99": 1e3 * statistics.quantiles(tick_seconds, n=100)[98],
@@ -107,14 +131,15 @@ def _measure(folder: Path, port: int, ranks: int, ticks: int) -> dict[str, float
 
 def _serve(told: Connection, ranks: int) -> None:
     """Show metrics that move with each scrape, and loads; tell the port."""
-    scrapes = itertools.count()
+    scrapes = itertools.count()  # of both pages in turn
 
     class Request(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
             is_loads = self.path.startswith("/v1/loads")
-            body = _loads(ranks) if is_loads else _page(ranks, next(scrapes))
+            number = next(scrapes) // 2
+            body = _loads(ranks, number) if is_loads else _page(ranks, number)
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -128,11 +153,19 @@ def _serve(told: Connection, ranks: int) -> None:
     server.serve_forever()
 
 
-def _loads(ranks: int) -> str:
-    now = datetime.now(timezone.utc)
+def _requests(tick: int) -> int:
+    """Return what a rank has answered by then; a wave goes over the rate in about 190 seconds."""
+    return round(_REQUESTS_PER_TICK * (tick + 40 * math.sin(tick / 60)))
+
+
+def _loads(ranks: int, tick: int) -> str:
+    now, requests = datetime.now(timezone.utc), _requests(tick)
+    prefill_tokens, decode_tokens = requests * _PROMPT_TOKENS, requests * _OUTPUT_TOKENS
+    steps = decode_tokens / _BATCH
+    microseconds = 1e6 * steps * _decode_seconds(_BATCH)
     load = {
         "timestamp": now.timestamp(),
-        "num_running_reqs": 32,
+        "num_running_reqs": _BATCH,
         "num_waiting_reqs": 3,
         "num_waiting_uncached_tokens": 2048,
         "num_used_tokens": 120_000,
@@ -143,7 +176,12 @@ def _loads(ranks: int) -> str:
         "gen_throughput": 1200.5,
         "cache_hit_rate": 0.1,
         "utilization": 0.5,
-        "decode_moments": [1000.0, 32_000.0, 3e7, 1e6, 1e9, 32_000.0],
+        "total_prefill_uncached_tokens": prefill_tokens,
+        "total_prefill_busy_us": 1e6 * _prefill_seconds(prefill_tokens),
+        "decode_moments": [
+            *(steps, decode_tokens, microseconds, _BATCH * decode_tokens, _BATCH * microseconds),
+            decode_tokens,
+        ],
     }
     loads = [{**load, "dp_rank": rank} for rank in range(ranks)]
     return json.dumps({"timestamp": now.isoformat(), "version": "0.5.23", "loads": loads})
@@ -155,16 +193,39 @@ def _timed(call: Callable[[], _Result]) -> tuple[_Result, float]:
     return result, time.thread_time() - started
 
 
-def _settings(folder: Path, port: int) -> Settings:
+def _prefill_seconds(tokens: float, share: float = 1.0) -> float:
+    return 1.5e-5 * tokens * (0.4 + 0.6 * share)
+
+
+def _decode_seconds(batch: float, share: float = 1.0) -> float:
+    return (0.008 + 3e-4 * batch) * (0.4 + 0.6 * share)
+
+
+def _settings(folder: Path, port: int, law: str) -> Settings:
+    cost_model = _write_cost_model(folder / "costs.csv") if law == _AHEAD else None
     return parse_settings(
         {
             "table": str(folder / "bench.tbl"),
-            "source": {"url": f"http://127.0.0.1:{port}"},
+            "source": {"url": f"http://127.0.0.1:{port}", "timeout_seconds": 60.0},
             "slo": {"ttft_seconds": 1.0, "itl_seconds": 0.05},
+            "quality": {"cost_model": cost_model},
             "freshness": {"warmup_seconds": 0.0},
             "decision_log": {"path": str(folder / "decisions.jsonl"), "every_tick": True},
         }
     )
+
+
+def _write_cost_model(path: Path) -> str:
+    full = _LAYERS * _TOP_K
+    lines = ["phase,concurrency,budget,prefill_prompt_tokens,median_ms"]
+    for budget in np.linspace(_LAYERS, full, _LEVELS).round().astype(int).tolist():
+        share = budget / full
+        for size in range(1, _LEVELS + 1):
+            prefill, decode = _prefill_seconds(512 * size, share), _decode_seconds(8 * size, share)
+            lines.append(f"prefill,{size},{budget},512,{1e3 * prefill}")
+            lines.append(f"decode,{8 * size},{budget},,{1e3 * decode}")
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
 
 
 def _publish(path: Path) -> None:
@@ -184,26 +245,30 @@ def _publish(path: Path) -> None:
 
 
 def _page(ranks: int, tick: int) -> str:
-    lines = []
+    lines, requests = [], _requests(tick)
     for rank in range(ranks):
         labels = f'engine_type="unified",model_name="bench",dp_rank="{rank}",tp_rank="0"'
-        lines += _histogram("time_to_first_token_seconds", labels, 10 * tick)
-        lines += _histogram("inter_token_latency_seconds", labels, 400 * tick)
-        lines.append(f"sglang:num_queue_reqs{{{labels}}} {float(tick % 7)}")
-        lines.append(f"sglang:num_running_reqs{{{labels}}} 32.0")
+        tokens = requests * _OUTPUT_TOKENS
+        lines += _histogram("time_to_first_token_seconds", labels, requests, mean_seconds=0.25)
+        lines += _histogram("inter_token_latency_seconds", labels, tokens, mean_seconds=0.012)
+        lines.append(f"sglang:num_queue_reqs{{{labels}}} {float(tick % 4)}")
+        lines.append(f"sglang:num_running_reqs{{{labels}}} {_BATCH}.0")
+        for mode, count in (("prefill_compute", requests * _PROMPT_TOKENS), ("decode", tokens)):
+            lines.append(f'sglang:realtime_tokens_total{{{labels},mode="{mode}"}} {count}.0')
         other = f'sglang:other_seconds_bucket{{{labels},le="0.5"}} 123456.0'
         lines += [other] * (_OTHER_BYTES_PER_RANK // len(other))
     return "\n".join(lines) + "\n"
 
 
-def _histogram(name: str, labels: str, events: int) -> list[str]:
+def _histogram(name: str, labels: str, events: int, mean_seconds: float) -> list[str]:
+    """Return the lines of latencies that are exponentially distributed."""
     streamed = f'{labels},is_streaming="true"'
-    counts = [events * (index + 1) / len(_EDGES) for index in range(len(_EDGES))]
+    counts = [round(events * -math.expm1(-edge / mean_seconds)) for edge in _EDGES]
     lines = [
-        f'sglang:{name}_bucket{{{streamed},le="{str(edge).replace("inf", "+Inf")}"}} {count}'
+        f'sglang:{name}_bucket{{{streamed},le="{str(edge).replace("inf", "+Inf")}"}} {count}.0'
         for edge, count in zip(_EDGES, counts, strict=True)
     ]
-    return [*lines, f"sglang:{name}_sum{{{streamed}}} {events * 0.1}"]
+    return [*lines, f"sglang:{name}_sum{{{streamed}}} {events * mean_seconds}"]
 
 
 if __name__ == "__main__":

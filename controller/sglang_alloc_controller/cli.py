@@ -242,6 +242,21 @@ def simulate_replicas(
     ] = [1.4, 1.7],  # noqa: B006
     minutes: Annotated[float, typer.Option(min=3.0, max=1440.0, help="Simulated time.")] = 30.0,
     seed: Annotated[list[int], typer.Option(help="Of the arrivals; may be repeated.")] = [1],  # noqa: B006
+    lost: Annotated[
+        list[str],
+        typer.Option(
+            help="Whether a replica dies at one third of the time: never, for-good, or replaced at "
+            "two thirds; may be repeated.",
+        ),
+    ] = ["never"],  # noqa: B006
+    unnoticed: Annotated[
+        list[float],
+        typer.Option(
+            min=0.0,
+            max=3600.0,
+            help="Seconds that the balancer goes on sending to a dead replica; may be repeated.",
+        ),
+    ] = [0.0],  # noqa: B006
     out: Annotated[
         Path | None,
         typer.Option(
@@ -262,7 +277,7 @@ def simulate_replicas(
     from sglang_alloc_controller.simulator.deployment import read_deployment
 
     try:
-        fleets = checked(Fleets(replicas, balancer, load, 60 * minutes, seed))
+        fleets = checked(Fleets(replicas, balancer, load, 60 * minutes, seed, lost, unnoticed))
         with shown_progress(Console(stderr=True)) as progress:
             results = simulate_fleets(read_deployment().world, fleets, out, workers, progress)
     except AllocError as error:

@@ -13,7 +13,15 @@ from sglang_alloc.atomic_file import replace_file
 from sglang_alloc.errors import ConfigurationError
 from sglang_alloc_controller.simulator.cells import identity
 from sglang_alloc_controller.simulator.pool import Progress, in_workers
-from sglang_alloc_controller.simulator.replicas import BALANCERS, Fleet, FleetScore, run_fleet
+from sglang_alloc_controller.simulator.replica_scores import FleetScore
+from sglang_alloc_controller.simulator.replicas import (
+    BALANCERS,
+    LOSSES,
+    NEVER,
+    Fleet,
+    refused_if_impossible,
+    run_fleet,
+)
 from sglang_alloc_controller.simulator.world import World
 
 RESULTS = "replicas.csv"
@@ -29,22 +37,32 @@ class Fleets(NamedTuple):
     loads: Sequence[float]
     seconds: float
     seeds: Sequence[int]
+    losses: Sequence[str] = (NEVER,)
+    unnoticed_seconds: Sequence[float] = (0.0,)
+    """Counts where a replica is lost."""
 
     def every(self) -> Iterator[Fleet]:
         """Yield each fleet, controlled and at full quality."""
         asked = product(
-            self.replicas, self.balancers, self.loads, [self.seconds], self.seeds, [True, False]
+            self.replicas, self.balancers, self.loads, [self.seconds], self.seeds, [True, False],
+            self.losses, self.unnoticed_seconds,
+        )  # fmt: skip
+        fleets = (Fleet(*cell) for cell in asked)
+        yield from dict.fromkeys(
+            one._replace(unnoticed_seconds=0.0) if one.lost == NEVER else one for one in fleets
         )
-        yield from dict.fromkeys(Fleet(*cell) for cell in asked)
 
 
 def checked(fleets: Fleets) -> Fleets:
-    """Return the request; raises ConfigurationError for an unknown balancer."""
-    unknown = [name for name in fleets.balancers if name not in BALANCERS]
-    if unknown:
-        raise ConfigurationError(
-            f"There is no balancer {unknown[0]!r}. Choose among {', '.join(BALANCERS)}."
-        )
+    """Return the request.
+
+    Raises:
+        ConfigurationError: a balancer or a loss is unknown, or a fleet cannot lose a replica so.
+    """
+    _refuse_unknown("balancer", fleets.balancers, BALANCERS)
+    _refuse_unknown("loss of a replica", fleets.losses, LOSSES)
+    for fleet in fleets.every():
+        refused_if_impossible(fleet)
     return fleets
 
 
@@ -88,8 +106,9 @@ def table(results: Results) -> str:
     """Return the results as Markdown, seeds averaged."""
     lines = [
         "| replicas | balancer | load | within SLO | at full quality | loss, 1/1000 nat | "
-        "changes per hour (most) | spread of quality | spread of load |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "changes per hour (most) | spread of quality | spread of load | replica lost | "
+        "requests lost | quality before, during, after | loss then |",
+        f"|{13 * '---|'}",
     ]
     groups: dict[Fleet, list[FleetScore]] = {}
     for fleet, score in results.items():
@@ -107,12 +126,29 @@ def _line(fleet: Fleet, ours: FleetScore, full: FleetScore) -> str:
         f"{ours.slo_attainment_ratio:.2%} | {full.slo_attainment_ratio:.2%} | "
         f"{1000 * ours.mean_predicted_loss:.2f} | {ours.changes_per_hour:.1f} "
         f"({ours.changes_per_hour_max:.1f}) | {ours.position_spread:.3f} | "
-        f"{ours.load_spread:.3f} |"
+        f"{ours.load_spread:.3f} | {_loss_of(fleet)} | {ours.requests_lost:.0f} | "
+        f"{ours.position_before:.2f}, {ours.position_during:.2f}, {ours.position_after:.2f} | "
+        f"{1000 * ours.loss_before:.2f}, {1000 * ours.loss_during:.2f}, "
+        f"{1000 * ours.loss_after:.2f} |"
     )
+
+
+def _loss_of(fleet: Fleet) -> str:
+    if fleet.lost == NEVER:
+        return NEVER
+    return f"{fleet.lost}, noticed after {fleet.unnoticed_seconds:g} s"
 
 
 def _mean(scores: Sequence[FleetScore]) -> FleetScore:
     return FleetScore(*(sum(column) / len(scores) for column in zip(*scores, strict=True)))
+
+
+def _refuse_unknown(what: str, asked: Sequence[str], known: Sequence[str]) -> None:
+    unknown = [name for name in asked if name not in known]
+    if unknown:
+        raise ConfigurationError(
+            f"There is no {what} {unknown[0]!r}. Choose among {', '.join(known)}."
+        )
 
 
 def _cost(fleet: Fleet) -> float:
@@ -130,7 +166,8 @@ def _kept(path: Path, simulation: str) -> Results:
 def _fleet(row: dict[str, str]) -> Fleet:
     return Fleet(
         int(row["replicas"]), row["balancer"], float(row["load"]), float(row["seconds"]),
-        int(row["seed"]), row["controlled"] == "True",
+        int(row["seed"]), row["controlled"] == "True", row["lost"],
+        float(row["unnoticed_seconds"]),
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ _PACKAGE = Path(__file__).parent.parent
 _FILE_MODE = 0o644
 # Read by our law only, by the doors or after the simulation; the settings count by their values.
 _OURS_ONLY = re.compile(
-    r"(law_(?!names)\w+|control_\w+|load_history|settings|cli\w*|replicas|cells|pool|plots|results"
+    r"(law_(?!names)\w+|control_\w+|load_history|settings|cli\w*|replicas|replica_scores|cells|pool|plots|results"
     r"|loop|run|metrics_server|own_metrics|page_\w+|replay|decision_\w+|sglang_\w+|series_fold)\.py"
 )
 

@@ -15,6 +15,7 @@ from sglang_alloc_controller.control_law import (
     decide,
     deficit_saturation,
     frozen,
+    lasts,
     measured,
     not_taken,
     violates,
@@ -71,6 +72,19 @@ class _Advice(NamedTuple):
     """The newest reading that it was kept for."""
 
 
+class _Lasting(NamedTuple):
+    """A decision that stays the same while the law's state does and nothing else is seen."""
+
+    state: LawState
+    samples: Mapping[Slo, Sample | None]
+    """Made anew from each reading, and when the window's begin moves."""
+    decision: Decision
+
+    def is_for(self, state: LawState, seen: Seen) -> bool:
+        """Tell whether this is what would be decided now."""
+        return state is self.state and seen.samples is self.samples and _is_judged(seen)
+
+
 class ControlCore:
     """The readings of one engine and the law's memory of it."""
 
@@ -90,6 +104,7 @@ class ControlCore:
         self._seen: tuple[float, Seen] | None = None
         self._standing: _Standing | None = None
         self._advice: _Advice | None = None
+        self._lasting: _Lasting | None = None
         self.take_over(ranges, budgets, now_seconds, calm)
 
     def take_over(
@@ -200,7 +215,13 @@ class ControlCore:
 
     def decide(self, seen: Seen) -> Decision:
         """Let the law decide and remember."""
+        lasting = self._lasting
+        if lasting is not None and lasting.is_for(self.state, seen):
+            return lasting.decision
         self.state, decision = decide(self.state, seen, self._constants)
+        lasting = _Lasting(self.state, seen.samples, decision)
+        is_lasting = _is_judged(seen) and lasts(self.state, seen, decision, self._constants)
+        self._lasting = lasting if is_lasting else None
         return decision
 
     def _advise(self, seen: Seen) -> Decision:

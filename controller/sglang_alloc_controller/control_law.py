@@ -88,6 +88,23 @@ def decide(state: LawState, seen: Seen, constants: LawConstants) -> tuple[LawSta
     return _decided(_by_latencies(state, phases), reasons, asked, constants)
 
 
+def lasts(state: LawState, seen: Seen, decision: Decision, constants: LawConstants) -> bool:
+    """Tell whether a decision is the same at every moment until something else is seen.
+
+    So it is where the load decides, nothing complains and the budgets have stayed for this reading:
+    whatever else the law waits for goes by the time of the readings.
+    """
+    belief = state.forward
+    return (
+        belief is not None
+        and belief.load is not None
+        and belief.learned_at_seconds == seen.reading_at_seconds
+        and changed_at_seconds(state) < seen.now_seconds
+        and goes_forward(seen, constants)
+        and not any(decision.excesses.values())
+    )
+
+
 def frozen(state: LawState, reason: Reason, seen: Seen) -> LawState:
     """Return the state while something else decides: budgets kept, errors forgotten.
 

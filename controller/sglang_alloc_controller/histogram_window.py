@@ -79,16 +79,15 @@ def quantile_seconds(events: Histogram, ratio: float) -> float | None:
     total = events.counts[-1]
     if total <= 0:
         return None
-    rank = ratio * total
-    lower_edge = lower_count = 0.0
-    for edge, count in zip(events.edges, events.counts, strict=True):
-        if count >= rank and not math.isinf(edge):
-            if count == lower_count:
-                return edge
-            return lower_edge + (edge - lower_edge) * (rank - lower_count) / (count - lower_count)
-        if not math.isinf(edge):
-            lower_edge, lower_count = edge, count
-    return lower_edge
+    edges, counts, rank = events.edges, events.counts, ratio * total
+    at = bisect_left(counts, rank)
+    lower_edge, lower_count = (edges[at - 1], counts[at - 1]) if at else (0.0, 0.0)
+    edge, count = edges[at], counts[at]
+    if math.isinf(edge):
+        return lower_edge
+    if count == lower_count:
+        return edge
+    return lower_edge + (edge - lower_edge) * (rank - lower_count) / (count - lower_count)
 
 
 def _difference(older: Histogram | None, newer: Histogram) -> Histogram:

@@ -86,14 +86,29 @@ class Plans:
         """The plan in force."""
         return self._plan(-1)
 
+    def cost_in_force(self, demand: Demand, critical: float, constants: LawConstants) -> float:
+        """Return loss and price of late answers of the plan in force, nats per token."""
+        (price,) = self._prices(slice(-1, None), demand, critical, constants)
+        return float(self.losses[-1] + price)
+
     def cheapest(
-        self, demand: Demand, *, critical: float, objective_ratio: float, law: LawSettings
+        self, demand: Demand, critical: float, constants: LawConstants
     ) -> tuple[Plan, float]:
-        """Return the cheapest other plan, and what it saves, nats per token."""
-        price = late_price(self.work_seconds, demand, critical, objective_ratio, law)
-        costs = self.losses + price
+        """Return the cheapest other plan, and what it saves, nats per token.
+
+        Where there is no other, it is the one in force.
+        """
+        if len(self.losses) == 1:
+            return self.in_force, 0.0
+        costs = self.losses + self._prices(slice(None), demand, critical, constants)
         best = int(costs[:-1].argmin())
         return self._plan(best), float(costs[-1] - costs[best])
+
+    def _prices(
+        self, plans: slice, demand: Demand, critical: float, constants: LawConstants
+    ) -> Column:
+        objective_ratio, law = constants.slo.objective_ratio, constants.law
+        return late_price(self.work_seconds[plans], demand, critical, objective_ratio, law)
 
     def _plan(self, number: int) -> Plan:
         pairs, busy, calm = self.pairs, self.busy[number], self.calm[number]
@@ -109,7 +124,7 @@ class Plans:
 def plans_of(
     found: Choices, in_force: tuple[Choice, Choice], demand: Demand, law: LawSettings
 ) -> Plans:
-    """Return the plans that can be made of the pairs `found`, and what they cost under the demand.
+    """Return the plans that can be made of the pairs `found`, and what they lose under the demand.
 
     `found` are those worth taking, the smallest loss first; `in_force` is obeyed now, in busy and
     in calm steps.
@@ -164,7 +179,7 @@ def _pairs(
 
     Calm steps have at least the levels of the busy ones. Behind all stand the two in force.
     """
-    if calm_budgets:
+    if calm_budgets and count:
         levels = np.frombuffer(prefill, np.intp), np.frombuffer(decode, np.intp)
         beside = np.logical_and(*(one >= one[:, None] for one in levels))
         busy, calm = np.nonzero(beside)

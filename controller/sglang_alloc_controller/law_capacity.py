@@ -106,6 +106,9 @@ class Choices(NamedTuple):
     work_seconds: Column
 
 
+NO_CHOICES = Choices(np.array([], np.intp), np.array([], np.intp), np.array([]), np.array([]))
+
+
 class Works(NamedTuple):
     """What a request takes of the engine's time at each level, in seconds."""
 

@@ -17,10 +17,13 @@ from dataclasses import replace
 
 from sglang_alloc_controller.law_calm import Plans, plans_of, running_limit
 from sglang_alloc_controller.law_capacity import (
+    NO_CHOICES,
+    Choices,
     Critical,
     Demand,
     Engine,
     Levels,
+    Works,
     choices,
     felt,
     learned_from,
@@ -96,19 +99,21 @@ def forward(
     belief = with_step_times(belief, in_force, state, seen, constants)
     engine = _engine(belief, load, constants)
     demand = _demand(belief, load, state, seen, constants)
-    plans = _plans(load, demand, engine, in_force, constants)
+    works = works_of(load, constants.ranges, engine, constants.law)
+    # At full quality others are weighed only where it costs something.
+    is_full = in_force == (_full(constants), _full(constants))
+    found = NO_CHOICES if is_full else choices(works, constants.ranges)
+    plans = _plans(found, works, demand, in_force, constants)
     now = plans.in_force
     utilisation = felt(load.recent_per_second * now.work_seconds, seen.dispersion)
     belief = belief._replace(busy_share=now.busy_share)
     belief = _with_evidence(belief, utilisation, state, seen, constants)
     violating = any(one.excess > 0 for one in asked.values())
     age_seconds = seen.reading_at_seconds - belief.load_since_seconds
-    wanted, gain = plans.cheapest(
-        demand,
-        critical=belief.critical,
-        objective_ratio=constants.slo.objective_ratio,
-        law=constants.law,
-    )
+    if is_full and plans.cost_in_force(demand, belief.critical, constants) > 0:
+        found = choices(works, constants.ranges)
+        plans = _plans(found, works, demand, in_force, constants)
+    wanted, gain = plans.cheapest(demand, belief.critical, constants)
     look = Look(now, wanted, gain, age_seconds, violating)
     reason = refusal(belief, look, state, seen, constants)
     if reason is not None:
@@ -203,16 +208,18 @@ def _with_evidence(
 
 
 def _plans(
-    load: Load,
+    found: Choices,
+    works: Works,
     demand: Demand,
-    engine: Engine,
     in_force: tuple[Levels, Levels],
     constants: LawConstants,
 ) -> Plans:
-    ranges = constants.ranges
-    works = works_of(load, ranges, engine, constants.law)
-    busy, calm = (work_of(levels, works, ranges) for levels in in_force)
-    return plans_of(choices(works, ranges), (busy, calm), demand, constants.law)
+    busy, calm = (work_of(levels, works, constants.ranges) for levels in in_force)
+    return plans_of(found, (busy, calm), demand, constants.law)
+
+
+def _full(constants: LawConstants) -> Levels:
+    return Levels(*(len(constants.ranges[phase].levels) - 1 for phase in PHASES))
 
 
 def _demand(

@@ -42,14 +42,6 @@ class LoadWindow(NamedTuple):
     """Tokens generated after the first of their request."""
 
 
-class _Totals(NamedTuple):
-    at_seconds: float
-    requests: float
-    decode_tokens: float
-    prefill_tokens: float
-    queue: float
-
-
 class LoadHistory:
     """Totals of the readings of one life of the engine, oldest first.
 
@@ -59,42 +51,50 @@ class LoadHistory:
 
     def __init__(self) -> None:
         """Begin without readings."""
-        self._totals: list[_Totals] = []
-        # Arrays, which numpy reads without a copy: every reading looks through all of them.
+        # Totals by reading, in arrays, which numpy reads without a copy at each look.
         self._times = array("d")
-        self._arrived = array("d")  # requests that came, those that wait included
+        self._queue = array("d")
+        self._requests = array("d")  # that got their first token
+        self._prefill_tokens = array("d")
+        self._decode_tokens = array("d")
         self._windows: tuple[LoadWindow, ...] | None = None
         self._engines = 1
 
     def clear(self) -> None:
         """Forget everything: the engine began anew."""
-        self._totals, self._times, self._arrived = [], array("d"), array("d")
+        for column in self._columns():
+            del column[:]
         self._windows = None
+
+    def _columns(self) -> tuple["array[float]", ...]:
+        """Return the totals: times, queues, and what the windows tell behind the arrivals."""
+        return (
+            self._times,
+            self._queue,
+            self._requests,
+            self._prefill_tokens,
+            self._decode_tokens,
+        )
 
     def add(self, reading: Reading, queue_requests: float) -> None:
         """Take a reading in, with its queue; one that tells no prompt tokens is left out."""
         if reading.prefill_tokens is None:
             return
-        self._totals.append(
-            _Totals(
-                reading.taken_at_seconds,
-                reading.event_count("ttft") / reading.engines,
-                reading.event_count("itl") / reading.engines,
-                reading.prefill_tokens / reading.engines,
-                queue_requests,
-            )
-        )
-        self._times.append(reading.taken_at_seconds)
-        self._arrived.append(self._totals[-1].requests + queue_requests)
         self._engines = reading.engines
+        self._times.append(reading.taken_at_seconds)
+        self._queue.append(queue_requests)
+        self._requests.append(reading.event_count("ttft") / reading.engines)
+        self._prefill_tokens.append(reading.prefill_tokens / reading.engines)
+        self._decode_tokens.append(reading.event_count("itl") / reading.engines)
         old = bisect_left(self._times, reading.taken_at_seconds - 1.1 * WINDOWS_SECONDS[-1])
-        del self._totals[:old], self._times[:old], self._arrived[:old]
+        for column in self._columns() if old else ():
+            del column[:old]
         self._windows = None
 
     def windows(self) -> tuple[LoadWindow, ...]:
         """Return the load of every window that the history fills, the shortest first."""
         if self._windows is None:
-            self._windows = self._found() if len(self._totals) > 1 else ()
+            self._windows = self._found() if len(self._times) > 1 else ()
         return self._windows
 
     def dispersion(self) -> float:
@@ -108,7 +108,7 @@ class LoadHistory:
 
         Of several engines that are read as one it is the dispersion of their sum.
         """
-        if len(self._totals) < 2:
+        if len(self._times) < 2:
             return 1.0
         counts = self._counts_by_piece()
         arrivals = float(counts.sum())
@@ -126,32 +126,22 @@ class LoadHistory:
         ends = np.concatenate(([len(times) - 1], begins[:-1]))
         lengths = (times[ends] - times[begins]) / _PIECE_SECONDS
         whole = np.logical_and.accumulate((lengths > 0.5) & (lengths < 1.5))
-        arrived = np.asarray(self._arrived)
+        arrived = np.asarray(self._requests) + np.asarray(self._queue)
         counts: npt.NDArray[np.float64] = np.maximum(0.0, arrived[ends] - arrived[begins])[whole]
         return counts
 
     def _found(self) -> tuple[LoadWindow, ...]:
-        newest, found = self._totals[-1], list[LoadWindow]()
-        last = len(self._totals) - 2
-        starts = np.searchsorted(np.asarray(self._times), newest.at_seconds - _WINDOWS_BACK - 0.5)
-        longer_than = -math.inf
-        for start in starts.tolist():
-            older = self._totals[min(start, last)]
-            span = newest.at_seconds - older.at_seconds
-            if span > longer_than:
-                found.append(_between(older, newest))
-                longer_than = _LONGER_RATIO * span
+        times = np.asarray(self._times)
+        last = len(times) - 1
+        starts = np.minimum(np.searchsorted(times, times[-1] - _WINDOWS_BACK - 0.5), last - 1)
+        since = [(column[last] - np.asarray(column)[starts]).tolist() for column in self._columns()]
+        found, longer_than = list[LoadWindow](), -math.inf
+        for seconds, queue, requests, prefill_tokens, decode_tokens in zip(*since, strict=True):
+            if seconds > longer_than:
+                arrivals = max(0.0, requests + queue)
+                found.append(LoadWindow(seconds, arrivals, requests, prefill_tokens, decode_tokens))
+                longer_than = _LONGER_RATIO * seconds
         return tuple(found)
-
-
-def _between(older: _Totals, newer: _Totals) -> LoadWindow:
-    then, requests_then, decode_then, prefill_then, queue_then = older
-    now, requests_now, decode_now, prefill_now, queue_now = newer
-    requests = requests_now - requests_then
-    arrivals = max(0.0, requests + queue_now - queue_then)
-    return LoadWindow(
-        now - then, arrivals, requests, prefill_now - prefill_then, decode_now - decode_then
-    )
 
 
 class PlausibleQueue:

@@ -12,7 +12,7 @@ from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.control_core import ControlCore
 from sglang_alloc_controller.control_law import decide, frozen, not_taken
 from sglang_alloc_controller.law_calm import Plan, Plans, plans_of, running_limit
-from sglang_alloc_controller.law_capacity import Choice, Choices, Demand, Levels
+from sglang_alloc_controller.law_capacity import NO_CHOICES, Choice, Choices, Demand, Levels
 from sglang_alloc_controller.law_settings import LawSettings
 from sglang_alloc_controller.law_state import (
     Calm,
@@ -67,7 +67,8 @@ def _wanted(
 ) -> tuple[Plan, float]:
     demand = Demand(rate)
     plans = _plans([*found], (FULL, FULL), demand, law)
-    return plans.cheapest(demand, critical=0.85, objective_ratio=0.95, law=law)
+    slo = CONSTANTS.slo.model_copy(update={"objective_ratio": 0.95})
+    return plans.cheapest(demand, 0.85, CONSTANTS._replace(slo=slo, law=law))
 
 
 def _seen(now_seconds: float, rate: float, **fields: object) -> Seen:
@@ -117,6 +118,20 @@ def test_calm_steps_never_have_the_smaller_budget_of_a_phase() -> None:
         assert plan.calm.prefill >= plan.levels.prefill
         assert plan.calm.decode >= plan.levels.decode
         assert gain >= -1e-12
+
+
+def test_without_other_pairs_the_plan_in_force_stays() -> None:
+    plans = plans_of(NO_CHOICES, (HALF, FULL), Demand(100.0), LAW)
+    assert plans.cheapest(Demand(100.0), 0.85, CONSTANTS) == (plans.in_force, 0.0)
+    assert (plans.in_force.levels, plans.in_force.calm) == (HALF.levels, FULL.levels)
+    # It costs what it costs among others, too.
+    among = _plans([FULL, HALF, DEEP], (HALF, FULL), Demand(100.0))
+    assert plans.in_force == among.in_force
+    assert plans.cost_in_force(Demand(100.0), 0.85, CONSTANTS) == pytest.approx(
+        among.cost_in_force(Demand(100.0), 0.85, CONSTANTS)
+    )
+    at_full = plans_of(NO_CHOICES, (FULL, FULL), Demand(0.1), LAW)
+    assert at_full.cost_in_force(Demand(0.1), 0.85, CONSTANTS) == pytest.approx(0.0, abs=1e-4)
 
 
 def test_without_calm_budgets_all_steps_have_the_same() -> None:

@@ -1,11 +1,17 @@
 """What is promised of our law, on short runs of the shipped plant: it rests, and it is worth it."""
 
+import dataclasses
+
 import pytest
 
+from sglang_alloc_controller import control_core
+from sglang_alloc_controller.control_law import lasts
+from sglang_alloc_controller.law_state import Decision, Seen
 from sglang_alloc_controller.simulator.deployment import read_deployment
 from sglang_alloc_controller.simulator.law_names import FLOOR, FULL, OURS, run_named
-from sglang_alloc_controller.simulator.run_law import Run
-from sglang_alloc_controller.simulator.scenarios import Scenario
+from sglang_alloc_controller.simulator.laws import Order, OurLaw, Scrape
+from sglang_alloc_controller.simulator.run_law import Run, run_law
+from sglang_alloc_controller.simulator.scenarios import Faults, Scenario
 from sglang_alloc_controller.simulator.world import World
 
 MINUTE = 60.0
@@ -65,3 +71,42 @@ def test_ours_keeps_far_more_than_full_quality_in_a_burst_at_less_loss_than_the_
     assert ours.slo_attainment_ratio >= 1.5 * full.slo_attainment_ratio
     assert ours.slo_attainment_ratio >= world.settings.slo.objective_ratio
     assert ours.mean_predicted_loss < floor.mean_predicted_loss / 10
+
+
+class _Noted:
+    """Our law, and every decision of it."""
+
+    def __init__(self, world: World, scenario: Scenario) -> None:
+        self._law = OurLaw(world.settings_for(scenario), world.ranges)
+        self.decisions: list[Decision] = []
+        decide = self._law.core.decide
+
+        def noted(seen: Seen) -> Decision:
+            self.decisions.append(decide(seen))
+            return self.decisions[-1]
+
+        self._law.core.decide = noted  # type: ignore[method-assign]
+
+    def tick(self, now_seconds: float, scrape: Scrape) -> Order:
+        return self._law.tick(now_seconds, scrape)
+
+
+def test_a_decision_that_lasts_is_the_one_that_the_law_would_take_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through a burst, with readings that fail and that come late."""
+    faults = Faults(failing_ratio=0.05, outages=((400.0, 430.0),), delay_seconds=2.0)
+    scenario = dataclasses.replace(_step(15), faults=faults)
+    workload = scenario.workload(world.mix, world.capacities, 3)
+
+    def decisions() -> list[Decision]:
+        law = _Noted(world, scenario)
+        run_law(law, scenario, workload, world.plant, 3)
+        return law.decisions
+
+    lasting = decisions()
+    calls = list[bool]()
+    monkeypatch.setattr(control_core, "lasts", lambda *args: calls.append(lasts(*args)))
+    assert lasting == decisions()
+    assert 0.3 < sum(calls) / len(calls) < 1.0
+    assert len({decision.positions["prefill"] for decision in lasting}) > 2

@@ -261,7 +261,7 @@ def test_the_twin_takes_as_long_as_the_bench_says(tmp_path: Path) -> None:
     assert full.felt[0] == pytest.approx((0.100, 0.022))
     assert reduced.felt[0] == pytest.approx((0.050, 0.011))
     assert reduced.budgets[-1][1:] == (FLOOR,) * 4
-    assert (reduced.prefill, reduced.decode) == (Computed(FLOOR, 0.0), Computed(FLOOR, 0.0))
+    assert (reduced.prefill, reduced.decode) == (Computed(FLOOR, 1.0), Computed(FLOOR, 1.0))
 
 
 @pytest.mark.parametrize("name", [BY_LATENCIES, AHEAD])

@@ -113,10 +113,12 @@ class Engine:
 
         Behind it head to tail wait.
         """
-        calm = self.calm
-        if calm is None or self._head < self._tail or len(self._running) >= calm.running_requests:
-            return self.prefill_budget, self.decode_budget, False
-        return calm.prefill_budget, calm.decode_budget, True
+        calm, is_calm = self.calm, self._head == self._tail
+        if calm is None:
+            return self.prefill_budget, self.decode_budget, is_calm
+        if is_calm and len(self._running) < calm.running_requests:
+            return calm.prefill_budget, calm.decode_budget, True
+        return self.prefill_budget, self.decode_budget, False
 
     @property
     def obeyed(self) -> tuple[Obeyed, Obeyed]:

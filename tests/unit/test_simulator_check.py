@@ -276,7 +276,7 @@ def test_the_controlled_twin_is_run_by_the_controllers_own_law(name: str, tmp_pa
     assert FLOOR <= lowest < FULL
     assert len(twin.felt) == 600
     assert FLOOR <= lowest < twin.prefill.mean_budget < FULL
-    assert 0 < twin.prefill.calm_ratio < 1
+    assert 0 < twin.decode.calm_ratio < 1
     assert any(one.calm_prefill_budget > one.prefill_budget for one in twin.budgets)
 
 

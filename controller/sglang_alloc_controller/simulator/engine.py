@@ -100,8 +100,10 @@ class Engine:
         self._work = [0.0] * len(RankTime._fields)  # since the start
         self._step_seconds = 0.0  # of the prefill step under way
         self._step_tokens = 0  # of the prefill step under way
-        self._prefill_obeyed, self._decode_obeyed = [0, 0, 0], [0, 0, 0]  # fields of Obeyed
+        # Fields of Obeyed, and tokens of steps that had no larger budgets for being calm.
+        self._prefill_obeyed, self._decode_obeyed = [0, 0, 0, 0], [0, 0, 0, 0]
         self._step_budget, self._step_is_calm = 0, False  # of the step under way
+        self._step_has_calm_budgets = False
         self.set_budgets(*budgets)
 
     def set_budgets(self, prefill: int, decode: int, calm: CalmBudgets | None = None) -> None:
@@ -114,22 +116,23 @@ class Engine:
         Behind it head to tail wait.
         """
         calm, is_calm = self.calm, self._head == self._tail
+        self._step_has_calm_budgets = False
         if calm is None:
             return self.prefill_budget, self.decode_budget, is_calm
         if is_calm and len(self._running) < calm.running_requests:
+            self._step_has_calm_budgets = True
             return calm.prefill_budget, calm.decode_budget, True
         return self.prefill_budget, self.decode_budget, False
 
     @property
     def obeyed(self) -> tuple[Obeyed, Obeyed]:
         """What prefill and decode tokens were computed with; a restart does not end the count."""
-        return Obeyed(*self._prefill_obeyed), Obeyed(*self._decode_obeyed)
+        return Obeyed(*self._prefill_obeyed[:3]), Obeyed(*self._decode_obeyed[:3])
 
     @property
     def busy_tokens(self) -> tuple[int, int]:
-        """Prefill and decode tokens of steps that were not calm."""
-        prefill, decode = self._prefill_obeyed, self._decode_obeyed
-        return prefill[0] - prefill[2], decode[0] - decode[2]
+        """Prefill and decode tokens of steps that had no larger budgets for being calm."""
+        return self._prefill_obeyed[3], self._decode_obeyed[3]
 
     @property
     def waiting_requests(self) -> int:
@@ -315,7 +318,7 @@ class Engine:
         self.now_seconds, self._step_end = self._step_end, _NEVER
         completed, self._prefilled = self._prefilled, None
         self.prefilled_tokens += self._step_tokens
-        _count(self._prefill_obeyed, self._step_tokens, self._step_budget, self._step_is_calm)
+        self._count(self._prefill_obeyed, self._step_tokens)
         self._work[3] += self._step_tokens
         self._work[4] += self._step_seconds
         for request in completed:
@@ -354,7 +357,7 @@ class Engine:
         work[0] += steps
         work[1] += steps * seconds
         work[2] += tokens
-        _count(self._decode_obeyed, tokens, self._step_budget, self._step_is_calm)
+        self._count(self._decode_obeyed, tokens)
         self.generated_tokens += tokens
         self.loss_sum += self._decode_loss * tokens
         while self._running and self._running[0][0] == self._steps:
@@ -373,9 +376,10 @@ class Engine:
         self.outcomes.append(Outcome(request, self.now_seconds, ttft, math.nan, True))
         self.lost_requests += 1
 
-
-def _count(obeyed: list[int], tokens: int, budget: int, is_calm: bool) -> None:
-    obeyed[0] += tokens
-    obeyed[1] += tokens * budget
-    if is_calm:
-        obeyed[2] += tokens
+    def _count(self, obeyed: list[int], tokens: int) -> None:
+        obeyed[0] += tokens
+        obeyed[1] += tokens * self._step_budget
+        if self._step_is_calm:
+            obeyed[2] += tokens
+        if not self._step_has_calm_budgets:
+            obeyed[3] += tokens

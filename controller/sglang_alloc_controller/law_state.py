@@ -230,7 +230,8 @@ def initial_state(
 
 def changed_at_seconds(state: LawState) -> float:
     """Return when a budget was last changed, be it of calm steps only."""
-    last = max(phase.changed_at_seconds for phase in state.phases.values())
+    prefill, decode = state.phases["prefill"], state.phases["decode"]
+    last = max(prefill.changed_at_seconds, decode.changed_at_seconds)
     return last if state.calm is None else max(last, state.calm.changed_at_seconds)
 
 
@@ -241,10 +242,11 @@ def has_step_times(constants: LawConstants) -> bool:
 
 def levels_of(state: LawState, constants: LawConstants) -> Levels:
     """Return the levels in force."""
-    prefill, decode = (
-        constants.ranges[phase].level(state.phases[phase].position) for phase in PHASES
+    ranges, phases = constants.ranges, state.phases
+    return Levels(
+        ranges["prefill"].level(phases["prefill"].position),
+        ranges["decode"].level(phases["decode"].position),
     )
-    return Levels(prefill, decode)
 
 
 def calm_levels_of(state: LawState, constants: LawConstants) -> Levels:
@@ -252,4 +254,5 @@ def calm_levels_of(state: LawState, constants: LawConstants) -> Levels:
     levels = levels_of(state, constants)
     if state.calm is None:
         return levels
-    return Levels(*(max(pair) for pair in zip(levels, state.calm.levels, strict=True)))
+    calm = state.calm.levels
+    return Levels(max(levels.prefill, calm.prefill), max(levels.decode, calm.decode))

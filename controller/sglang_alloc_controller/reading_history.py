@@ -61,6 +61,7 @@ class ReadingHistory:
         self._freshness = freshness
         self._entries: list[_Entry] = []
         self._times: list[float] = []  # when each of them was taken
+        self._events: dict[Slo, list[float]] = {slo: [] for slo in SLOS}  # of each of them
         self._found: dict[tuple[object, ...], Sample | None] = {}  # of the newest reading
         self._active_at_seconds = -math.inf
         self.restarted_at_seconds = -math.inf
@@ -88,14 +89,15 @@ class ReadingHistory:
         entry = _Entry(reading, {slo: reading.event_count(slo) for slo in SLOS})
         anew = after_failure if last is None else _restarted(last.reading, reading)
         if anew:
-            self._entries.clear()
-            self._times.clear()
+            self._forget(len(self._entries))
             self.restarted_at_seconds = reading.taken_at_seconds
         busy = reading.running_requests > 0 or reading.queue_requests > 0
         if last is None or busy or entry.events != last.events:
             self._active_at_seconds = reading.taken_at_seconds
         self._entries.append(entry)
         self._times.append(reading.taken_at_seconds)
+        for slo, events in entry.events.items():
+            self._events[slo].append(events)
         self._found.clear()
         self._drop_old(reading.taken_at_seconds)
         return anew
@@ -183,9 +185,7 @@ class ReadingHistory:
         # Going back, the span and the events grow, so both are searched by halves.
         long_enough = bisect_right(self._times, newest.taken_at_seconds - window_seconds) - 1
         enough_events = newest.events[slo] - self._law.min_samples
-        rich_enough = (
-            bisect_right(self._entries, enough_events, key=lambda entry: entry.events[slo]) - 1
-        )
+        rich_enough = bisect_right(self._events[slo], enough_events) - 1
         return self._entries[max(first, min(long_enough, rich_enough, last - 1))].reading
 
     def _drop_old(self, now_seconds: float) -> None:
@@ -193,7 +193,13 @@ class ReadingHistory:
         # The last one before the horizon stays: it is where the longest window begins.
         old = min(bisect_right(self._times, horizon_seconds) - 1, len(self._times) - 2)
         if old > 0:
-            del self._entries[:old], self._times[:old]
+            self._forget(old)
+
+    def _forget(self, oldest: int) -> None:
+        """Drop so many of the oldest readings."""
+        del self._entries[:oldest], self._times[:oldest]
+        for events in self._events.values():
+            del events[:oldest]
 
 
 def _work(older: Reading, newer: Reading) -> RankTime:

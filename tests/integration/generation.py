@@ -32,20 +32,32 @@ def generate(
     priority: int | None = None,
 ) -> Generated:
     """Return one request's greedy continuation with all logprobs."""
-    body: dict[str, Any] = {
-        "input_ids": prompt,
-        "sampling_params": {
-            **GREEDY,
-            "max_new_tokens": new_tokens,
-            "custom_params": custom_params,
-        },
-        "priority": priority,
+    body = _body(prompt, new_tokens) | {"priority": priority}
+    body["sampling_params"]["custom_params"] = custom_params
+    return _generated(_post(url, body))
+
+
+def generate_together(url: str, prompts: list[list[int]], new_tokens: int) -> list[Generated]:
+    """Return the continuations of prompts that come as one request and are decoded together."""
+    return [_generated(answer) for answer in _post(url, _body(prompts, new_tokens))]
+
+
+def _body(input_ids: list[int] | list[list[int]], new_tokens: int) -> dict[str, Any]:
+    return {
+        "input_ids": input_ids,
+        "sampling_params": {**GREEDY, "max_new_tokens": new_tokens},
         "return_logprob": True,
         "logprob_start_len": 0,
     }
+
+
+def _post(url: str, body: dict[str, Any]) -> Any:
     response = httpx2.post(f"{url}/generate", json=body, timeout=120.0, trust_env=False)
-    response.raise_for_status()
-    meta = response.json()["meta_info"]
+    return response.raise_for_status().json()
+
+
+def _generated(answer: dict[str, Any]) -> Generated:
+    meta = answer["meta_info"]
     return Generated(
         tokens=tuple(token for _, token, *_ in meta["output_token_logprobs"]),
         logprobs=tuple(logprob for logprob, *_ in meta["output_token_logprobs"]),

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from statistics import fmean
 from typing import NamedTuple
 
 import httpx2
 import pytest
-from generation import generate
+from generation import generate, generate_together
 
 from sglang_alloc.budget_tables import load_budget_tables
 from sglang_alloc.server_runs.budget_override import BudgetOverride
@@ -60,8 +59,7 @@ def measured(served: tuple[str, SharedTable], prompts: list[list[int]]) -> dict[
     for budget in BUDGETS:
         override.set(table.shape.budget_max, budget)
         before = table.worker_counters()[0]
-        with ThreadPoolExecutor(CONCURRENCY) as pool:
-            answers = list(pool.map(lambda p: generate(url, p, NEW_TOKENS), prompts))
+        answers = generate_together(url, prompts, NEW_TOKENS)
         override.set(table.shape.budget_max, table.shape.budget_max)
         after = table.worker_counters()[0]
         counted = WorkerCounters(*(b - a for a, b in zip(before, after, strict=True)))

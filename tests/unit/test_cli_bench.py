@@ -60,7 +60,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, 
 
     @contextlib.contextmanager
     def owned_process(
-        name: str, command: Sequence[str], *, log_path: Path, env: Mapping[str, str]
+        name: str, command: Sequence[str], *, env: Mapping[str, str], **options: object
     ) -> Iterator[None]:
         seen.append((list(command), dict(env)))
         raise StartedError

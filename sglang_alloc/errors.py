@@ -5,6 +5,11 @@ class AllocError(Exception):
     """Base of all errors that sglang-alloc raises on purpose."""
 
 
+def reason_of(error: Exception) -> str:
+    """Return why a file could not be read, without its path, which the sentence around names."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
 class SharedTableError(AllocError):
     """The shared table is missing, foreign, of another version, truncated or corrupt."""
 

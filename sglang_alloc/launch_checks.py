@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sglang_alloc.compatibility import unsupported_version
-from sglang_alloc.errors import ConfigurationError, ModelMismatchError, UnsupportedServerError
+from sglang_alloc.errors import (
+    ConfigurationError,
+    ModelMismatchError,
+    UnsupportedServerError,
+    reason_of,
+)
 from sglang_alloc.model_identity import ModelIdentity, identity_from_config
 
 PLUGIN_GROUP = "sglang.srt.plugins"
@@ -117,7 +122,7 @@ def _identity(config_path: Path) -> ModelIdentity:
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+        reason = reason_of(error)
         raise ConfigurationError(
             f"The model's {config_path} cannot be read: {reason}. Give a folder with the model's "
             "config.json as --model-path."

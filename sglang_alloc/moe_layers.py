@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 from typing import NamedTuple
 
-from sglang_alloc.errors import ConfigurationError, NotMoEError
+from sglang_alloc.errors import ConfigurationError, NotMoEError, reason_of
 from sglang_alloc.model_identity import ModelIdentity, identity_from_config
 
 _EXPERT_OF_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\..*\bexperts\b")
@@ -34,7 +34,7 @@ def read_model_folder(path: Path) -> ModelFolder:
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+        reason = reason_of(error)
         raise ConfigurationError(
             f"The model's {config_path} cannot be read: {reason}. Give the folder of a downloaded "
             "checkpoint."

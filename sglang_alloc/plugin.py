@@ -121,11 +121,8 @@ def _check_before_hooks(settings: WorkerSettings) -> RequestRules:
         raise UnsupportedServerError("; ".join(problems))
     with SharedTable.open(settings.table_path) as table:
         mode_to_serve(settings, facts_of(table))
-        return RequestRules(
-            settings.request_budgets,
-            *(table.shape.budget_min, table.shape.budget_max),
-            settings.priority_floors,
-        )
+        budgets = table.shape.budget_min, table.shape.budget_max
+        return RequestRules(settings.request_budgets, *budgets, settings.priority_floors)
 
 
 def _hooks() -> list[tuple[str, Callable[..., Any], Any]]:

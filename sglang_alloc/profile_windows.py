@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sglang_alloc.errors import ConfigurationError
+from sglang_alloc.errors import ConfigurationError, reason_of
 
 
 class Window(NamedTuple):
@@ -28,7 +28,7 @@ def read_text(paths: Sequence[Path]) -> list[str]:
         try:
             texts.append(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
+            reason = reason_of(error)
             raise ConfigurationError(
                 f"The calibration text {path} cannot be read as UTF-8: {reason}. Give a text file "
                 "with --text, or leave it out for the bundled text."

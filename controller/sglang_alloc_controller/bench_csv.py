@@ -5,7 +5,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from sglang_alloc.errors import ConfigurationError
+from sglang_alloc.errors import ConfigurationError, reason_of
 from sglang_alloc_controller.step_times import PhaseTimes, StepTimes
 
 COLUMNS = ("phase", "concurrency", "budget", "median_ms")
@@ -46,7 +46,7 @@ def _read(path: Path) -> list[_Row]:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+        reason = reason_of(error)
         raise ConfigurationError(
             f"The bench {path} cannot be read: {reason}. Give the CSV that `sglang-alloc bench` or "
             "`sglang-alloc-controller advise --output` wrote."

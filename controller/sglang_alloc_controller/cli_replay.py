@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from sglang_alloc.errors import reason_of
 from sglang_alloc.shared_table import CalmBudgets
 from sglang_alloc_controller.replay import ReplayedTick, ReplayError, replay
 from sglang_alloc_controller.samples import PHASES
@@ -40,7 +41,7 @@ def _records(logs: list[Path]) -> Iterator[dict[str, Any]]:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
+            reason = reason_of(error)
             raise ReplayError(
                 f"Cannot read the log {path}: {reason}. Give a file that the controller wrote to "
                 "decision_log.path."

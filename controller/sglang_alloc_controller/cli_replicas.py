@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from sglang_alloc.atomic_file import replace_file
 from sglang_alloc.errors import ConfigurationError
+from sglang_alloc_controller.cli_simulate import known_only
 from sglang_alloc_controller.simulator.cells import identity
 from sglang_alloc_controller.simulator.pool import Progress, in_workers
 from sglang_alloc_controller.simulator.replica_scores import FleetScore
@@ -59,8 +60,8 @@ def checked(fleets: Fleets) -> Fleets:
     Raises:
         ConfigurationError: a balancer or a loss is unknown, or a fleet cannot lose a replica so.
     """
-    _refuse_unknown("balancer", fleets.balancers, BALANCERS)
-    _refuse_unknown("loss of a replica", fleets.losses, LOSSES)
+    known_only("balancer", fleets.balancers, BALANCERS)
+    known_only("loss of a replica", fleets.losses, LOSSES)
     for fleet in fleets.every():
         refused_if_impossible(fleet)
     return fleets
@@ -141,14 +142,6 @@ def _loss_of(fleet: Fleet) -> str:
 
 def _mean(scores: Sequence[FleetScore]) -> FleetScore:
     return FleetScore(*(sum(column) / len(scores) for column in zip(*scores, strict=True)))
-
-
-def _refuse_unknown(what: str, asked: Sequence[str], known: Sequence[str]) -> None:
-    unknown = [name for name in asked if name not in known]
-    if unknown:
-        raise ConfigurationError(
-            f"There is no {what} {unknown[0]!r}. Choose among {', '.join(known)}."
-        )
 
 
 def _cost(fleet: Fleet) -> float:

@@ -64,11 +64,11 @@ def checked(
             f"scenarios are {', '.join(one.name for one in SCENARIOS)}."
         )
     known = tuple(one.name for one in SCENARIOS)
-    chosen = _known("scenario", scenarios, known)
+    chosen = known_only("scenario", scenarios, known)
     default_laws = LAW_NAMES if everything else (OURS,)
     return Request(
         chosen if scenarios else known,
-        _known("law", laws, LAW_NAMES) if laws else default_laws,
+        known_only("law", laws, LAW_NAMES) if laws else default_laws,
         tuple(dict.fromkeys(seeds)) or (DEFAULT_SEEDS if everything else DEFAULT_SEEDS[:1]),
         GAINS if everything and not laws and not scenarios else (),
     )
@@ -143,7 +143,8 @@ def _write(path: Path, text: str) -> None:
         ) from error
 
 
-def _known(what: str, asked: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+def known_only(what: str, asked: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """Return what was asked for, each once; raises ConfigurationError for an unknown one."""
     unknown = [name for name in asked if name not in known]
     if unknown:
         raise ConfigurationError(

@@ -219,9 +219,9 @@ class ControlCore:
         if lasting is not None and lasting.is_for(self.state, seen):
             return lasting.decision
         self.state, decision = decide(self.state, seen, self._constants)
-        lasting = _Lasting(self.state, seen.samples, decision)
-        is_lasting = _is_judged(seen) and lasts(self.state, seen, decision, self._constants)
-        self._lasting = lasting if is_lasting else None
+        self._lasting = None
+        if _is_judged(seen) and lasts(self.state, seen, decision, self._constants):
+            self._lasting = _Lasting(self.state, seen.samples, decision)
         return decision
 
     def _advise(self, seen: Seen) -> Decision:

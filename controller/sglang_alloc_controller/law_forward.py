@@ -101,7 +101,7 @@ def forward(
     demand = _demand(belief, load, state, seen, constants)
     works = works_of(load, constants.ranges, engine, constants.law)
     # At full quality others are weighed only where it costs something.
-    is_full = in_force == (_full(constants), _full(constants))
+    is_full = set(in_force) == {_full(constants)}
     found = NO_CHOICES if is_full else choices(works, constants.ranges)
     plans = _plans(found, works, demand, in_force, constants)
     now = plans.in_force

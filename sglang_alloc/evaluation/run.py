@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from sglang_alloc.budget_tables import BudgetTables, load_budget_tables
-from sglang_alloc.errors import ConfigurationError
+from sglang_alloc.errors import ConfigurationError, reason_of
 from sglang_alloc.evaluation.decode_union import PLAIN_RULE, text_jobs, union_jobs
 from sglang_alloc.evaluation.findings import FULL_RULE
 from sglang_alloc.evaluation.jobs import Job, run_jobs
@@ -113,7 +113,7 @@ def _config(folder: Path) -> dict[str, object]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+        reason = reason_of(error)
         raise ConfigurationError(
             f"{path} was to say which model is evaluated and cannot be read: {reason}. Give the "
             "folder of a reference model, such as sglang_alloc/reference/qwen3-moe-ref."

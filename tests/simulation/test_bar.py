@@ -1,6 +1,7 @@
 """What is promised of our law, on short runs of the shipped plant: it rests, and it is worth it."""
 
 import dataclasses
+import gc
 
 import pytest
 
@@ -8,7 +9,7 @@ from sglang_alloc_controller import control_core
 from sglang_alloc_controller.control_law import lasts
 from sglang_alloc_controller.law_state import Decision, Seen
 from sglang_alloc_controller.simulator.deployment import read_deployment
-from sglang_alloc_controller.simulator.law_names import FLOOR, FULL, OURS, run_named
+from sglang_alloc_controller.simulator.law_names import FLOOR, FULL, ORACLE, OURS, run_named
 from sglang_alloc_controller.simulator.laws import Order, OurLaw, Scrape
 from sglang_alloc_controller.simulator.run_law import Run, run_law
 from sglang_alloc_controller.simulator.scenarios import Faults, Scenario
@@ -71,6 +72,19 @@ def test_ours_keeps_far_more_than_full_quality_in_a_burst_at_less_loss_than_the_
     assert ours.slo_attainment_ratio >= 1.5 * full.slo_attainment_ratio
     assert ours.slo_attainment_ratio >= world.settings.slo.objective_ratio
     assert ours.mean_predicted_loss < floor.mean_predicted_loss / 10
+
+
+@pytest.mark.parametrize("law", [OURS, ORACLE])
+def test_a_run_leaves_no_cycles_behind_so_that_workers_need_not_look_for_them(
+    world: World, law: str
+) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        run_named(law, world, _step(8), 1)
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 class _Noted:

@@ -19,7 +19,6 @@ from sglang_alloc_controller.samples import RankTime
 from sglang_alloc_controller.simulator.latency_counts import LatencyCounts
 from sglang_alloc_controller.simulator.plant import Plant
 from sglang_alloc_controller.simulator.workload import Workload
-from sglang_alloc_controller.step_times import Line
 
 _NEVER = math.inf
 # Times are sums of step times; a boundary missed by rounding alone counts as met.
@@ -87,7 +86,7 @@ class Engine:
         self._prefilled: tuple[int, ...] | None = None  # whom the prefill step under way completes
         self._decode_seconds = self._decode_loss = 0.0  # of the decode step under way
         self._decode_step: dict[tuple[int, int], float] = {}  # seconds by batch and budget
-        self._prefill_line: dict[int, Line] = {}
+        self._prefill_step: dict[tuple[int, int], float] = {}  # seconds by tokens and budget
         self.now_seconds = 0.0
         self.slowdown_ratio = 1.0
         self.ttft = LatencyCounts(plant.ttft_edges)
@@ -270,10 +269,11 @@ class Engine:
         budget, _, is_calm = self._in_force()
         self._charge(shares, budget)
         self._step_budget, self._step_is_calm = budget, is_calm
-        line = self._prefill_line.get(budget)
-        if line is None:
-            line = self._prefill_line[budget] = self._plant.times.prefill.line(budget)
-        self._step_seconds = line.at(tokens) * self.slowdown_ratio
+        seconds = self._prefill_step.get((tokens, budget), 0.0)
+        if not seconds:
+            seconds = self._plant.times.prefill.at(tokens, budget)
+            self._prefill_step[tokens, budget] = seconds
+        self._step_seconds = seconds * self.slowdown_ratio
         self._step_end = self.now_seconds + self._step_seconds
 
     def _fits(self) -> bool:

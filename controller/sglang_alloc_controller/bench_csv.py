@@ -1,6 +1,7 @@
 """Control story, before the first step: read a server's step times from the CSV of its bench."""
 
 import csv
+import math
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -30,8 +31,8 @@ def read_step_times(path: Path, mode: str | None = None) -> StepTimes:
     and the others follow from the ratios, which were measured side by side.
 
     Raises:
-        ConfigurationError: the file cannot be read, lacks a column, its grid has holes, or it holds
-            several modes and none was asked for.
+        ConfigurationError: the file cannot be read, lacks a column, its grid has holes, a size or a
+            time is not above zero, or it holds several modes and none was asked for.
     """
     rows = _of_mode(path, _read(path), mode)
     return StepTimes(
@@ -79,8 +80,13 @@ def _phase_times(path: Path, rows: list[_Row], phase: str) -> PhaseTimes:
     cells: dict[float, dict[int, float]] = defaultdict(dict)
     try:
         for size, budget, seconds in _cells(rows):
+            if not (0 < size < math.inf and 0 < seconds < math.inf):
+                raise ValueError(
+                    f"{phase} of size {size:g} at budget {budget} in {seconds:g} s, where numbers "
+                    "above zero belong"
+                )
             cells[size][budget] = seconds
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, ArithmeticError) as error:
         raise ConfigurationError(f"The bench {path} has a row that is no result: {error}.") from (
             error
         )

@@ -83,6 +83,7 @@ def test_the_shipped_bench_can_be_read() -> None:
         ((), "lacks phase"),
         (("decode,1,4,3,100",), "prefill"),
         (("decode,1,4,x,100", "prefill,1,4,3,100"), "no result"),
+        (("decode,1,4,3,100", "prefill,1,4,3,100", "prefill,1"), "no result"),
         (("decode,1,4,3,1", "decode,2,8,3,1", "prefill,1,4,3,1"), "missing"),
     ],
 )
@@ -91,6 +92,24 @@ def test_a_bench_that_cannot_be_used_is_refused(
 ) -> None:
     with pytest.raises(ConfigurationError, match=said):
         read_step_times(_write(tmp_path / "b.csv", *rows))
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "0", "-1"])
+@pytest.mark.parametrize("column", ["median_ms", "prefill_prompt_tokens"])
+def test_a_size_or_a_time_that_is_not_above_zero_is_refused(
+    tmp_path: Path, column: str, number: str
+) -> None:
+    row = {"median_ms": "3", "prefill_prompt_tokens": "100"} | {column: number}
+    bench = _write(tmp_path / "b.csv", "decode,1,4,3,100", ",".join(["prefill,1,4", *row.values()]))
+    with pytest.raises(ConfigurationError, match=r"no result.*numbers above zero belong"):
+        read_step_times(bench)
+
+
+def test_a_ratio_to_stock_of_nothing_is_refused(tmp_path: Path) -> None:
+    rows = (f"{phase},1,4,3,100,10,0" for phase in ("prefill", "decode"))
+    bench = _write(tmp_path / "b.csv", *rows, head=HEAD + ",stock_median_ms,ratio_to_stock")
+    with pytest.raises(ConfigurationError, match="no result"):
+        read_step_times(bench)
 
 
 def test_a_bench_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_worlds import FLOOR, FULL, make_plant, make_workload
 
+from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.shared_table import CalmBudgets
 from sglang_alloc_controller.samples import RankTime
 from sglang_alloc_controller.simulator.engine import Engine, Obeyed, Outcome
@@ -88,6 +89,11 @@ def test_a_request_waits_for_kv_memory() -> None:
     plant = make_plant(kv_tokens=150)
     engine = _run(make_workload((0.0, 100, 11), (0.0, 100, 1)), plant)
     assert _by_request(engine)[1].ttft_seconds == pytest.approx(0.1 + 10 * 0.01 + 0.1)
+
+
+def test_a_request_that_never_fits_into_kv_memory_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"151 tokens.*memory for 150"):
+        Engine(make_workload((0.0, 10, 1), (0.0, 100, 51)), make_plant(kv_tokens=150), AT_FULL)
 
 
 def test_an_arrival_starts_at_the_next_step_boundary() -> None:

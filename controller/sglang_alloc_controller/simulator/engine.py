@@ -12,8 +12,10 @@ reserves KV memory for its prompt and its whole answer (SGLang guesses the answe
 import math
 from bisect import bisect_right
 from heapq import heappop, heappush
+from operator import add
 from typing import NamedTuple
 
+from sglang_alloc.errors import ConfigurationError
 from sglang_alloc.shared_table import CalmBudgets
 from sglang_alloc_controller.samples import RankTime
 from sglang_alloc_controller.simulator.latency_counts import LatencyCounts
@@ -68,7 +70,18 @@ class Engine:
     """One server in simulated time, which begins at second 0."""
 
     def __init__(self, workload: Workload, plant: Plant, budgets: tuple[int, int]) -> None:
-        """Begin empty at (prefill, decode) budgets; `plant` says what steps cost."""
+        """Begin empty at (prefill, decode) budgets; `plant` says what steps cost.
+
+        Raises:
+            ConfigurationError: a request is larger than the KV memory, and would wait for ever.
+        """
+        largest = max(map(add, workload.prompt_tokens, workload.output_tokens), default=0)
+        if largest > plant.kv_tokens:
+            raise ConfigurationError(
+                f"A prompt and its answer have {largest} tokens together, and the simulated server "
+                f"has KV memory for {plant.kv_tokens}. Simulate shorter prompts or answers: some "
+                "are four times as long as the median, and in long-prompts four times that."
+            )
         self._plant = plant
         self._arrivals = [*workload.arrival_seconds, _NEVER]
         self._prompts, self._outputs = list(workload.prompt_tokens), list(workload.output_tokens)

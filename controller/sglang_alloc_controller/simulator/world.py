@@ -65,7 +65,8 @@ def fitting_settings(plant: Plant, mix: RequestMix, content: Mapping[str, Any]) 
     `content` holds what else is to be set; a `slo` in it wins over what was found.
 
     Raises:
-        ConfigurationError: first tokens take too long for any SLO even under a moderate load.
+        ConfigurationError: first tokens or those after them take too long for any SLO even under a
+            moderate load.
     """
     rate = 0.7 * saturation_rate(plant, mix)
     engine = _trial(plant, mix, rate, (plant.budget_max, plant.budget_max))
@@ -80,6 +81,12 @@ def fitting_settings(plant: Plant, mix: RequestMix, content: Mapping[str, Any]) 
         )
     gaps = engine.itl.histogram()
     itl = _ITL_SLACK * (quantile_seconds(gaps, 0.95) or 0.0)
+    if itl > plant.itl_edges[-2]:
+        raise ConfigurationError(
+            f"By the step times of {plant.times.source} tokens come {itl:.1f} s apart at 0.7 of "
+            "what a saturated server answers, so that no SLO fits. See that the times are "
+            "milliseconds, or simulate shorter prompts: tokens wait for the prefill of others."
+        )
     slo = {
         "ttft_seconds": _next_edge(ttft, plant.ttft_edges),
         "itl_seconds": _next_edge(itl, plant.itl_edges),

@@ -168,6 +168,7 @@ def simulate(
     seed: Annotated[
         list[int] | None,
         typer.Option(
+            min=0,
             help="Seed of the arrivals; may be repeated. Default: 1, with --all 1 and 2.",
             show_default=False,
         ),
@@ -241,7 +242,7 @@ def simulate_replicas(
         ),
     ] = [1.4, 1.7],  # noqa: B006
     minutes: Annotated[float, typer.Option(min=3.0, max=1440.0, help="Simulated time.")] = 30.0,
-    seed: Annotated[list[int], typer.Option(help="Of the arrivals; may be repeated.")] = [1],  # noqa: B006
+    seed: Annotated[list[int], typer.Option(min=0, help="Of the arrivals; may be repeated.")] = [1],  # noqa: B006
     lost: Annotated[
         list[str],
         typer.Option(

@@ -3,15 +3,12 @@
 import csv
 import io
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from sglang_alloc.atomic_file import replace_file
-from sglang_alloc.errors import ConfigurationError
-from sglang_alloc_controller.cli_simulate import known_only
+from sglang_alloc_controller.cli_simulate import known_only, try_writing, write_result
 from sglang_alloc_controller.simulator.cells import identity
 from sglang_alloc_controller.simulator.pool import Progress, in_workers
 from sglang_alloc_controller.simulator.replica_scores import FleetScore
@@ -81,14 +78,14 @@ def simulate_fleets(
     done = {} if out is None else _kept(out / RESULTS, simulation)
     missing = sorted((one for one in asked if one not in done), key=_cost, reverse=True)
     if missing and out is not None:
-        _try_writing(out)
+        try_writing(out, RESULTS)
     workers = workers or os.cpu_count() or 1
     for fleet, score in in_workers(
         world, run_fleet, missing, cost=_cost, workers=workers, progress=progress
     ):
         done[fleet] = score
         if out is not None:
-            _write(out / RESULTS, results_csv(done, simulation))
+            write_result(out / RESULTS, results_csv(done, simulation))
     return {fleet: done[fleet] for fleet in asked}
 
 
@@ -166,27 +163,3 @@ def _fleet(row: dict[str, str]) -> Fleet:
 
 def _score(row: dict[str, str]) -> FleetScore:
     return FleetScore(*(float(row[name]) for name in FleetScore._fields))
-
-
-def _try_writing(folder: Path) -> None:
-    """Raise now what would be raised when the first fleet is finished, the largest of all."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise _unwritable(folder / RESULTS, error) from error
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        replace_file(path, text.encode(), mode=0o644)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> ConfigurationError:
-    return ConfigurationError(
-        f"{path} cannot be written: {error.strerror}. Choose another --out, or free some space and "
-        "run the same command again: what is finished is kept."
-    )

@@ -1,6 +1,7 @@
 """Simulator, the door: `sglang-alloc-controller simulate`."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -86,6 +87,10 @@ def simulate(request: Request, deployment: Deployment) -> str:
             "The plots need matplotlib, which is not installed. Install it from the clone with "
             "`pip install '.[report]'`, or leave --out away to print the table only."
         )
+    if out is not None:
+        try_writing(out, "results.csv")
+        try_writing(out / "cells", "*.json")
+        try_writing(out / "plots", "*.png")
     world = deployment.world
     store = CellStore(out, identity(world), identity_of_others(world)) if out else None
     workers = request.workers or os.cpu_count() or 1
@@ -116,14 +121,20 @@ def _gain_cells(request: Request) -> Iterator[Cell]:
 def _write_all(
     out: Path, plain: Sequence[Finished], finished: Sequence[Finished], summary: str
 ) -> None:
+    write_result(out / "results.csv", results_csv(plain))
+    write_result(out / "summary.md", summary)
+    if len(finished) > len(plain):
+        write_result(out / "gains.csv", gains_csv(finished))
+    plots = out / "plots"
+    try:
+        _draw_all(plots, plain)
+    except OSError as error:
+        raise unwritable(plots, error) from error
+
+
+def _draw_all(plots: Path, plain: Sequence[Finished]) -> None:
     from sglang_alloc_controller.simulator.plots import draw_overview, draw_scenario
 
-    _write(out / "results.csv", results_csv(plain))
-    _write(out / "summary.md", summary)
-    if len(finished) > len(plain):
-        _write(out / "gains.csv", gains_csv(finished))
-    plots = out / "plots"
-    plots.mkdir(exist_ok=True)
     for scenario in dict.fromkeys(one.cell.scenario for one in plain):
         of_scenario = [one for one in plain if one.cell.scenario == scenario]
         seed = of_scenario[0].cell.seed
@@ -134,13 +145,34 @@ def _write_all(
         draw_overview(plots / "overview.png", found)
 
 
-def _write(path: Path, text: str) -> None:
+def try_writing(folder: Path, name: str) -> None:
+    """Raise now what would be raised when the first run is finished, the longest of all.
+
+    Raises:
+        ConfigurationError: no file like `name` can be written to the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise unwritable(folder / name, error) from error
+
+
+def write_result(path: Path, text: str) -> None:
+    """Write a file of the output folder in one step; raises ConfigurationError."""
     try:
         replace_file(path, text.encode(), mode=_FILE_MODE)
     except OSError as error:
-        raise ConfigurationError(
-            f"{path} cannot be written: {error.strerror}. Choose another --out."
-        ) from error
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> ConfigurationError:
+    """Return what to say of a file of the output folder that cannot be written."""
+    return ConfigurationError(
+        f"{path} cannot be written: {error.strerror}. Choose another --out, or free some space and "
+        "run the same command again: what is finished is kept."
+    )
 
 
 def known_only(what: str, asked: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:

@@ -160,6 +160,7 @@ def test_a_load_without_a_request_is_refused(world: World) -> None:
         ("--load", "inf"),
         ("--minutes", "inf"),
         ("--replicas", "0"),
+        ("--seed", "-1"),
     ],
 )
 def test_numbers_that_mean_no_fleet_are_refused(arguments: tuple[str, str]) -> None:

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sglang_alloc.errors import ConfigurationError
+from sglang_alloc_controller import cli_simulate
 from sglang_alloc_controller.cli import app
 from sglang_alloc_controller.cli_simulate import Request, checked, simulate
 from sglang_alloc_controller.simulator import pool
@@ -135,7 +136,11 @@ def test_all_means_every_scenario_law_and_default_seed() -> None:
         ((), "--scenario NAME, or --all"),
         (("--scenario", "nope"), "no scenario 'nope'"),
         (("--scenario", "step", "--law", "nope"), "no law 'nope'"),
+        (("--scenario", "step", "--seed", "-1"), "--seed"),
         (("--scenario", "step", "--bench", "/nope.csv"), "cannot be read"),
+        (("--scenario", "step", "--prompt-tokens", "8000"), "no SLO fits"),
+        (("--scenario", "step", "--prompt-tokens", "100000"), "KV memory"),
+        (("--scenario", "step", "--output-tokens", "100000"), "KV memory"),
         (("--scenario", "step", "--tables", "/nope.npz"), "no budget tables"),
     ],
 )
@@ -147,11 +152,27 @@ def test_what_cannot_be_simulated_is_refused_in_a_sentence(
     assert said in result.output
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, deployment: Deployment) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("", encoding="utf-8")
+@pytest.mark.parametrize("blocked", ["", "cells", "plots"])
+def test_a_folder_that_cannot_be_written_is_refused_before_the_simulation(
+    tmp_path: Path, deployment: Deployment, monkeypatch: pytest.MonkeyPatch, blocked: str
+) -> None:
+    def begins(*_: object) -> None:
+        raise AssertionError("the simulation began")
+
+    monkeypatch.setattr(cli_simulate, "run_cells", begins)
+    out = tmp_path / "out"
+    (out / blocked).parent.mkdir(exist_ok=True)
+    (out / blocked).write_text("", encoding="utf-8")
     with pytest.raises(ConfigurationError, match="cannot be written"):
-        simulate(QUICK._replace(laws=("full",), out=blocked, workers=1), deployment)
+        simulate(QUICK._replace(laws=("full",), out=out, workers=1), deployment)
+
+
+def test_a_plot_that_cannot_be_written_is_told_in_a_sentence(
+    tmp_path: Path, deployment: Deployment
+) -> None:
+    (tmp_path / "plots" / "infeasible.png").mkdir(parents=True)
+    with pytest.raises(ConfigurationError, match="plots cannot be written"):
+        simulate(QUICK._replace(laws=("full",), out=tmp_path, workers=1), deployment)
 
 
 def test_losses_are_stretched_over_a_bench_of_another_model(tmp_path: Path) -> None:

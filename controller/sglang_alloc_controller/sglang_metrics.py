@@ -21,10 +21,11 @@ GAUGES = ("num_queue_reqs", "num_running_reqs")
 # The law looks ahead with TOKENS, and does without otherwise.
 SERIES = (*GAUGES, *(f"{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum")))
 
-_LABELS = r"(?:[^\"}]|\"(?:[^\"\\]|\\.)*\")*"
+# Within one line: a page that has lost its braces would otherwise be searched to its end from each.
+_LABELS = r"(?:[^\"}\n]|\"(?:[^\"\\\n]|\\.)*\")*"
 # It begins with characters and not with an anchor: the search for those is four times as fast.
 _LINE = re.compile(rf"\nsglang[:_]({'|'.join((*SERIES, TOKENS))})(?:\{{({_LABELS})\}})?[ \t]+(\S+)")
-_LABEL = re.compile(r"([A-Za-z_]\w*)\s*=\s*\"((?:[^\"\\]|\\.)*)\"")
+_LABEL = re.compile(r"\b([A-Za-z_]\w*)\s*=\s*\"((?:[^\"\\]|\\.)*)\"")
 _METRICS_MAX_BYTES = 32 * 1024 * 1024
 _REMEDY = "Start SGLang with --enable-metrics, or correct source.url."
 # Not offered, or only with an API key: /metrics alone has to do.

@@ -169,6 +169,15 @@ def test_a_page_that_is_not_sglangs_is_an_error(text: str) -> None:
         _parse(text)
 
 
+def test_a_line_without_its_closing_brace_takes_nothing_from_the_next() -> None:
+    """It was read on to the next brace, and a page without any was searched for minutes."""
+    with pytest.raises(SourceError, match="hold no sglang:num_queue_reqs"):
+        _parse('sglang:num_queue_reqs{a="b" 3\nsglang:num_running_reqs{a="b"} 2\n')
+    broken = 'sglang:num_queue_reqs{a="b\n' * 50_000
+    page = f'{broken}sglang:num_queue_reqs{{a="b"}} 3\nsglang:num_running_reqs{{a="b"}} 2\n'
+    assert _parse(page).queue_requests == 3
+
+
 def test_a_value_that_is_no_number_is_an_error(recorded: Path) -> None:
     text = (recorded / "after.txt").read_text()
     with pytest.raises(SourceError, match="'garbled' for sglang:num_queue_reqs"):

@@ -4,7 +4,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from itertools import accumulate
-from operator import sub
+from operator import lt, sub
 
 from sglang_alloc_controller.samples import Histogram
 
@@ -15,12 +15,13 @@ _EDGE_TOLERANCE_RATIO = 1e-9
 def restarted(older: Mapping[str, Histogram], newer: Mapping[str, Histogram]) -> bool:
     """Tell whether an engine started anew in between.
 
-    A counter never falls in one life of an engine and its series never vanish or change edges.
+    A counter never falls in one life of an engine and its series never vanish or change edges. That
+    of one bucket tells a restart that was not seen, by one that has had more events since.
     """
     return any(
         name not in newer
         or newer[name].edges != histogram.edges
-        or newer[name].counts[-1] < histogram.counts[-1]
+        or any(map(lt, newer[name].counts, histogram.counts))
         for name, histogram in older.items()
     )
 

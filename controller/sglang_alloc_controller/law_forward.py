@@ -71,13 +71,18 @@ _COMPOUND = 0.8
 _DOUBT_SECONDS = 12.0
 # Weight of a reading in the mean of the running requests: about a minute.
 _RUNNING_READINGS = 60.0
+# Over so long without a first token a load cannot be told: requests that do not stream have none.
+_BLIND_SECONDS = 60.0
 # The least share of the TTFT SLO that is left for waiting.
 _SLACK_MIN = 0.2
 
 
 def goes_forward(seen: Seen, constants: LawConstants) -> bool:
     """Tell whether everything is known that this part of the law needs."""
-    return bool(seen.load_windows) and has_step_times(constants)
+    if not seen.load_windows or not has_step_times(constants):
+        return False
+    longest = seen.load_windows[-1]
+    return longest.requests > 0 or longest.seconds < _BLIND_SECONDS
 
 
 def forward(

@@ -298,6 +298,18 @@ def test_a_reading_is_judged_once_and_budgets_stay_within_their_bounds() -> None
         assert 0.0 <= state.phases[phase].position <= 1.0
 
 
+@pytest.mark.parametrize(("seconds", "lowered"), [(100.0, True), (40.0, False)])
+def test_without_a_first_token_in_a_minute_a_queue_is_answered_by_itself(
+    seconds: float, lowered: bool
+) -> None:
+    """As where no request streams: the load cannot be told, and was waited for without end."""
+    windows = tuple(one._replace(requests=0.0) for one in _steady(RUSH, seconds))
+    view = _seen(100.0, windows, queue=8.0)
+    state, decision = decide(make_state(), view, CONSTANTS)
+    assert (min(positions_of(state)) < 1.0) is lowered
+    assert (Reason.QUEUE_SLO in decision.reasons.values()) is lowered
+
+
 @pytest.mark.parametrize("rate", [0.0, 1e-6, 1e6])
 def test_an_impossible_rate_breaks_nothing(rate: float) -> None:
     state, _ = _decided(make_state(), _seen(100.0, _steady(rate, 100.0)))

@@ -57,6 +57,7 @@ from sglang_alloc_controller.law_wait import (
     with_alarm,
 )
 from sglang_alloc_controller.samples import PHASES, Phase
+from sglang_alloc_controller.slo import alarm_burn, clamped_burn
 
 Moved = tuple[LawState, dict[Phase, Reason]]
 
@@ -73,6 +74,9 @@ _DOUBT_SECONDS = 12.0
 _RUNNING_READINGS = 60.0
 # Over so long without a first token a load cannot be told: requests that do not stream have none.
 _BLIND_SECONDS = 60.0
+# Far fewer late answers than are allowed are predicted, and more than allowed are seen for a whole
+# long window of one load: then the bench is of another server, and the law believes less of it.
+_REFUTED_SHARE, _REFUTED_STEP = 0.1, 0.01
 # The least share of the TTFT SLO that is left for waiting.
 _SLACK_MIN = 0.2
 
@@ -113,6 +117,7 @@ def forward(
     utilisation = felt(load.recent_per_second * now.work_seconds, seen.dispersion)
     belief = belief._replace(busy_share=now.busy_share)
     belief = _with_evidence(belief, utilisation, state, seen, constants)
+    belief = _refuted(belief, utilisation, seen, constants)
     violating = any(one.excess > 0 for one in asked.values())
     age_seconds = seen.reading_at_seconds - belief.load_since_seconds
     if is_full and plans.cost_in_force(demand, belief.critical, constants) > 0:
@@ -210,6 +215,28 @@ def _with_evidence(
         pending=pending,
         learned_at_seconds=now,
     )
+
+
+def _refuted(
+    belief: ForwardState, utilisation: float, seen: Seen, constants: LawConstants
+) -> ForwardState:
+    """Return a lower critical utilisation where late answers contradict the present one flatly.
+
+    So far from it each of them teaches next to nothing, since strays explain it better.
+    """
+    law, slo = constants.law, constants.slo
+    odds = math.exp(min(0.0, law.load_slope * (utilisation - belief.critical)))
+    age_seconds = seen.reading_at_seconds - belief.load_since_seconds
+    if odds > _REFUTED_SHARE or age_seconds < law.long_window_seconds:
+        return belief
+    for sample in seen.long_samples.values():
+        burn = clamped_burn(sample, slo, law)
+        if sample is None or burn is None or sample.span_seconds < law.long_window_seconds:
+            continue
+        if burn > alarm_burn(sample.independent_events, slo, law):
+            critical = max(_REFUTED_STEP, belief.critical - _REFUTED_STEP)
+            return belief._replace(critical=critical)
+    return belief
 
 
 def _plans(

@@ -3,14 +3,14 @@
 from dataclasses import replace
 
 import pytest
-from law_views import make_constants, make_seen, make_state, positions_of
+from law_views import make_constants, make_sample, make_seen, make_state, positions_of
 
 from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.control_law import decide, not_taken
 from sglang_alloc_controller.law_state import Decision, LawConstants, LawState, Reason, Seen
 from sglang_alloc_controller.load_history import LoadWindow
-from sglang_alloc_controller.reading_history import Newest
-from sglang_alloc_controller.samples import InputState, Phase
+from sglang_alloc_controller.reading_history import Newest, Sample
+from sglang_alloc_controller.samples import InputState, Phase, Slo
 
 # Work of a request at full: 100 prompt tokens in 0.1 s, 10 tokens in 0.025 s. Each phase's floor
 # halves it, for 0.1 nats of prefill and 0.01 of decode.
@@ -296,6 +296,24 @@ def test_a_reading_is_judged_once_and_budgets_stay_within_their_bounds() -> None
     assert again.forward == state.forward
     for phase in ("prefill", "decode"):
         assert 0.0 <= state.phases[phase].position <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("within_ratio", "span_seconds", "critical"),
+    [(0.5, 30.0, 0.39), (0.5, 20.0, 0.85), (0.95, 30.0, 0.85)],
+)
+def test_a_server_that_is_far_slower_than_its_bench_is_believed_within_a_minute(
+    within_ratio: float, span_seconds: float, critical: float
+) -> None:
+    """Far from what is predicted, late answers taught next to nothing, and full quality stayed."""
+    late = make_sample(within_ratio, span_seconds=span_seconds)
+    state = make_state()
+    for number in range(60):
+        view = _seen(100.0 + number, _steady(CALM, 100.0 + number))
+        long_samples: dict[Slo, Sample | None] = {"ttft": late, "itl": None}
+        state, _ = decide(state, view._replace(long_samples=long_samples), CONSTANTS)
+    assert state.forward is not None
+    assert state.forward.critical == pytest.approx(critical, abs=0.01)
 
 
 @pytest.mark.parametrize(("seconds", "lowered"), [(100.0, True), (40.0, False)])

@@ -1,8 +1,10 @@
 """Control story, beside every step: the controller over HTTP, to look at and to order about."""
 
+import contextlib
 import json
 import socket
 import socketserver
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +23,8 @@ JSON_TYPE = "application/json"
 HTML_TYPE = "text/html; charset=utf-8"
 # A client that opens a connection and says nothing holds a thread for this long.
 _CLIENT_TIMEOUT_SECONDS = 5.0
+# Threads and file descriptors that clients may hold: scrapers and people need a handful at once.
+_CONNECTIONS_MAX = 64
 _ORDER_MAX_BYTES = 4096
 _log = structlog.get_logger("sglang_alloc_controller")
 # The page brings everything along, so a browser may fetch nothing but its data.
@@ -68,11 +72,40 @@ class Routes(NamedTuple):
 
 
 class _Server(ThreadingHTTPServer):
+    """Answers each connection in a thread; one too many ends the one that is open longest.
+
+    So clients that are slow on purpose, or many, cannot keep a probe or an order out, nor use up
+    the threads and file descriptors that the controller itself needs.
+    """
+
     daemon_threads = True
+    request_queue_size = _CONNECTIONS_MAX
 
     def __init__(self, host: str, port: int, requests: type[BaseHTTPRequestHandler]) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._open: dict[Any, None] = {}  # in the order in which they came
+        self._lock = threading.Lock()
         super().__init__((host, port), requests)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._lock:
+            self._open[request] = None
+            if len(self._open) > _CONNECTIONS_MAX:
+                oldest = next(iter(self._open))
+                del self._open[oldest]
+                with contextlib.suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log a fault of ours; a client that has gone away is no news."""
+        if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
+            _log.warning("request_failed", exc_info=True)
 
     def server_bind(self) -> None:
         # HTTPServer asks for the name of its own address here, and waits for a name server that a
@@ -124,13 +157,21 @@ def _problem(status: int, sentence: str) -> Answer:
     return Answer.of_json(status, {"ok": False, "problem": sentence})
 
 
+def _show(page: Page, query: Mapping[str, str]) -> Answer:
+    try:
+        return page(query)
+    except Exception:
+        _log.warning("page_failed", exc_info=True)
+        return Answer(500, PLAIN_TYPE, b"This failed; the controller's log has the traceback.\n")
+
+
 def _obey(order: Order, content_type: str, body: bytes) -> Answer:
     # A form of a foreign web page cannot send this type without the browser asking first.
     if content_type.partition(";")[0].strip() != JSON_TYPE:
         return _problem(415, f"Send Content-Type: {JSON_TYPE}.")
     try:
         content = json.loads(body or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return _problem(400, "The body is not JSON.")
     if not isinstance(content, dict):
         return _problem(400, "The body must be a JSON object.")
@@ -150,15 +191,18 @@ def _request_class(routes: Routes) -> type[BaseHTTPRequestHandler]:
         timeout = _CLIENT_TIMEOUT_SECONDS
 
         def do_GET(self) -> None:
-            parts = urlsplit(self.path)
-            page = routes.pages.get(parts.path)
+            path, query = self._target()
+            page = routes.pages.get(path)
             if page is None:
                 self.send_error(404, f"Try {', '.join(routes.pages)}")
                 return
-            self._send(page(dict(parse_qsl(parts.query))))
+            self._send(_show(page, query))
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
 
         def do_POST(self) -> None:
-            order = routes.orders.get(urlsplit(self.path).path)
+            order = routes.orders.get(self._target()[0])
             if order is None:
                 self._send(_problem(404, f"Orders go to {', '.join(routes.orders)}."))
                 return
@@ -166,12 +210,21 @@ def _request_class(routes: Routes) -> type[BaseHTTPRequestHandler]:
             if refusal is not None:
                 self._send(_problem(*refusal))
                 return
-            length = self._header("Content-Length") or "0"
-            if not length.isdecimal() or int(length) > _ORDER_MAX_BYTES:
+            length = self._header("Content-Length").lstrip("0") or "0"
+            # The length of the number first: Python converts no number of thousands of digits.
+            if not length.isdecimal() or len(length) > 9 or int(length) > _ORDER_MAX_BYTES:
                 self._send(_problem(413, f"Send at most {_ORDER_MAX_BYTES} bytes."))
                 return
             body = self.rfile.read(int(length))
             self._send(_obey(order, self._header("Content-Type"), body))
+
+        def _target(self) -> tuple[str, dict[str, str]]:
+            """Return path and query, "" for what is no address."""
+            try:
+                parts = urlsplit(self.path)
+                return parts.path, dict(parse_qsl(parts.query))
+            except ValueError:
+                return "", {}
 
         def _header(self, name: str) -> str:
             return str(self.headers.get(name, ""))
@@ -185,7 +238,8 @@ def _request_class(routes: Routes) -> type[BaseHTTPRequestHandler]:
             if answer.content_type == HTML_TYPE:
                 self.send_header("Content-Security-Policy", _PAGE_POLICY)
             self.end_headers()
-            self.wfile.write(answer.body)
+            if self.command != "HEAD":
+                self.wfile.write(answer.body)
 
         def log_message(self, format: str, *args: object) -> None:
             """Stay silent: scrapes are no news."""

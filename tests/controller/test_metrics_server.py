@@ -1,12 +1,16 @@
 """The controller's own HTTP server: pages for anybody, orders for whoever is permitted."""
 
+import contextlib
 import socket
+import struct
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+from waiting import wait_until
 
 from sglang_alloc.errors import ConfigurationError
 from sglang_alloc_controller.http_permit import TOKEN_VARIABLE, Permit
@@ -22,6 +26,11 @@ from sglang_alloc_controller.own_metrics import OwnMetrics
 from sglang_alloc_controller.settings import ControlSettings, HttpSettings, SloSettings
 
 SLO = SloSettings(ttft_seconds=1.0, itl_seconds=None)
+
+
+def _order(body: bytes, length: bytes | None = None) -> bytes:
+    head = b"POST /order HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return head + b"Content-Length: %b\r\n\r\n" % (length or b"%d" % len(body)) + body
 
 
 class Served:
@@ -52,6 +61,9 @@ class Served:
     def post(self, json: Any = None, **arguments: Any) -> httpx2.Response:
         url = f"http://127.0.0.1:{self.server.port}/order"
         return httpx2.post(url, json=json, timeout=10, **arguments)
+
+    def connected(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.server.port), timeout=10)
 
     def get(self, path: str) -> httpx2.Response:
         return httpx2.get(f"http://127.0.0.1:{self.server.port}{path}", timeout=10)
@@ -102,6 +114,70 @@ def test_other_paths_and_methods_are_refused(served: Served) -> None:
     url = f"http://127.0.0.1:{served.server.port}/metrics"
     assert httpx2.post(url, timeout=10).status_code == 404
     assert httpx2.put(url, timeout=10).status_code == 501
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/livez", "/none"])
+def test_head_is_answered_like_get_without_the_body(served: Served, path: str) -> None:
+    url = f"http://127.0.0.1:{served.server.port}{path}"
+    got, head = served.get(path), httpx2.head(url, timeout=10)
+    assert (head.status_code, head.content) == (got.status_code, b"")
+    assert head.headers["content-length"] == got.headers["content-length"]
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (b"GET http://[ HTTP/1.0\r\n\r\n", b"404"),
+        (b"POST http://[ HTTP/1.0\r\n\r\n", b"404"),
+        (b"GET /metrics?" + b"&" * 2000 + b"&a=%ff HTTP/1.0\r\n\r\n", b"200"),
+        (_order(b"", length=b"9" * 5000), b"413"),
+        (_order(b"", length=b"-1"), b"413"),
+        (_order(b"[" * 4000), b"400"),
+        (_order(b'{"n": ' + b"9" * 4000 + b"}" * 2), b"400"),
+        (_order(b"{}", length=b"0002"), b"200"),
+    ],
+)
+def test_whatever_is_sent_is_answered_and_costs_no_traceback(
+    served: Served,
+    capfd: pytest.CaptureFixture[str],
+    request_bytes: bytes,
+    status: bytes,
+) -> None:
+    with served.connected() as client:
+        client.sendall(request_bytes)
+        assert client.recv(4096).split()[1] == status
+    assert capfd.readouterr().err == ""
+
+
+def test_a_page_that_fails_by_a_fault_of_ours_is_answered(
+    served: Served, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served.metrics, "text", lambda: 1 / 0)
+    answer = served.get("/metrics")
+    assert (answer.status_code, "traceback" in answer.text) == (500, True)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_client_that_goes_away_is_no_news(
+    served: Served, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(5):
+        with served.connected() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+    assert served.get("/livez").status_code == 200
+    assert capfd.readouterr().err == ""
+
+
+def test_slow_clients_keep_no_probe_out_and_hold_few_threads(served: Served) -> None:
+    with contextlib.ExitStack() as slow:
+        clients = [slow.enter_context(served.connected()) for _ in range(80)]
+        for client in clients:
+            with contextlib.suppress(OSError):  # those that came first are out by now
+                client.sendall(b"G")
+        assert served.get("/livez").status_code == 200
+        wait_until(lambda: threading.active_count() < 70, "the end of threads")
+        assert clients[0].recv(1) == b""
 
 
 def test_it_listens_on_loopback_unless_told_otherwise() -> None:

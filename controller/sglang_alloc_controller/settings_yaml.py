@@ -41,6 +41,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
         content = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise ConfigurationError(f"{path} is not valid YAML: {_one_line(error)}.") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        # PyYAML lets these through, of a date that is none, say, or of nesting without an end.
+        raise ConfigurationError(f"{path} holds a value that cannot be read: {error}.") from error
     if not isinstance(content, dict):
         found = "empty" if content is None else f"a {type(content).__name__}"
         raise ConfigurationError(f"{path} is {found}; it must hold keys such as table and slo.")

@@ -180,6 +180,11 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         ("- a\n", "is a list; it must hold keys"),
         ("table: [\n", "is not valid YAML"),
         ("table: a\nmode: control\ntable: b\n", "the key table is there twice, line 3"),
+        ("mode: 2020-13-45\n", "holds a value that cannot be read: month must be in 1..12"),
+        ("tick_seconds: !!float fast\n", "holds a value that cannot be read: could not convert"),
+        ("mode: !!timestamp now\n", "holds a value that cannot be read"),
+        ("quality: " + 5000 * "[", "holds a value that cannot be read: maximum recursion depth"),
+        ("tick_seconds: " + 5000 * "9", "holds a value that cannot be read: Exceeds the limit"),
     ],
 )
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, sentence: str) -> None:

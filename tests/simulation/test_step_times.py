@@ -85,6 +85,11 @@ def test_the_shipped_bench_can_be_read() -> None:
         (("decode,1,4,x,100", "prefill,1,4,3,100"), "no result"),
         (("decode,1,4,3,100", "prefill,1,4,3,100", "prefill,1"), "no result"),
         (("decode,1,4,3,1", "decode,2,8,3,1", "prefill,1,4,3,1"), "missing"),
+        (("prefill,1,4,3,1", "decode,1,4"), "no result"),
+        (("prefill,1,4,3,1", "decode"), "no result"),
+        (("prefill,1,4,3,1", "decode,1,4,nan,1"), "budget 4 takes nan s"),
+        (("prefill,1,4,1e999,1", "decode,1,4,3,1"), "budget 4 takes inf s"),
+        (("prefill,1,4,3,1", "decode,1,4,-3,1"), "a decode step of size 1 at"),
     ],
 )
 def test_a_bench_that_cannot_be_used_is_refused(

@@ -27,12 +27,17 @@ def beginning(
     now_seconds: float,
     *,
     anew: bool,
+    started: bool = False,
 ) -> dict[str, object]:
-    """Return the line from which the law begins anew, or goes on under other settings."""
+    """Return the line from which the law begins anew, or goes on under other settings.
+
+    `started` tells that a process did, which has no readings yet and perhaps another clock.
+    """
     return {
         "time": _wall_time(None),
         "kind": BEGINNING,
         "anew": anew,
+        "started": started,
         "now_seconds": now_seconds,
         "settings": settings.model_dump(mode="json"),
         "ranges": {phase: ranges[phase]._asdict() for phase in PHASES},

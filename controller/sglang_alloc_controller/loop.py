@@ -101,7 +101,7 @@ class ControlLoop:
         self._bounds = bounds_of(link.table, settings)
         budgets, calm = self._in_force()
         self._core = ControlCore(settings, self._bounds.ranges, budgets, now_seconds, calm)
-        self._log_beginning(now_seconds, anew=True)
+        self._log_beginning(now_seconds, anew=True, started=True)
 
     def run(self) -> None:
         """Tick until the sleep says stop.
@@ -201,9 +201,9 @@ class ControlLoop:
         self._core.take_over(bounds.ranges, budgets, now_seconds, calm)
         self._log_beginning(now_seconds, anew=True)
 
-    def _log_beginning(self, now_seconds: float, *, anew: bool) -> None:
+    def _log_beginning(self, now_seconds: float, **kind: bool) -> None:
         ranges, (budgets, calm) = self._core.ranges, self._in_force()
-        line = beginning(self.settings, ranges, budgets, calm, now_seconds, anew=anew)
+        line = beginning(self.settings, ranges, budgets, calm, now_seconds, **kind)
         self._decision_log.begin(line)
 
     def _take_in(self, observation: Observation) -> Reading | None:

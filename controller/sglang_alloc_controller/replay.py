@@ -84,7 +84,7 @@ def _begin(
     ranges: dict[Phase, BudgetRange] = {p: BudgetRange(**record["ranges"][p]) for p in PHASES}
     budgets: dict[Phase, int] = {phase: record["budgets"][phase] for phase in PHASES}
     calm = _calm(record.get("calm"))
-    if core is None:
+    if core is None or record.get("started"):
         return ControlCore(chosen, ranges, budgets, record["now_seconds"], calm)
     core.take_settings(chosen)
     if record["anew"]:

@@ -43,6 +43,7 @@ def _record(tmp_path: Path, mode: str = "control", **log: Any) -> Path:
         if ratio == 0.9:
             deadline_ns = controller.clock.now_ns + 5 * NS
             controller.link.table.set_override(10, 11, deadline_ns, "alice")
+    controller.link.leave_at_full_quality()
     return path
 
 
@@ -131,6 +132,25 @@ def test_files_that_rotated_replay_as_one_run(tmp_path: Path) -> None:
 def test_the_newest_file_alone_can_be_replayed_too(tmp_path: Path) -> None:
     path = _record(tmp_path, max_bytes=60_000, keep_files=20)
     assert 0 < len(_replayed(path)) < 240
+
+
+def test_a_log_of_two_lives_of_the_controller_replays_each_from_its_own_start(
+    tmp_path: Path,
+) -> None:
+    """The second one began after the machine did, whose clock counts from there."""
+    path = _record(tmp_path)
+    settings = parse_settings(_records(path)[0]["settings"])
+    controller = VirtualController(settings)
+    engine = Engine(controller)
+    controller.source = engine
+    for ratio in (0.4, 1.0):
+        engine.within_ratio = ratio
+        for _ in range(40):
+            controller.tick()
+    ticks = _replayed(path)
+    assert len(ticks) == 240 + 80
+    assert not any(tick.budgets_differ for tick in ticks)
+    assert all(tick.recorded_reasons == tick.replayed_reasons for tick in ticks)
 
 
 def test_other_settings_decide_otherwise(tmp_path: Path) -> None:

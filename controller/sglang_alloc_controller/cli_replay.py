@@ -10,6 +10,7 @@ import typer
 
 from sglang_alloc.errors import reason_of
 from sglang_alloc.shared_table import CalmBudgets
+from sglang_alloc_controller.decision_record import BEGINNING
 from sglang_alloc_controller.replay import ReplayedTick, ReplayError, replay
 from sglang_alloc_controller.samples import PHASES
 from sglang_alloc_controller.settings import Settings
@@ -46,14 +47,25 @@ def _records(logs: list[Path]) -> Iterator[dict[str, Any]]:
                 f"Cannot read the log {path}: {reason}. Give a file that the controller wrote to "
                 "decision_log.path."
             ) from error
-        for line in text.splitlines():
+        lines = text.splitlines()
+        for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
             except ValueError as error:
+                if _was_cut(text, lines[number:]):
+                    typer.echo(f"{path}: left out a line that was cut short", err=True)
+                    continue
                 raise ReplayError(f"{path} has a line that is no JSON: {line[:80]!r}.") from error
             if not isinstance(record, dict):
                 raise ReplayError(f"{path} has a line that is no JSON object: {line[:80]!r}.")
             yield record
+
+
+def _was_cut(text: str, following: list[str]) -> bool:
+    """Tell whether the writer was ended in this line: it is the last one, or another life began."""
+    if not following:
+        return not text.endswith("\n")
+    return f'"kind":"{BEGINNING}"' in following[0]
 
 
 def _sentence(tick: ReplayedTick) -> str:

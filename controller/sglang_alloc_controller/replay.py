@@ -51,12 +51,14 @@ def replay(
         ReplayError: the log does not begin with its settings, lacks the readings, or is garbled.
     """
     core: ControlCore | None = None
+    has_readings = False
     for number, record in enumerate(records, 1):
         try:
             kind = record["kind"]
             if kind == BEGINNING:
                 core = _begin(core, record, settings)
             elif kind == TICK and core is not None:
+                has_readings = has_readings or "reading" in record
                 yield _tick(core, record)
         except (KeyError, TypeError, ValueError, ConfigurationError) as error:
             raise ReplayError(
@@ -68,7 +70,7 @@ def replay(
             "The log does not begin with the settings that replay needs. Give the files oldest "
             "first, written by this version."
         )
-    if core.history.newest is None:
+    if not has_readings:
         raise ReplayError(
             "The log holds no reading: it was written with decision_log.every_tick: false. Set it "
             "to true to record what replay needs."

@@ -1,6 +1,7 @@
 """The decision log: whole lines, rotation, and a full disk that stops nothing."""
 
 import json
+import os
 import resource
 import signal
 from pathlib import Path
@@ -85,6 +86,57 @@ def test_a_folder_that_vanished_costs_lines_only(tmp_path: Path) -> None:
     for number in range(200):
         log.write({"n": number, "padding": "x" * 50})
     assert lost
+
+
+def test_a_log_that_somebody_moved_or_deleted_begins_anew(tmp_path: Path) -> None:
+    """As an outside log rotation does, which must not lose what replay stands on."""
+    path, lost = tmp_path / "d.jsonl", []
+    log = _log(path, lost)
+    log.begin({"n": 0})
+    log.write({"n": 1})
+    path.rename(tmp_path / "moved")
+    log.write({"n": 2})
+    path.unlink()
+    log.write({"n": 3})
+    assert _numbers(tmp_path / "moved") == [0, 1]
+    assert _numbers(path) == [0, 3]
+    assert json.loads(path.read_text().splitlines()[0])["continued"]
+    assert lost == []
+
+
+def test_a_line_that_another_life_left_unfinished_spoils_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"n": 0}\n{"n"')
+    _log(path).write({"n": 1})
+    assert path.read_text() == '{"n": 0}\n{"n"\n{"n":1}\n'
+
+
+def test_a_pipe_that_nobody_reads_costs_lines_and_does_not_block(tmp_path: Path) -> None:
+    pipe, lost = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    with pytest.raises(ConfigurationError, match=r"decision_log\.path is .*pipe"):
+        _log(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    log = _log(pipe, lost)
+    log.begin({"n": 0})
+    for number in range(1, 100):
+        log.write({"n": number, "padding": "x" * 3000})
+    assert lost
+    assert [json.loads(line)["n"] for line in os.read(reader, 4000).splitlines()[:2]] == [0, 1]
+    os.close(reader)
+
+
+def test_a_log_behind_a_symbolic_link_rotates_where_it_is(tmp_path: Path) -> None:
+    real, link = tmp_path / "disk" / "d.jsonl", tmp_path / "d.jsonl"
+    real.parent.mkdir()
+    real.touch()
+    link.symlink_to(real)
+    log = _log(link, max_bytes=4096, keep_files=1)
+    for number in range(400):
+        log.write({"n": number, "padding": "x" * 50})
+    assert link.is_symlink()
+    assert _numbers(link)[-1] == 399
+    assert sorted(one.name for one in real.parent.iterdir()) == ["d.jsonl", "d.jsonl.1"]
 
 
 def test_a_path_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -> None:

@@ -48,7 +48,11 @@ def _record(tmp_path: Path, mode: str = "control", **log: Any) -> Path:
 
 
 def _records(*paths: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    return [record for path in paths for record in _records_of(path.read_text())]
+
+
+def _records_of(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def _replayed(*paths: Path) -> list[ReplayedTick]:
@@ -170,6 +174,31 @@ def test_the_command_tells_the_differences_and_writes_every_tick(
     lines = (tmp_path / "out.csv").read_text().splitlines()
     assert len(lines) == 241
     assert lines[0].startswith("time,prefill_recorded,prefill_replayed,")
+
+
+def test_a_line_that_was_cut_short_is_left_out_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The writer was killed in it, or is still writing; another one may have gone on."""
+    path = _record(tmp_path)
+    whole = path.read_text()
+    path.write_text(whole[:-30])
+    assert not replay_files([path], None, None)
+    seen = capsys.readouterr()
+    assert "0 of 239 ticks differ" in seen.out
+    assert "left out a line that was cut short" in seen.err
+    settings = parse_settings(_records_of(whole)[0]["settings"])
+    VirtualController(settings).tick()
+    assert not replay_files([path], None, None)
+    assert "0 of 240 ticks differ" in capsys.readouterr().out
+
+
+def test_a_garbled_line_within_a_life_is_refused(tmp_path: Path) -> None:
+    path = _record(tmp_path)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:50], lines[50][:-30] + "\n", *lines[51:]]))
+    with pytest.raises(ReplayError, match="no JSON"):
+        replay_files([path], None, None)
 
 
 def test_a_log_without_readings_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import threading
 from collections.abc import Iterator
 from os import SEEK_END, lseek
 from pathlib import Path
@@ -62,6 +63,7 @@ class SharedTable:
         self._bytes = memoryview(self._mapping)
         self._words = self._bytes.cast("Q")
         self._descriptor = descriptor
+        self._setting = threading.Lock()
         self._header = header
         self._payload = payload
         self._publication_word = int.from_bytes(header.publication_id[:8], "little")
@@ -345,9 +347,10 @@ class SharedTable:
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[memoryview]:
         self._require_writable()
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-        try:
-            self.require_intact()
-            yield self._words
-        finally:
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        with self._setting:  # the lock on the file tells processes apart, not threads
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            try:
+                self.require_intact()
+                yield self._words
+            finally:
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)

@@ -26,7 +26,7 @@ def orders(
     """Return the orders by path; `clock_ns` is monotonic."""
     return {
         "/killswitch": lambda content: _kill(kill_switch, content),
-        "/override": lambda content: _override(table(), content, clock_ns()),
+        "/override": lambda content: _override(kill_switch, table(), content, clock_ns()),
         "/reload": lambda content: _reload(reload_config, content),
     }
 
@@ -44,13 +44,19 @@ def _kill(kill_switch: KillSwitch, content: Mapping[str, Any]) -> Answer:
     return Answer.of_json(200, {"ok": True, "cause": kill_switch.cause()})
 
 
-def _override(table: SharedTable, content: Mapping[str, Any], now_ns: int) -> Answer:
+def _override(
+    kill_switch: KillSwitch, table: SharedTable, content: Mapping[str, Any], now_ns: int
+) -> Answer:
     _refuse_unknown(content, {"prefill", "decode", "seconds", "actor", "clear"})
     actor = _actor(content)
     if content.get("clear") is True:
         _log.warning("override_cleared", actor=actor)
         table.clear_override()
         return Answer.of_json(200, {"ok": True, "override": None})
+    cause = kill_switch.cause()
+    if cause is not None:
+        # It would be in force until the next tick, and then ended without a word to its actor.
+        raise ConfigurationError(f"The kill switch is on ({cause}). Release it first.")
     in_force = table.override(now_ns) or table.selector()
     prefill = _whole(content, "prefill", in_force.prefill_budget)
     decode = _whole(content, "decode", in_force.decode_budget)

@@ -74,9 +74,20 @@ def test_every_order_of_the_deploy_page_is_obeyed_and_carries_the_token(desk: De
     for path, headers, body in sent:
         assert '-H "Authorization: Bearer $TOKEN"' in headers
         assert desk(path, json.loads(body)).status == 200
+        desk.kill_switch.release()  # while it is on, no override is taken
     override = desk.table.override(1)
     assert override is not None
     assert (override.prefill_budget, override.decode_budget) == (30, 20)
+
+
+def test_no_override_gets_past_the_kill_switch_and_one_can_be_cleared(desk: Desk) -> None:
+    desk("/killswitch", {"on": True, "actor": "alice"})
+    with pytest.raises(ConfigurationError, match=r"kill switch is on \(file .*Release it first"):
+        desk("/override", {"prefill": 20, "seconds": 60})
+    assert desk.table.override(1) is None
+    assert desk("/override", {"clear": True}).status == 200
+    desk("/killswitch", {"on": False})
+    assert desk("/override", {"prefill": 20, "seconds": 60}).status == 200
 
 
 @pytest.mark.parametrize("actor", ["", 7, "a" * 65, "ä" * 33])

@@ -1,9 +1,11 @@
 """The shared table in one process: what is published is read, and who decides the budgets."""
 
 import os
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from table_factory import FINGERPRINT, make_full_tables, make_tables, publish_and_open
 
+from sglang_alloc import shared_table_reader
 from sglang_alloc.errors import SharedTableError, TableFormatError
 from sglang_alloc.shared_table import (
     OVERRIDE_MAX_NS,
@@ -188,6 +191,33 @@ def test_a_half_written_override_is_not_in_force(table: SharedTable, offset: int
         stream.write(bytes([old[0] ^ 1]))
     assert table.override(NOW_NS) is None
     assert table.selection(NOW_NS, SECOND_NS, FULL).source == "fallback"
+
+
+def test_two_threads_that_set_an_override_take_turns(
+    table: SharedTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else words of both could stand there together, and readers would see neither order."""
+    inside, go_on = threading.Event(), threading.Event()
+    store = shared_table_reader.store_override
+
+    def store_slowly(*arguments: Any) -> None:
+        inside.set()
+        assert go_on.wait(10)
+        store(*arguments)
+
+    monkeypatch.setattr(shared_table_reader, "store_override", store_slowly)
+    order = (NOW_NS + SECOND_NS, "ana")
+    first = threading.Thread(target=table.set_override, args=(3, 4, *order))
+    second = threading.Thread(target=table.clear_override)
+    first.start()
+    assert inside.wait(10)
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()
+    go_on.set()
+    first.join()
+    second.join()
+    assert table.override(NOW_NS) is None
 
 
 def test_a_long_actor_is_cut_between_characters(table: SharedTable) -> None:

@@ -43,6 +43,7 @@ from sglang_alloc_controller.table_link import TableLink
 _STUCK_TICKS = 10
 _STUCK_SECONDS = 5.0
 _POLLER_STOP_SECONDS = 0.2
+_NANOSECONDS = 1_000_000_000
 _log = structlog.get_logger("sglang_alloc_controller")
 
 
@@ -90,7 +91,16 @@ def run(config: Path, settings: Settings, stop: StopSignal | None = None) -> Non
     except BaseException:
         link.leave_at_full_quality()
         raise
-    link.leave_at_full_quality()
+    override = link.leave_at_full_quality()
+    if override is not None:
+        _log.warning(
+            "override_stays",
+            actor=override.actor,
+            prefill=override.prefill_budget,
+            decode=override.decode_budget,
+            seconds_left=(override.deadline_ns - time.monotonic_ns()) // _NANOSECONDS,
+            hint="`sglang-alloc set --clear` ends it",
+        )
     _log.info("stopped", left_at="full quality")
 
 

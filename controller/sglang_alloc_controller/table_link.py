@@ -1,5 +1,6 @@
 """Control story, last step: the budgets in the shared table, across replacements of it."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -141,10 +142,14 @@ class TableLink:
         """Return how many tokens each rank served, zeros where it does not count them."""
         return self.table.calm_tokens()
 
-    def leave_at_full_quality(self) -> None:
-        """Write full quality, give the right to write back and close the table."""
+    def leave_at_full_quality(self) -> Override | None:
+        """Write full quality, give the right to write back and close the table.
+
+        Return the override in force, if any: a person's order outlives the controller.
+        """
         try:
             self.write(self.table.shape.budget_max, self.table.shape.budget_max)
+            return self.table.override(time.monotonic_ns())
         finally:
             self.close()
 

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,6 +128,22 @@ def test_an_order_that_makes_no_sense_changes_nothing(
     assert operated.controller.order(path, **content).status_code == 409
     assert operated.table.selector()[1:] == (20, 21)
     assert operated.table.override(0) is None
+
+
+def test_an_override_outlives_the_controller_and_the_log_says_so(tmp_path: Path) -> None:
+    publish_table(tmp_path / "t.tbl")
+    config = write_config(tmp_path, "http://127.0.0.1:9")
+    with running(config) as controller, SharedTable.open(tmp_path / "t.tbl") as table:
+        controller.wait_for(lambda: table.heartbeat_ns() > 0, "a beat")
+        assert controller.order("/override", prefill=9, seconds=600, actor="bob").status_code == 200
+        assert controller.stop() == 0
+        override = table.override(time.monotonic_ns())
+        assert override is not None
+        assert override.actor == "bob"
+        assert table.selector()[1:] == FULL
+        told = json.loads(controller.log().splitlines()[-2])
+        assert (told["event"], told["actor"], told["prefill"]) == ("override_stays", "bob", 9)
+        assert 500 < told["seconds_left"] <= 600
 
 
 def test_what_it_recorded_meanwhile_can_be_replayed(operated: Operated) -> None:

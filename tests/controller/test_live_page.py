@@ -19,6 +19,7 @@ from sglang_alloc.shared_table import (
     SharedTable,
     WorkerCounters,
 )
+from sglang_alloc_controller.law_state import Reason
 
 PAGE = Path(__file__).parents[2] / "controller" / "sglang_alloc_controller" / "live_page.html"
 _BROWSER = (
@@ -149,6 +150,16 @@ def test_without_calm_budgets_it_shows_none(dom: str) -> None:
 @pytest.mark.parametrize("page", ["dom", "calm_dom"])
 def test_its_scripts_report_no_error(page: str, request: pytest.FixtureRequest) -> None:
     assert "CONSOLE" not in request.getfixturevalue(page)
+
+
+def test_it_has_a_group_for_every_reason_that_does_not_wait() -> None:
+    groups = PAGE.read_text(encoding="utf-8").split("const GROUPS", 1)[1].split("};", 1)[0]
+    grouped = re.findall(r'"(\w+)"', groups.replace('"waiting"', ""))
+    waiting = {
+        *(Reason.HOLD, Reason.DEADBAND, Reason.DRAINING, Reason.TOO_FEW_SAMPLES),
+        *(Reason.BACKOFF, Reason.PREDICTED_VIOLATION),
+    }
+    assert sorted(grouped) == sorted(reason.value for reason in {*Reason} - waiting)
 
 
 def test_it_brings_everything_along_and_may_fetch_nothing_else(

@@ -38,12 +38,12 @@ class DecisionLog:
         self._opening = _line({**record, "continued": True})
 
     def write(self, record: Mapping[str, object]) -> None:
-        """Append one line; it is whole or not there, and never raises for the disk's sake."""
+        """Append one line; it is whole or not there, and what it costs is never a tick."""
         if self._path is None:
             return
         try:
             self._append(self._path, _line(record))
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a number that JSON does not have
             self._count_lost()
             self.close()
 

@@ -157,7 +157,8 @@ class SeriesFold:
             return
         key = (slo, labels.series)
         if part == "sum":
-            self._sums[key] = value
+            # One odd latency makes it NaN for good. The counts are right even so, and decide.
+            self._sums[key] = value if math.isfinite(value) else 0.0
         elif labels.edge_seconds is not None:
             self._buckets.setdefault(key, {})[labels.edge_seconds] = value
 

@@ -76,6 +76,15 @@ def test_a_full_disk_costs_lines_and_is_over_when_there_is_room(tmp_path: Path) 
     assert _numbers(path) == [0, 1, 10]
 
 
+def test_a_number_that_json_does_not_have_costs_its_line_only(tmp_path: Path) -> None:
+    path, lost = tmp_path / "d.jsonl", []
+    log = _log(path, lost)
+    for number in (1, float("nan"), 3):
+        log.write({"n": number})
+    assert _numbers(path) == [1, 3]
+    assert len(lost) == 1
+
+
 def test_a_folder_that_vanished_costs_lines_only(tmp_path: Path) -> None:
     folder, lost = tmp_path / "logs", []
     folder.mkdir()

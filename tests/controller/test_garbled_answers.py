@@ -1,6 +1,7 @@
 """Whatever bytes a server sends, a reading fails with one sentence and nothing else."""
 
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from loads_answers import answer, rank
 
 from sglang_alloc_controller.prometheus_api import parse_answer, parse_time
+from sglang_alloc_controller.reading_json import reading_to_json
 from sglang_alloc_controller.samples import Reading, SourceError
 from sglang_alloc_controller.settings import SourceSettings
 from sglang_alloc_controller.sglang_loads import parse_loads
@@ -32,7 +34,13 @@ _LABELS = st.dictionaries(
 
 def _tried(parse: Any, *arguments: Any) -> None:
     with suppress(SourceError):
-        parse(*arguments)
+        found = parse(*arguments)
+        if isinstance(found, Reading):
+            _can_be_logged(found)
+
+
+def _can_be_logged(reading: Reading) -> str:
+    return json.dumps(reading_to_json(reading), allow_nan=False)
 
 
 def _series(labels: dict[str, Any], values: list[Any], name: str) -> dict[str, Any]:
@@ -98,5 +106,19 @@ def test_an_answer_nested_without_end(opening: str) -> None:
         _tried(parse, text)
 
 
-def test_a_real_answer_is_a_reading() -> None:
-    assert isinstance(parse_metrics(PAGE, 0.0, SourceSettings()), Reading)
+@pytest.mark.parametrize("number", ["NaN", "+Inf", "-Inf"])
+def test_a_sum_that_is_no_finite_number_counts_as_not_known(number: str) -> None:
+    """One odd latency makes it so for good, and failed each tick that was logged."""
+    page = re.sub(r"(?m)^(sglang:inter_token_latency_seconds_sum.*) \S+$", rf"\1 {number}", PAGE)
+    reading, whole = (parse_metrics(text, 0.0, SourceSettings()) for text in (page, PAGE))
+    assert _can_be_logged(reading)
+    assert reading.ttft == whole.ttft
+    assert {name: one.counts for name, one in reading.itl.items()} == {
+        name: one.counts for name, one in whole.itl.items()
+    }
+    assert {one.sum_seconds for one in reading.itl.values()} == {0.0}
+    assert {one.sum_seconds for one in whole.itl.values()} != {0.0}
+
+
+def test_a_real_answer_is_a_reading_that_can_be_logged() -> None:
+    assert _can_be_logged(parse_metrics(PAGE, 0.0, SourceSettings()))

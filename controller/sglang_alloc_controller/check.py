@@ -17,6 +17,7 @@ from sglang_alloc_controller.samples import PHASES, Reading
 from sglang_alloc_controller.series_fold import unseen_priorities
 from sglang_alloc_controller.settings import Settings
 from sglang_alloc_controller.sglang_metrics import SGLangMetrics
+from sglang_alloc_controller.shown_url import shown_url
 from sglang_alloc_controller.source import open_source
 
 # A controller beats at least once a second.
@@ -93,7 +94,9 @@ def _source(settings: Settings) -> Iterator[Finding]:
         source.close()
     yield _freshness(settings, reading)
     if missing:
-        yield Finding("unknown", f"{settings.source.url} does not show {', '.join(missing)} yet.")
+        yield Finding(
+            "unknown", f"{shown_url(settings.source.url)} does not show {', '.join(missing)} yet."
+        )
     yield from _loads(settings, reading)
     unseen = unseen_priorities(reading, settings.source)
     if unseen is not None:
@@ -109,9 +112,9 @@ def _loads(settings: Settings, reading: Reading) -> Iterator[Finding]:
     if source.kind == "sglang" and source.loads and reading.load is None:
         yield Finding(
             "note",
-            f"{source.url} does not offer /v1/loads, or not to us: the queue is the gauge of "
-            "/metrics, which moves every --decode-log-interval decode steps (40) and with each "
-            "prefill, and a scheduler that hangs is not told from an idle one.",
+            f"{shown_url(source.url)} does not offer /v1/loads, or not to us: the queue is the "
+            "gauge of /metrics, which moves every --decode-log-interval decode steps (40) and with "
+            "each prefill, and a scheduler that hangs is not told from an idle one.",
         )
     if reading.prefill_tokens is not None and ranks > reading.engines:
         yield Finding(
@@ -165,7 +168,7 @@ def _decision_log(settings: Settings) -> Iterator[Finding]:
 def _freshness(settings: Settings, reading: Reading) -> Finding:
     age_seconds = time.monotonic() - reading.taken_at_seconds
     limit_seconds = settings.freshness.stale_after_seconds
-    sentence = f"{settings.source.url} answers; its values are {age_seconds:.1f} s old."
+    sentence = f"{shown_url(settings.source.url)} answers; its values are {age_seconds:.1f} s old."
     if age_seconds <= limit_seconds:
         return Finding("ok", sentence)
     return Finding(

@@ -14,6 +14,7 @@ from sglang_alloc_controller.reading_history import Sample
 from sglang_alloc_controller.reading_json import reading_to_json
 from sglang_alloc_controller.samples import PHASES, Phase, Reading
 from sglang_alloc_controller.settings import Settings
+from sglang_alloc_controller.shown_url import shown_url
 from sglang_alloc_controller.tick_report import CalmReport, TickReport
 
 BEGINNING, TICK = "beginning", "tick"
@@ -33,13 +34,14 @@ def beginning(
 
     `started` tells that a process did, which has no readings yet and perhaps another clock.
     """
+    content, url = settings.model_dump(mode="json"), settings.source.url
     return {
         "time": _wall_time(None),
         "kind": BEGINNING,
         "anew": anew,
         "started": started,
         "now_seconds": now_seconds,
-        "settings": settings.model_dump(mode="json"),
+        "settings": {**content, "source": {**content["source"], "url": shown_url(url)}},
         "ranges": {phase: ranges[phase]._asdict() for phase in PHASES},
         "budgets": dict(budgets),
         "calm": None

@@ -9,6 +9,7 @@ from typing import Any
 import httpx2
 
 from sglang_alloc_controller.samples import SourceError
+from sglang_alloc_controller.shown_url import shown_url
 
 _ERROR_EXCERPT_CHARS = 120
 
@@ -18,7 +19,7 @@ class StatusError(SourceError):
 
     def __init__(self, url: str, status: int, excerpt: str, remedy: str = "") -> None:
         """Take what was asked, what came and, where it is known, what to do."""
-        sentence = f"{url} answered with status {status}: {excerpt!r}."
+        sentence = f"{shown_url(url)} answered with status {status}: {excerpt!r}."
         super().__init__(f"{sentence} {remedy}".rstrip())
         self.status = status
 
@@ -73,7 +74,7 @@ class HttpFetcher:
             if isinstance(error, httpx2.TimeoutException) or self._clock() >= deadline_seconds:
                 raise self._too_slow(url) from error
             reason = str(error) or type(error).__name__
-            raise SourceError(f"Cannot read {url}: {reason}. {self._remedy}") from error
+            raise SourceError(f"Cannot read {shown_url(url)}: {reason}. {self._remedy}") from error
         finally:
             timer.cancel()
         if self._clock() >= deadline_seconds:
@@ -110,11 +111,12 @@ class HttpFetcher:
             body += chunk
             if len(body) > self._max_bytes:
                 raise SourceError(
-                    f"{url} sent over {self._max_bytes} bytes; that is no metrics page."
+                    f"{shown_url(url)} sent over {self._max_bytes} bytes; that is no metrics page."
                 )
         return bytes(body)
 
     def _too_slow(self, url: str) -> SourceError:
         return SourceError(
-            f"{url} did not answer within {self._timeout_seconds} s (source.timeout_seconds)."
+            f"{shown_url(url)} did not answer within {self._timeout_seconds} s "
+            "(source.timeout_seconds)."
         )

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from sglang_alloc_controller.samples import PHASES, SLOS
 from sglang_alloc_controller.settings import Settings
+from sglang_alloc_controller.shown_url import shown_url
 from sglang_alloc_controller.tick_report import TickReport
 
 # A point a second for the last quarter of an hour, one every half minute for the last twelve.
@@ -51,7 +52,7 @@ class PageHistory:
         return {
             "mode": settings.mode,
             "table": settings.table,
-            "source": settings.source.url,
+            "source": shown_url(settings.source.url),
             "ttft_seconds": settings.slo.ttft_seconds,
             "itl_seconds": settings.slo.itl_seconds,
             "objective_ratio": settings.slo.objective_ratio,

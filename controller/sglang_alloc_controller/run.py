@@ -34,6 +34,7 @@ from sglang_alloc_controller.page_history import PageHistory
 from sglang_alloc_controller.quality_bounds import NO_COST_MODEL, budget_ranges
 from sglang_alloc_controller.samples import SourceError
 from sglang_alloc_controller.settings import Settings, load_settings
+from sglang_alloc_controller.shown_url import shown_url
 from sglang_alloc_controller.source import open_source
 from sglang_alloc_controller.source_poller import SourcePoller
 from sglang_alloc_controller.stop_signal import StopSignal
@@ -141,7 +142,7 @@ def _control(
         table=settings.table,
         model=link.table.model_id,
         mode=settings.mode,
-        source=settings.source.url,
+        source=shown_url(settings.source.url),
         metrics=f"http://{settings.http.host}:{server.port}/metrics",
         page=f"http://{settings.http.host}:{server.port}/",
         kill_switch=str(kill_switch.path),

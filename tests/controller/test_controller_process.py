@@ -151,6 +151,27 @@ def test_a_controller_waits_for_a_server_that_is_not_there_yet(
         assert _is_beating(table)
 
 
+def test_a_password_in_the_sources_address_is_shown_nowhere(
+    tmp_path: Path, table: SharedTable, server: StandInServer
+) -> None:
+    url, log = server.url.replace("//", "//ana:s3cr3t%2F@"), tmp_path / "d.jsonl"
+    section = {"path": str(log), "every_tick": True}
+    config = write_config(tmp_path, url, decision_log=section)
+    with running(config) as controller:
+        controller.wait_for(lambda: controller.is_in_state("valid"), "valid input")
+        for fault in ("error", "cut"):
+            server.fault = fault
+            before = controller.value("source_failures_total")
+            controller.wait_for(
+                lambda before=before: controller.value("source_failures_total") > before, fault
+            )
+        told = [controller.get(path).text for path in ("/history.json", "/metrics")]
+        told += [log.read_text(), controller.log(), call("check", "-c", str(config)).stdout]
+        assert controller.stop() == 0
+    assert f"http://***@127.0.0.1:{server.port}" in told[0]
+    assert not [text for text in told if "s3cr3t" in text or "ana:" in text]
+
+
 def test_a_prometheus_that_is_down_is_waited_for(tmp_path: Path, table: SharedTable) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     config = write_config(

@@ -3,7 +3,11 @@
 import threading
 from typing import NamedTuple
 
+import structlog
+
 from sglang_alloc_controller.samples import MetricsSource, Reading, SourceError
+
+_log = structlog.get_logger("sglang_alloc_controller")
 
 
 class Observation(NamedTuple):
@@ -33,8 +37,8 @@ class SourcePoller:
     def latest(self) -> Observation:
         """Return the newest observation; one reference is swapped, so it is whole.
 
-        A thread that a fault of ours has ended, after its traceback on standard error, is replaced:
-        without one the controller would be blind and not say why.
+        A thread that a fault of ours has ended is replaced, its traceback is in the log: without
+        one the controller would be blind and not say why.
         """
         started = self._thread.ident is not None
         if started and not self._thread.is_alive() and not self._stopped.is_set():
@@ -67,7 +71,12 @@ class SourcePoller:
         return threading.Thread(target=self._run, name="source-poller", daemon=True)
 
     def _run(self) -> None:
-        while not self._stopped.is_set():
-            self.poll_once()
-            self._stopped.wait(self._poll_seconds)
+        try:
+            while not self._stopped.is_set():
+                self.poll_once()
+                self._stopped.wait(self._poll_seconds)
+        except Exception:
+            # Logged here: Python would write it past the log, and wait for whoever reads that.
+            _log.exception("reading_ended")
+            return
         self._source.close()

@@ -2,7 +2,8 @@
 
 import threading
 
-import pytest
+import structlog
+from structlog.testing import capture_logs
 from waiting import wait_until
 
 from sglang_alloc_controller.samples import Reading, SourceError
@@ -82,14 +83,16 @@ def test_the_thread_reads_until_it_is_stopped_and_closes_the_source() -> None:
     assert source.closed.is_set()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_thread_that_a_fault_of_ours_ended_is_told_and_replaced() -> None:
     source = Source()
     source.fault = ZeroDivisionError()
     poller = SourcePoller(source, 0.001)
-    poller.start()
-    assert source.read_once.wait(10)
-    error = wait_until(lambda: poller.latest().error, "an error")
+    structlog.reset_defaults()  # the fixture that silences logs puts them back afterwards
+    with capture_logs() as logs:
+        poller.start()
+        assert source.read_once.wait(10)
+        error = wait_until(lambda: poller.latest().error, "an error")
+    assert logs[0]["event"] == "reading_ended"
     assert "fault of the controller" in error
     source.fault = None
     wait_until(lambda: poller.latest().error is None, "a reading again")

@@ -90,6 +90,8 @@ def test_the_shipped_bench_can_be_read() -> None:
         (("prefill,1,4,3,1", "decode,1,4,nan,1"), "budget 4 takes nan s"),
         (("prefill,1,4,1e999,1", "decode,1,4,3,1"), "budget 4 takes inf s"),
         (("prefill,1,4,3,1", "decode,1,4,-3,1"), "a decode step of size 1 at"),
+        (("prefill,1,4,3,1", "decode,0,4,3,1"), "a decode step of size 0 at"),
+        (("prefill,1,4,3,nan", "decode,1,4,3,1"), "a prefill step of size nan at"),
     ],
 )
 def test_a_bench_that_cannot_be_used_is_refused(

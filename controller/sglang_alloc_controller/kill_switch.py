@@ -58,6 +58,10 @@ class KillSwitch:
         try:
             self.path.write_text(line, encoding="utf-8")
         except OSError as error:
+            if os.path.lexists(self.path):
+                # On a full disk it is empty: on all the same, only without the actor's name.
+                self._by_request = ""
+                return
             raise KillSwitchError(
                 f"The kill switch is on until this controller stops, but {self.path} cannot be "
                 f"written ({error.strerror}), so the next one would not know. Set "

@@ -1,6 +1,8 @@
 """The kill switch: three ways on, full quality at once, and no way around it."""
 
 import json
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,23 @@ def test_a_file_that_cannot_be_written_does_not_keep_it_off(tmp_path: Path) -> N
     with pytest.raises(KillSwitchError, match="until this controller stops"):
         switch.engage("alice")
     assert switch.cause() == "http alice"
+
+
+def test_on_a_full_disk_the_empty_file_holds_it_on(tmp_path: Path) -> None:
+    # A file size limit stands in for a full disk: the kernel makes the file and writes nothing.
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    switch = KillSwitch(tmp_path / "kill", {})
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+        switch.engage("alice")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert switch.path.read_text() == ""
+    assert switch.cause() == f"file {switch.path}"
+    switch.path.unlink()
+    assert switch.cause() is None
 
 
 @pytest.mark.parametrize(("value", "on"), [("1", True), ("yes", True), ("0", False), ("", False)])

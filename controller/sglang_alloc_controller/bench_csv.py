@@ -82,8 +82,8 @@ def _phase_times(path: Path, rows: list[_Row], phase: str) -> PhaseTimes:
         for size, budget, seconds in _cells(rows):
             if not (0 < size < math.inf and 0 < seconds < math.inf):
                 raise ValueError(
-                    f"{phase} of size {size:g} at budget {budget} in {seconds:g} s, where numbers "
-                    "above zero belong"
+                    f"a {phase} step of size {size:g} at budget {budget} takes {seconds:g} s, "
+                    "where numbers above zero belong"
                 )
             cells[size][budget] = seconds
     except (KeyError, ValueError, TypeError, ArithmeticError) as error:

@@ -20,6 +20,14 @@ _TOOLS = Path(__file__).parents[1] / ".tools" / "bin"
 _INTERPRETED = "TRITON_INTERPRET"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep servers, which tests with latencies of their own have, in one worker of `make test`."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if item.get_closest_marker("server"):
+                item.add_marker(pytest.mark.xdist_group("servers"))
+
+
 def pytest_configure() -> None:
     os.environ["PATH"] = os.pathsep.join((str(_TOOLS), os.environ.get("PATH", os.defpath)))
     if os.environ.get("KERNEL_TEST_DEVICE", "cpu") == "cpu":

@@ -213,6 +213,16 @@ class Decision(NamedTuple):
     """From so many running requests on a step is not calm; counts with calm positions only."""
 
 
+def step_time_ratios(state: LawState) -> dict[Phase, float | None]:
+    """Return how long engine steps take over the cost model's times; None: nothing was learned."""
+    belief = state.forward
+    gains = (None, None) if belief is None else (belief.prefill_gain, belief.decode_gain)
+    return {
+        phase: None if gain is None or gain == Gain() else gain.line()[0]
+        for phase, gain in zip(PHASES, gains, strict=True)
+    }
+
+
 def initial_state(
     positions: Mapping[Phase, float], law: LawSettings, now_seconds: float
 ) -> LawState:

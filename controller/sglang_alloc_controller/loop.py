@@ -16,7 +16,7 @@ from sglang_alloc_controller.config_follower import ReloadOutcome
 from sglang_alloc_controller.control_core import ControlCore, Forced
 from sglang_alloc_controller.decision_log import DecisionLog
 from sglang_alloc_controller.decision_record import beginning, tick_record
-from sglang_alloc_controller.law_state import Decision, Seen
+from sglang_alloc_controller.law_state import Decision, Seen, step_time_ratios
 from sglang_alloc_controller.own_metrics import OwnMetrics
 from sglang_alloc_controller.quality_bounds import Bounds, bounds_of
 from sglang_alloc_controller.quality_minutes import QualityMinutes
@@ -317,6 +317,7 @@ class ControlLoop:
             kill_cause=orders.kill_cause,
             load=newest.load if newest else None,
             decode_step_seconds=self._decode_step_seconds,
+            step_time_ratios=step_time_ratios(self._core.state),
             calm=self._calm_report(seen.now_seconds, orders.desired.calm, written_before.calm),
         )
         return self._with_quality_minutes(report)

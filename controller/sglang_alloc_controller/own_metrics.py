@@ -272,6 +272,8 @@ def _engine(tick: TickReport) -> Iterator[Metric]:
     }
     for name, (text, value) in known.items():
         yield _gauge(name, f"{text}, from /v1/loads", math.nan if value is None else value)
+    text = "Time of engine steps over the cost model's, as far as a law that looks ahead knows it"
+    yield _gauges("step_time_ratio", text, "phase", tick.step_time_ratios)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

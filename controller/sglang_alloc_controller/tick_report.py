@@ -55,6 +55,8 @@ class TickReport(NamedTuple):
     load: EngineLoad | None = None
     decode_step_seconds: float | None = None
     """Mean time of a decode step between the last two readings, of the slowest rank."""
+    step_time_ratios: Mapping[Phase, float | None] = dict.fromkeys(PHASES)
+    """Time of engine steps over the cost model's, as the law has learned it; None: not known."""
     below_full_seconds_total: float = 0.0
     """Time below full quality since this process started, and within the agreed window."""
     below_full_minutes: float = 0.0

@@ -2,9 +2,12 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from ahead import looking_ahead, run
 from law_views import make_constants, make_seen, make_state, positions_of
+from virtual_loop import publish_table
 
 from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.control_law import decide
@@ -31,8 +34,8 @@ CONSTANTS = make_constants(RANGES)
 LOAD = Load(5.0, 0.1, 100.0, 10.0, 100.0, 5.0, 0.0)
 
 
-def _learned(points: list[tuple[float, float]]) -> Gain:
-    gain = Gain()
+def _learned(points: list[tuple[float, float]], before: Gain | None = None) -> Gain:
+    gain = before or Gain()
     for ratio, bench_ratio in points:
         gain = seen_steps(gain, ratio, bench_ratio, error=0.05, seconds=1.0, memory_seconds=1800.0)
     return gain
@@ -67,6 +70,46 @@ def test_one_odd_reading_is_no_other_server_and_the_gain_has_bounds() -> None:
     assert _learned([*steady, (9.0, 0.7)]).factor() == pytest.approx(1.0, abs=0.1)
     assert _learned([(0.2, 0.7)] * 200).factor() == 2.0
     assert _learned([(1.5, 0.7)] * 200).factor() == 0.5
+
+
+@pytest.mark.parametrize(
+    ("ratio", "believed"),
+    [
+        (1.0, 1.0), (1.14, 1.0), (0.88, 1.0),
+        (1.2, (1.2 / 1.15) ** 2), (1.5, 1.5), (3.0, 3.0), (20.0, 8.0),
+        (0.8, (0.8 * 1.15) ** 2), (0.6, 0.6), (0.1, 0.25),
+    ],
+)  # fmt: skip
+def test_steps_that_take_longer_as_a_whole_count_beyond_a_band(
+    ratio: float, believed: float
+) -> None:
+    assert _learned([(ratio, 1.0)] * 300).slowdown() == pytest.approx(believed, rel=0.01)
+
+
+def test_a_server_that_is_another_is_believed_within_a_dozen_readings_and_its_gain_stays() -> None:
+    before = _learned([(1.0, 1.0)] * 600 + [(0.55, 0.7)] * 600)
+    assert before.factor() == pytest.approx(1.5, abs=0.05)
+    after = _learned([(1.1, 0.7)] * 10, before)
+    assert after.slowdown() == 1.0
+    after = _learned([(1.1, 0.7)] * 5, after)
+    assert after.slowdown() == pytest.approx(2.0, abs=0.05)
+    assert after.factor() == pytest.approx(1.5, abs=0.1)
+    assert _learned([(0.55, 0.7)] * 15, after).slowdown() == 1.0
+
+
+def test_odd_readings_on_both_sides_are_no_other_server() -> None:
+    steady = _learned([(1.0, 1.0)] * 60)
+    assert _learned([(9.0, 1.0), *[(1.0, 1.0)] * 9] * 10, steady).slowdown() == 1.0
+    assert _learned([(1.5, 1.0), (0.5, 1.0)] * 50, steady).slowdown() == 1.0
+
+
+def test_doubt_of_the_slowdown_moves_neither_it_nor_the_gain() -> None:
+    gain = _learned([(1.2, 1.0)] * 60 + [(0.6, 0.7)] * 60)
+    doubted = gain.of_another_server()
+    assert doubted.line() == pytest.approx(gain.line())
+    # Its variance is the one before, and 1 more.
+    variances = [one.i_dd / (one.i_ss * one.i_dd - one.i_sd**2) for one in (gain, doubted)]
+    assert variances[1] - variances[0] == pytest.approx(1.0)
 
 
 def _by_the_minute(gain: Gain, ratio: float, bench_ratio: float) -> Gain:
@@ -131,6 +174,44 @@ def test_a_server_that_saves_more_than_its_bench_is_given_up_less() -> None:
     )
     less, _ = decide(knows, seen, CONSTANTS)
     assert sum(positions_of(less)) >= sum(positions_of(lower))
+
+
+def test_a_server_that_is_slower_than_its_bench_gives_up_more() -> None:
+    # 0.35 of full by prompts and 0.05 by tokens, and twice that once all steps take twice as long.
+    arrivals = 3.7 * 100.0
+    windows = (LoadWindow(100.0, arrivals, arrivals, 100 * arrivals, 10 * arrivals),)
+    seen = make_seen(200.0)._replace(load_windows=windows, running_requests=16.0)
+    as_benched, _ = decide(make_state(), seen, CONSTANTS)
+    assert positions_of(as_benched) == (1, 1)
+    slower = _learned([(2.0, 1.0)] * 60)
+    knows = replace(
+        make_state(),
+        forward=first_belief(CONSTANTS)._replace(prefill_gain=slower, decode_gain=slower),
+    )
+    lower, _ = decide(knows, seen, CONSTANTS)
+    assert min(positions_of(lower)) < 1
+
+
+def test_what_was_learned_of_step_times_is_shown(tmp_path: Path) -> None:
+    publish_table(tmp_path / "t.tbl")
+    controller, engine = looking_ahead(tmp_path / "t.tbl")
+    engine.queue_requests = 0.0
+    told = controller.source
+    seconds = 0
+
+    def reading() -> Reading:
+        nonlocal seconds
+        seconds += 1
+        # 10 steps of 16 requests a second, which by the bench take 36 ms each at full.
+        done = RankTime(10.0 * seconds, 10.0 * seconds * 0.072, 160.0 * seconds)
+        return replace(told(), rank_times={0: done})
+
+    controller.source = reading
+    controller.tick()
+    assert math.isnan(controller.metric("step_time_ratio", phase="decode"))
+    run(controller, 40)
+    assert controller.metric("step_time_ratio", phase="decode") == pytest.approx(2.0, abs=0.05)
+    assert math.isnan(controller.metric("step_time_ratio", phase="prefill"))  # none was told
 
 
 def test_the_work_between_two_readings_is_that_of_all_ranks() -> None:

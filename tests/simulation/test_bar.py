@@ -12,7 +12,7 @@ from sglang_alloc_controller.simulator.deployment import read_deployment
 from sglang_alloc_controller.simulator.law_names import FLOOR, FULL, ORACLE, OURS, run_named
 from sglang_alloc_controller.simulator.laws import Order, OurLaw, Scrape
 from sglang_alloc_controller.simulator.run_law import Run, run_law
-from sglang_alloc_controller.simulator.scenarios import Faults, Scenario
+from sglang_alloc_controller.simulator.scenarios import Faults, Scenario, named
 from sglang_alloc_controller.simulator.world import World
 
 MINUTE = 60.0
@@ -72,6 +72,16 @@ def test_ours_keeps_far_more_than_full_quality_in_a_burst_at_less_loss_than_the_
     assert ours.slo_attainment_ratio >= 1.5 * full.slo_attainment_ratio
     assert ours.slo_attainment_ratio >= world.settings.slo.objective_ratio
     assert ours.mean_predicted_loss < floor.mean_predicted_loss / 10
+
+
+def test_ours_finds_out_that_the_server_has_become_slower_than_its_bench(world: World) -> None:
+    """The clock falls to two thirds; what arrives is then more than full quality carries."""
+    scenario = dataclasses.replace(
+        named("throttled"), seconds=15 * MINUTE, slowdown=lambda now: 1.0 if now < MINUTE else 1.5
+    )
+    ours, full = (run_named(law, world, scenario, 1).score for law in (OURS, FULL))
+    assert full.slo_attainment_ratio < 0.8
+    assert ours.slo_attainment_ratio >= world.settings.slo.objective_ratio
 
 
 @pytest.mark.parametrize("law", [OURS, ORACLE])

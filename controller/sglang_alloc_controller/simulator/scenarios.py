@@ -122,6 +122,11 @@ def _flood(mix: RequestMix, second: float) -> RequestMix:
     return mix
 
 
+def _throttled(now: float) -> float:
+    """Step times over the bench's: a clock at two thirds for a quarter of an hour."""
+    return 1.5 if 10 * _MINUTE <= now < 25 * _MINUTE else 1.0
+
+
 _BURST = _steps((0.0, 0.5), (10 * _MINUTE, 1.6), (25 * _MINUTE, 0.5))
 _SLOW_SCRAPES: Mapping[str, Mapping[str, object]] = {
     "source": {"kind": "prometheus", "poll_seconds": 5.0, "timeout_seconds": 4.0},
@@ -138,6 +143,8 @@ SCENARIOS: tuple[Scenario, ...] = (
              disturbed_at_seconds=10 * _MINUTE),
     Scenario("drift", _HOUR, _steps((0.0, 0.9)), 0.9,
              slowdown=lambda now: 1.0 + 0.15 * now / _HOUR),
+    Scenario("throttled", 40 * _MINUTE, _steps((0.0, 0.8)), 0.8, slowdown=_throttled,
+             disturbed_at_seconds=10 * _MINUTE),
     Scenario("replica-lost", 40 * _MINUTE,
              _steps((0.0, 1.0), (10 * _MINUTE, 1.5), (20 * _MINUTE, 1.0)), 1.5,
              disturbed_at_seconds=10 * _MINUTE),

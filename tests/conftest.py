@@ -20,6 +20,7 @@ _TOOLS = Path(__file__).parents[1] / ".tools" / "bin"
 _INTERPRETED = "TRITON_INTERPRET"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep servers, which tests with latencies of their own have, in one worker of `make test`."""
     if config.pluginmanager.hasplugin("xdist"):

@@ -30,7 +30,7 @@ demo: $(INSTALLED) ## Serve, burst, control: full budget against controlled, wit
 test: $(INSTALLED) ## Lint, types, import rules, then every test (real servers included)
 	@$(MAKE) --no-print-directory tools || echo "going on: the tests that need them will fail" >&2
 	@$(MAKE) --no-print-directory lint
-	@$(VENV_PYTHON) -m pytest -n 2 --dist loadgroup --durations=25 $(PYTEST_ARGS)
+	@$(VENV_PYTHON) -m pytest -n 2 --durations=25 $(PYTEST_ARGS)
 
 test-fast: $(INSTALLED) ## The tests that start no server and need no tools
 	@$(VENV_PYTHON) -m pytest -m "not server" tests/unit tests/kernels tests/controller $(PYTEST_ARGS)

@@ -20,13 +20,20 @@ _TOOLS = Path(__file__).parents[1] / ".tools" / "bin"
 _INTERPRETED = "TRITON_INTERPRET"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep servers, which tests with latencies of their own have, in one worker of `make test`."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            if item.get_closest_marker("server"):
-                item.add_marker(pytest.mark.xdist_group("servers"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep SGLang's servers in one of the workers of `make test`, one file after the other.
+
+    Beside each other they would share the cores, and some are judged by their latencies.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ServersApart(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "servers" if file.startswith("tests/integration/") else file
+
+    return ServersApart(config, log)
 
 
 def pytest_configure() -> None:

@@ -139,6 +139,8 @@ class ForwardState(NamedTuple):
     """Running requests, on the average of the last minute."""
     levels: Levels | None = None
     """Where the law left prefill and decode."""
+    server_since_seconds: float = -math.inf
+    """When the server was last seen to have become faster or slower."""
     alarm_at_seconds: float = -math.inf
     """When somebody else was last seen to have moved the budgets, or a queue surged."""
     draining: bool = False

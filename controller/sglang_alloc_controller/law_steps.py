@@ -30,6 +30,8 @@ _PROMPTS_WHILE_BUSY = 0.3
 # Standard deviation of a reading's mean decode step, over the bench's, by what the bench does not
 # know (contexts, clocks, neighbours); and of one prefill step, by its size.
 _DECODE_ERROR, _PREFILL_ERROR = 0.05, 0.25
+# A server that is so much faster or slower from one reading to the next calls for other budgets.
+_ANOTHER_RATIO = 1.15
 
 
 def with_step_times(
@@ -49,10 +51,18 @@ def with_step_times(
     since_seconds = seen.reading_at_seconds - newest.seconds
     if since_seconds < changed_at_seconds(state) + constants.law.dead_time_seconds:
         return belief
-    return belief._replace(
-        decode_gain=_decode(belief, newest, levels, constants),
-        prefill_gain=_prefill(belief, newest, load, levels, constants),
-    )
+    decode = _decode(belief, newest, levels, constants)
+    prefill = _prefill(belief, newest, load, levels, constants)
+    if _is_another(belief.decode_gain, decode) or _is_another(belief.prefill_gain, prefill):
+        # The budgets were chosen for the server before, and late answers so far were its own.
+        belief = belief._replace(server_since_seconds=seen.reading_at_seconds, pending=())
+    return belief._replace(decode_gain=decode, prefill_gain=prefill)
+
+
+def _is_another(before: Gain, after: Gain) -> bool:
+    """Tell whether this reading has shown that the server is faster or slower than was thought."""
+    change = after.slowdown() / before.slowdown()
+    return max(change, 1.0 / change) > _ANOTHER_RATIO
 
 
 def _bench(

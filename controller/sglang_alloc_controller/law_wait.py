@@ -3,7 +3,8 @@
     worth      the gain is at least load_worth_nats, and a share of the larger loss
     wait       the load is known for load_wait_factor times as long as at the last change: the
                changes under one load are ever further apart, about log(3600 s) / log(factor) of
-               them in its first hour
+               them in its first hour. It counts as new where the server has become slower or
+               faster (law_steps)
 
 Regimes of the wait:
 
@@ -114,7 +115,9 @@ def refusal(
     if look.down and belief.before_per_second is None and look.age_seconds < start_seconds:
         return Reason.TOO_FEW_SAMPLES
     since_seconds = seen.now_seconds - changed_at_seconds(state)
-    if since_seconds < _wait_seconds(belief, look, since_seconds, constants):
+    server_seconds = seen.reading_at_seconds - belief.server_since_seconds
+    known_seconds = max(0.0, min(look.age_seconds, server_seconds) - since_seconds)
+    if since_seconds < _wait_seconds(belief, look, known_seconds, constants):
         return Reason.HOLD
     waiting = (state.queue_requests or 0.0) / constants.slo.queue_requests
     if not look.down and waiting > law.queue_restore_ratio:
@@ -123,11 +126,10 @@ def refusal(
 
 
 def _wait_seconds(
-    belief: ForwardState, look: Look, since_seconds: float, constants: LawConstants
+    belief: ForwardState, look: Look, known_seconds: float, constants: LawConstants
 ) -> float:
-    """Return how long after the last change this one may come."""
+    """Return how long after the last change, when load and server were known so long, this waits."""
     law = constants.law
-    known_seconds = max(0.0, look.age_seconds - since_seconds)
     wait_seconds = (law.load_wait_factor - 1.0) * known_seconds
     if _is_alarmed(belief, look.age_seconds):
         wait_seconds = 0.0

@@ -125,6 +125,17 @@ def test_changes_under_one_load_are_ever_further_apart() -> None:
     assert positions_of(state) > changed
 
 
+def test_a_server_that_has_become_another_is_known_anew() -> None:
+    """The load is known for 100 s at the first change, and the server then for 10 s."""
+    state, _ = _decided(make_state(), _seen(100.0, _steady(6.0, 100.0)))
+    changed = positions_of(state)
+    assert state.forward is not None
+    other = replace(state, forward=state.forward._replace(server_since_seconds=90.0))
+    for known, moves in ((state, False), (other, True)):
+        later, _ = _decided(known, _seen(150.0, _steady(5.3, 150.0)))
+        assert (positions_of(later) > changed) is moves
+
+
 def test_soon_after_a_change_of_the_load_budgets_come_back_sooner() -> None:
     """Cut when the load is known for 50 s: back after 50 s more, and not after 100 s."""
     state, _ = _decided(make_state(), _seen(100.0, _steady(CALM, 100.0)))

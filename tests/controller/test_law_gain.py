@@ -15,7 +15,7 @@ from sglang_alloc_controller.law_capacity import Levels, with_gain
 from sglang_alloc_controller.law_forward import first_belief
 from sglang_alloc_controller.law_gain import Gain, seen_steps
 from sglang_alloc_controller.law_load import Load
-from sglang_alloc_controller.law_state import ForwardState, initial_state
+from sglang_alloc_controller.law_state import Evidence, ForwardState, initial_state
 from sglang_alloc_controller.law_steps import with_step_times
 from sglang_alloc_controller.load_history import LoadWindow
 from sglang_alloc_controller.reading_history import Newest, ReadingHistory
@@ -231,3 +231,27 @@ def test_the_work_between_two_readings_is_that_of_all_ranks() -> None:
     after = {0: RankTime(12.0, 1.5, 26.0, 350.0, 0.3), 1: RankTime(6.0, 1.25, 7.0)}
     assert work(before, after) == pytest.approx(RankTime(3.0, 0.75, 8.0, 50.0, 0.1))
     assert work({}, after) == work(after, {}) == RankTime()
+
+
+def _decoding(belief: ForwardState, now_seconds: float, slowdown: float) -> ForwardState:
+    """The belief after a second of decode steps at full that take so many times the bench's."""
+    state = initial_state({"prefill": 1.0, "decode": 1.0}, CONSTANTS.law, 5.0)
+    work = RankTime(20.0, 20 * 0.03 * slowdown, 240.0)
+    seen = make_seen(now_seconds)._replace(newest=Newest(1.0, 5.0, 0.0, work))
+    full = Levels(1, 1)
+    return with_step_times(belief, (full, full), state, seen, CONSTANTS)
+
+
+def test_a_server_that_has_become_another_begins_a_new_wait_and_ends_old_evidence() -> None:
+    late = Evidence(90.0, 0.4, 5.0, 1.0, 1.0)
+    belief = first_belief(CONSTANTS)._replace(load=LOAD, pending=(late,))
+    for second in range(60):
+        belief = _decoding(belief, 100.0 + second, 1.0)
+    assert (belief.server_since_seconds, belief.pending) == (-math.inf, (late,))
+    for second in range(60):
+        belief = _decoding(belief, 160.0 + second, 1.5)
+    assert 165.0 <= belief.server_since_seconds <= 175.0
+    assert belief.pending == ()
+    for second in range(60):
+        belief = _decoding(belief, 220.0 + second, 1.0)
+    assert 225.0 <= belief.server_since_seconds <= 235.0

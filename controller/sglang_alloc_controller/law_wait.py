@@ -128,7 +128,7 @@ def refusal(
 def _wait_seconds(
     belief: ForwardState, look: Look, known_seconds: float, constants: LawConstants
 ) -> float:
-    """Return how long after the last change, when load and server were known so long, this waits."""
+    """Return how long after the last change this waits: load and server were known so long then."""
     law = constants.law
     wait_seconds = (law.load_wait_factor - 1.0) * known_seconds
     if _is_alarmed(belief, look.age_seconds):

@@ -130,9 +130,8 @@ class Engine(NamedTuple):
     prefill_gain: float = 1.0
     """What a smaller prefill budget saves over what the bench says (law_gain)."""
     decode_gain: float = 1.0
-    prefill_slowdown: float = 1.0
-    """How much longer than by the bench all prefill steps take (law_gain)."""
-    decode_slowdown: float = 1.0
+    slowdown: float = 1.0
+    """How much longer than by the bench all steps take (law_gain)."""
 
 
 class Critical(NamedTuple):
@@ -185,10 +184,10 @@ def works_of(
     prefill, decode = ranges["prefill"], ranges["decode"]
     tokens = step_tokens(load, prefill, law, _PROMPTS_PER_STEP)
     steps = with_gain(prefill.steps_seconds(tokens), engine.prefill_gain)
-    slower = load.prefill_tokens * engine.prefill_slowdown
+    slower = load.prefill_tokens * engine.slowdown
     before = [slower * step / tokens for step in steps]
     tokens = min(1.0, engine.mean / (_FEW_SHARE * engine.most)) ** 2 * load.decode_tokens
-    slower = tokens * engine.decode_slowdown
+    slower = tokens * engine.slowdown
     steps = with_gain(decode.steps_seconds(engine.most), engine.decode_gain)
     after = [slower * step / engine.most for step in steps]
     return Works(before, after, engine.slack)

@@ -31,6 +31,7 @@ from sglang_alloc_controller.law_capacity import (
     work_of,
     works_of,
 )
+from sglang_alloc_controller.law_gain import slowdown_of
 from sglang_alloc_controller.law_load import Load, changed_window, load_of, within_age
 from sglang_alloc_controller.law_move import moved
 from sglang_alloc_controller.law_state import (
@@ -294,15 +295,13 @@ def _at(
 
 def _engine(belief: ForwardState, load: Load, constants: LawConstants) -> Engine:
     slo_seconds = constants.slo.ttft_seconds
-    gains = belief.prefill_gain, belief.decode_gain
-    slowdowns = [gain.slowdown() for gain in gains]
-    slack = 1.0
+    slowdown, slack = slowdown_of(belief.prefill_gain, belief.decode_gain), 1.0
     if slo_seconds is not None:
         prefill = constants.ranges["prefill"]
         own = prefill.step_seconds(len(prefill.levels) - 1, load.prefill_tokens)
-        slack = max(_SLACK_MIN, 1.0 - own * slowdowns[0] / slo_seconds)
-    factors = [gain.factor() for gain in gains]
-    return Engine(belief.batch, belief.running, slack, *factors, *slowdowns)
+        slack = max(_SLACK_MIN, 1.0 - own * slowdown / slo_seconds)
+    factors = belief.prefill_gain.factor(), belief.decode_gain.factor()
+    return Engine(belief.batch, belief.running, slack, *factors, slowdown)
 
 
 def _backlog_per_second(state: LawState, constants: LawConstants) -> float:

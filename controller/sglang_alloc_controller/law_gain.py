@@ -23,9 +23,12 @@ another: s is in doubt again, its variance growing by 1 and that of d with it, a
 point wherever that is. What a budget saves, g, counts as before: it is a property of kernels, while
 a clock that falls, a neighbour, or a bench of another machine makes all steps slower at once.
 
-What the law assumes of the sizes of steps is a part of s. So it counts for nothing within a band
-around 1, up to b and down to 1 / b, where a server that is a little slower shows in late answers;
-for (s / b)^2 or (s b)^2 beyond it, and for s itself from b^2 on, and down from 1 / b^2.
+A part of s is what the law assumes of the sizes of steps, what longer contexts than the bench's add
+to a decode step, and that SGLang counts a decode step that is still under way with the prefill step
+behind it. So what counts is the s that is nearer to 1 of both phases, if both are above or below 1;
+and for nothing within a band, up to b and down to 1 / b, where a server that is a little slower
+shows in late answers; for (s / b)^2 or (s b)^2 beyond it, and for s itself from b^2 on, and down
+from 1 / b^2.
 """
 
 import math
@@ -67,13 +70,6 @@ class Gain(NamedTuple):
         s, d = self.line()
         return min(_BOUNDS[1], max(_BOUNDS[0], 1.0 + d / s)) if s > 0 else 1.0
 
-    def slowdown(self) -> float:
-        """Return how much longer than by the bench all steps take, 1 within the band."""
-        s, _ = self.line()
-        if s > 1.0:
-            return min(s, max(1.0, (s / _BAND) ** 2), _SLOWDOWN_BOUNDS[1])
-        return max(s, min(1.0, (s * _BAND) ** 2), _SLOWDOWN_BOUNDS[0])
-
     def of_another_server(self) -> "Gain":
         """Return the same line with s in doubt, and d beside it: g stays what it is, v follows."""
         scale, beside = self.i_ss * self.i_dd - self.i_sd**2, self.factor() - 1.0
@@ -84,6 +80,16 @@ class Gain(NamedTuple):
         i_ss, i_sd, i_dd = dd / scale, -sd / scale, ss / scale
         s, d = self.line()
         return Gain(i_ss, i_sd, i_dd, i_ss * (s - 1.0) + i_sd * d, i_sd * (s - 1.0) + i_dd * d)
+
+
+def slowdown_of(*phases: Gain) -> float:
+    """Return how much longer than by the bench the steps of all phases take, 1 within the band."""
+    seen = [gain.line()[0] for gain in phases]
+    if min(seen) > 1.0:
+        s = min(seen)
+        return min(s, max(1.0, (s / _BAND) ** 2), _SLOWDOWN_BOUNDS[1])
+    s = min(1.0, max(seen))
+    return max(s, min(1.0, (s * _BAND) ** 2), _SLOWDOWN_BOUNDS[0])
 
 
 def seen_steps(

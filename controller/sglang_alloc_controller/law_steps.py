@@ -10,7 +10,7 @@ import math
 
 from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.law_capacity import Levels, step_tokens
-from sglang_alloc_controller.law_gain import Gain, seen_steps
+from sglang_alloc_controller.law_gain import Gain, seen_steps, slowdown_of
 from sglang_alloc_controller.law_load import Load
 from sglang_alloc_controller.law_state import (
     ForwardState,
@@ -53,16 +53,11 @@ def with_step_times(
         return belief
     decode = _decode(belief, newest, levels, constants)
     prefill = _prefill(belief, newest, load, levels, constants)
-    if _is_another(belief.decode_gain, decode) or _is_another(belief.prefill_gain, prefill):
+    change = slowdown_of(prefill, decode) / slowdown_of(belief.prefill_gain, belief.decode_gain)
+    if max(change, 1.0 / change) > _ANOTHER_RATIO:
         # The budgets were chosen for the server before, and late answers so far were its own.
         belief = belief._replace(server_since_seconds=seen.reading_at_seconds, pending=())
     return belief._replace(decode_gain=decode, prefill_gain=prefill)
-
-
-def _is_another(before: Gain, after: Gain) -> bool:
-    """Tell whether this reading has shown that the server is faster or slower than was thought."""
-    change = after.slowdown() / before.slowdown()
-    return max(change, 1.0 / change) > _ANOTHER_RATIO
 
 
 def _bench(

@@ -13,7 +13,7 @@ from sglang_alloc_controller.budget_range import BudgetRange
 from sglang_alloc_controller.control_law import decide
 from sglang_alloc_controller.law_capacity import Levels, with_gain
 from sglang_alloc_controller.law_forward import first_belief
-from sglang_alloc_controller.law_gain import Gain, seen_steps
+from sglang_alloc_controller.law_gain import Gain, seen_steps, slowdown_of
 from sglang_alloc_controller.law_load import Load
 from sglang_alloc_controller.law_state import Evidence, ForwardState, initial_state
 from sglang_alloc_controller.law_steps import with_step_times
@@ -83,24 +83,34 @@ def test_one_odd_reading_is_no_other_server_and_the_gain_has_bounds() -> None:
 def test_steps_that_take_longer_as_a_whole_count_beyond_a_band(
     ratio: float, believed: float
 ) -> None:
-    assert _learned([(ratio, 1.0)] * 300).slowdown() == pytest.approx(believed, rel=0.01)
+    assert slowdown_of(_learned([(ratio, 1.0)] * 300)) == pytest.approx(believed, rel=0.01)
+
+
+def test_only_what_slows_both_phases_is_a_slower_server() -> None:
+    """A prefill step that waits for a decode step, or decode at long contexts, are none."""
+    as_benched, slow, fast = (_learned([(ratio, 1.0)] * 300) for ratio in (1.0, 2.0, 0.5))
+    slower, faster = _learned([(1.5, 1.0)] * 300), _learned([(0.7, 1.0)] * 300)
+    for phases in ((slow, as_benched), (as_benched, slow), (slow, fast), (fast, as_benched)):
+        assert slowdown_of(*phases) == 1.0
+    assert slowdown_of(slow, slower) == slowdown_of(slower, slow) == pytest.approx(1.5, abs=0.01)
+    assert slowdown_of(fast, faster) == slowdown_of(faster, fast) == pytest.approx(0.7, abs=0.01)
 
 
 def test_a_server_that_is_another_is_believed_within_a_dozen_readings_and_its_gain_stays() -> None:
     before = _learned([(1.0, 1.0)] * 600 + [(0.55, 0.7)] * 600)
     assert before.factor() == pytest.approx(1.5, abs=0.05)
     after = _learned([(1.1, 0.7)] * 10, before)
-    assert after.slowdown() == 1.0
+    assert slowdown_of(after) == 1.0
     after = _learned([(1.1, 0.7)] * 5, after)
-    assert after.slowdown() == pytest.approx(2.0, abs=0.05)
+    assert slowdown_of(after) == pytest.approx(2.0, abs=0.05)
     assert after.factor() == pytest.approx(1.5, abs=0.1)
-    assert _learned([(0.55, 0.7)] * 15, after).slowdown() == 1.0
+    assert slowdown_of(_learned([(0.55, 0.7)] * 15, after)) == 1.0
 
 
 def test_odd_readings_on_both_sides_are_no_other_server() -> None:
     steady = _learned([(1.0, 1.0)] * 60)
-    assert _learned([(9.0, 1.0), *[(1.0, 1.0)] * 9] * 10, steady).slowdown() == 1.0
-    assert _learned([(1.5, 1.0), (0.5, 1.0)] * 50, steady).slowdown() == 1.0
+    assert slowdown_of(_learned([(9.0, 1.0), *[(1.0, 1.0)] * 9] * 10, steady)) == 1.0
+    assert slowdown_of(_learned([(1.5, 1.0), (0.5, 1.0)] * 50, steady)) == 1.0
 
 
 def test_doubt_of_the_slowdown_moves_neither_it_nor_the_gain() -> None:
@@ -233,10 +243,11 @@ def test_the_work_between_two_readings_is_that_of_all_ranks() -> None:
     assert work({}, after) == work(after, {}) == RankTime()
 
 
-def _decoding(belief: ForwardState, now_seconds: float, slowdown: float) -> ForwardState:
-    """The belief after a second of decode steps at full that take so many times the bench's."""
+def _busy_second(belief: ForwardState, now_seconds: float, slowdown: float) -> ForwardState:
+    """The belief after a second of steps at full that take so many times the bench's."""
     state = initial_state({"prefill": 1.0, "decode": 1.0}, CONSTANTS.law, 5.0)
-    work = RankTime(20.0, 20 * 0.03 * slowdown, 240.0)
+    # 0.03 s for a decode step of 12, and 0.107 s for a prefill step of 110 tokens.
+    work = RankTime(10.0, 10 * 0.03 * slowdown, 120.0, 440.0, 4 * 0.107 * slowdown)
     seen = make_seen(now_seconds)._replace(newest=Newest(1.0, 5.0, 0.0, work))
     full = Levels(1, 1)
     return with_step_times(belief, (full, full), state, seen, CONSTANTS)
@@ -246,12 +257,12 @@ def test_a_server_that_has_become_another_begins_a_new_wait_and_ends_old_evidenc
     late = Evidence(90.0, 0.4, 5.0, 1.0, 1.0)
     belief = first_belief(CONSTANTS)._replace(load=LOAD, pending=(late,))
     for second in range(60):
-        belief = _decoding(belief, 100.0 + second, 1.0)
+        belief = _busy_second(belief, 100.0 + second, 1.0)
     assert (belief.server_since_seconds, belief.pending) == (-math.inf, (late,))
     for second in range(60):
-        belief = _decoding(belief, 160.0 + second, 1.5)
+        belief = _busy_second(belief, 160.0 + second, 1.5)
     assert 165.0 <= belief.server_since_seconds <= 175.0
     assert belief.pending == ()
     for second in range(60):
-        belief = _decoding(belief, 220.0 + second, 1.0)
+        belief = _busy_second(belief, 220.0 + second, 1.0)
     assert 225.0 <= belief.server_since_seconds <= 235.0

@@ -290,8 +290,8 @@ def test_long_prompts_and_few_running_requests_change_what_work_counts() -> None
     assert work_seconds(Engine(16.0, 16.0, slack=0.5)) == pytest.approx(2 * 0.125)
     # 1.6 of 16 run, half of the fifth under which they are few: a quarter of decode counts.
     assert work_seconds(Engine(16.0, 1.6)) == pytest.approx(0.1 + 0.025 / 4)
-    slower = Engine(16.0, 16.0, prefill_slowdown=2.0, decode_slowdown=3.0)
-    assert work_seconds(slower) == pytest.approx(2 * 0.1 + 3 * 0.025)
+    slower = Engine(16.0, 16.0, slowdown=3.0)
+    assert work_seconds(slower) == pytest.approx(3 * (0.1 + 0.025))
 
 
 def _best(rate: float, **demand: float) -> Levels:

@@ -68,15 +68,21 @@ def running_prometheus(
     targets: Mapping[str, Sequence[str]],
     rule_files: Iterable[Path] = (),
     scrape_seconds: int = 3,
+    alertmanager: str | None = None,
 ) -> Iterator[Prometheus]:
     """Start Prometheus in `folder`, scraping `targets` (job -> host:port list); stop it after.
 
     scrape_seconds is also how long a target may take to answer: a busy machine needs seconds.
+    Alerts go to the Alertmanager at that host:port, if any.
 
     Raises AssertionError with its log when it does not become ready.
     """
     config, log = folder / "prometheus.yml", folder / "prometheus.log"
-    config.write_text(yaml.safe_dump(_config(targets, rule_files, scrape_seconds)))
+    content = _config(targets, rule_files, scrape_seconds)
+    if alertmanager is not None:
+        static = [{"static_configs": [{"targets": [alertmanager]}]}]
+        content["alerting"] = {"alertmanagers": static}
+    config.write_text(yaml.safe_dump(content))
     port = _free_port()
     command = [
         binary,

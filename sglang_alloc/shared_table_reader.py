@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import threading
+import time
 from collections.abc import Iterator
 from os import SEEK_END, lseek
 from pathlib import Path
@@ -38,6 +39,9 @@ from sglang_alloc.shared_table_words import (
 
 # Clocks of one machine agree: a heartbeat further ahead than this was left by another boot.
 _FUTURE_TOLERANCE_NS = 1_000_000_000
+
+# A setter holds its lock for some microseconds.
+_LOCK_PATIENCE_SECONDS, _LOCK_LOOK_SECONDS = 0.5, 0.002
 
 # Decoding a word costs ten times what reading it does, so the last one of each kind is kept.
 # No word is -1, so these match none.
@@ -196,8 +200,8 @@ class SharedTable:
         `actor` is cut to 64 bytes of UTF-8.
 
         Raises:
-            SharedTableError: a budget has no row, the table was opened to look only, or the file
-                is lost.
+            SharedTableError: a budget has no row, the table was opened to look only, the file is
+                lost, or another process was stopped while it set one.
         """
         self.check_budget("prefill", prefill_budget)
         self.check_budget("decode", decode_budget)
@@ -208,7 +212,8 @@ class SharedTable:
         """End the override now; its generation is kept so that the next one is newer.
 
         Raises:
-            SharedTableError: the table was opened to look only, or the file is lost.
+            SharedTableError: the table was opened to look only, the file is lost, or another
+                process was stopped while it set one.
         """
         with self._exclusive() as words:
             words[OVERRIDE_DEADLINE_WORD] = 0
@@ -348,9 +353,25 @@ class SharedTable:
     def _exclusive(self) -> Iterator[memoryview]:
         self._require_writable()
         with self._setting:  # the lock on the file tells processes apart, not threads
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            self._lock_others_out()
             try:
                 self.require_intact()
                 yield self._words
             finally:
                 fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+    def _lock_others_out(self) -> None:
+        """Take the lock of the setters; one that was stopped in the middle must not stop us."""
+        deadline = time.monotonic() + _LOCK_PATIENCE_SECONDS
+        while True:
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    raise SharedTableError(
+                        f"Another process has been setting the override of {self.path} for "
+                        f"{_LOCK_PATIENCE_SECONDS:g} s, which takes microseconds: it was stopped "
+                        "in the middle. End it; `lslocks` names it."
+                    ) from error
+                time.sleep(_LOCK_LOOK_SECONDS)

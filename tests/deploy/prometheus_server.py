@@ -68,6 +68,7 @@ def running_prometheus(
     targets: Mapping[str, Sequence[str]],
     rule_files: Iterable[Path] = (),
     scrape_seconds: int = 3,
+    *,
     alertmanager: str | None = None,
 ) -> Iterator[Prometheus]:
     """Start Prometheus in `folder`, scraping `targets` (job -> host:port list); stop it after.

@@ -1,5 +1,6 @@
 """The shared table in one process: what is published is read, and who decides the budgets."""
 
+import fcntl
 import os
 import threading
 import time
@@ -191,6 +192,19 @@ def test_a_half_written_override_is_not_in_force(table: SharedTable, offset: int
         stream.write(bytes([old[0] ^ 1]))
     assert table.override(NOW_NS) is None
     assert table.selection(NOW_NS, SECOND_NS, FULL).source == "fallback"
+
+
+def test_a_setter_that_was_stopped_in_the_middle_is_not_waited_for_for_ever(
+    table: SharedTable,
+) -> None:
+    order = (3, 4, NOW_NS + SECOND_NS, "ana")
+    with table.path.open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        for setting in (table.clear_override, lambda: table.set_override(*order)):
+            with pytest.raises(SharedTableError, match="Another process has been setting"):
+                setting()
+    table.set_override(*order)
+    assert table.override(NOW_NS) is not None
 
 
 def test_two_threads_that_set_an_override_take_turns(

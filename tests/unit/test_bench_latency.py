@@ -150,6 +150,36 @@ def test_decode_is_the_difference_of_long_and_short_answers() -> None:
     }
 
 
+@pytest.mark.parametrize("disturbed", [1, 3, 100])
+def test_a_step_that_took_no_time_is_measured_again_and_refused_at_last(disturbed: int) -> None:
+    """The short answers of 8 requests take a second longer, so many times."""
+    now, left, served = [0.0], [disturbed], list[tuple[int, int]]()
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        body = json.loads(request.content)
+        tokens, prompts = body["sampling_params"]["max_new_tokens"], body["input_ids"]
+        served.append((len(prompts), tokens))
+        now[0] += 0.5 + 0.010 * (tokens - 1) * len(prompts)
+        if (len(prompts), tokens) == (8, 1) and left[0]:
+            left[0] -= 1
+            now[0] += 10.0
+        meta = {"meta_info": {"completion_tokens": tokens}}
+        return httpx2.Response(200, json=[meta for _ in prompts])
+
+    sizes = ON_CPU._replace(prefill_batches=(1,), decode_batches=(8, 2), decode_steps=16)
+    client = _client(answer)
+    if disturbed == 100:
+        with pytest.raises(ServerRunError, match=r"16 decode steps of 8.*5 times.*--decode-steps"):
+            measure_timings(client, sizes, _prompts(), clock=lambda: now[0])
+        return
+    timings = measure_timings(client, sizes, _prompts(), clock=lambda: now[0])
+    assert [timing[:2] for timing in timings] == [("prefill", 1), ("decode", 8), ("decode", 2)]
+    assert [timing.seconds for timing in timings[1:]] == pytest.approx([0.080, 0.020])
+    # Behind all sizes, so that two servers get the same prompts but for that.
+    again = [(8, 1), (8, 17)] * disturbed
+    assert served[2:] == [(8, 1), (8, 17), (2, 1), (2, 17), *again]
+
+
 def test_warming_up_sends_every_size_once() -> None:
     batches = []
 

@@ -4,12 +4,13 @@ A request takes of the engine's time, at the levels i of prefill and j of decode
 
     prefill   its prompt tokens * seconds per token(i), in steps of two such prompts
     decode    few^2 * tokens * decode step(j, b) / b
-    work      (prefill + decode) / slack
+    work      (prefill + decode) * slowdown / slack
 
 where b is the largest batch that was seen: what a decode step costs each of its requests when the
 engine is busy. few = min(1, running / (b / 5)): prefill goes first, so decode steps delay a first
 token only where running slots are short. slack is the share of the TTFT SLO that is left after the
-prompt's own prefill: long prompts can wait less.
+prompt's own prefill: long prompts can wait less. slowdown is how much longer than by the bench all
+steps take (law_gain).
 
 Utilisation is rate * work. In 137 simulated pairs of a constant load and constant budgets with 0.2
 to 50 % late answers, these follow it with a root mean square error of 14 %: they grow by a factor
@@ -115,7 +116,8 @@ class Works(NamedTuple):
     prefill: Sequence[float]
     decode: Sequence[float]
     slack: float
-    """Share of the TTFT SLO that is left for waiting: both count for so much more."""
+    """Share of the TTFT SLO that is left for waiting, over how much slower the server is: both
+    count for so much more."""
 
 
 class Engine(NamedTuple):
@@ -184,13 +186,11 @@ def works_of(
     prefill, decode = ranges["prefill"], ranges["decode"]
     tokens = step_tokens(load, prefill, law, _PROMPTS_PER_STEP)
     steps = with_gain(prefill.steps_seconds(tokens), engine.prefill_gain)
-    slower = load.prefill_tokens * engine.slowdown
-    before = [slower * step / tokens for step in steps]
+    before = [load.prefill_tokens * step / tokens for step in steps]
     tokens = min(1.0, engine.mean / (_FEW_SHARE * engine.most)) ** 2 * load.decode_tokens
-    slower = tokens * engine.slowdown
     steps = with_gain(decode.steps_seconds(engine.most), engine.decode_gain)
-    after = [slower * step / engine.most for step in steps]
-    return Works(before, after, engine.slack)
+    after = [tokens * step / engine.most for step in steps]
+    return Works(before, after, engine.slack / engine.slowdown)
 
 
 def choices(works: Works, ranges: Mapping[Phase, BudgetRange]) -> Choices:
